@@ -1,0 +1,1097 @@
+"""Data for DGInStyle: street-scene folders, label maps, rare class sampling, augmentation.
+
+A label map is (H, W) uint8 with trainIds 0..K-1 and 255 = ignore. `Pairs` reads GTA, Cityscapes,
+BDD100K, Mapillary Vistas v1.2, ACDC, Dark Zurich, the authors' generated set and their rare-class
+subset as they lie on disk: no conversion step, ids are mapped on reading.
+From DGInStyle (arXiv 2312.03048): rare class sampling (RCS), the label crop and the large-segment
+mask of the generator, and the augmentation of the segmenter (the recipe of DAFormer).
+Shapes: H W pixels, K classes. Images are (H, W, 3) uint8 RGB; `rng` is a numpy Generator.
+
+Use alone:
+    data = Pairs("data/gta")
+    sampler = RareClassSampler(class_counts(data))
+    cls, i = sampler.draw(np.random.default_rng(0)); image, label = data.pair(i)
+
+Different from the official code, on purpose: nothing writes into its argument (there the one-hot
+helper turns 255 into 19 in the label that is saved afterwards), a crop may be centred on any pixel
+of its class, every draw is seeded, and the RCS subset needs no rejection.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------
+# Classes and label files
+
+IGNORE = 255
+# raw id → trainId (None = ignore) of Cityscapes and GTA, where 34 is the licence plate
+CITYSCAPES_IDS = dict.fromkeys(range(35)) | {
+    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12,
+    26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+# Mapillary Vistas v1.2: lane markings and manholes are road, curbs sidewalk; sign backs are ignored
+MAPILLARY_IDS = dict.fromkeys(range(66)) | {
+    13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9,
+    27: 10, 19: 11, 20: 12, 21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The K classes of a domain: names, RGB colours, raw id → trainId (None = ignore)."""
+
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    ids: dict[int, int | None] | None = field(default=None, hash=False)
+
+    def __post_init__(self):
+        if len(self.names) != len(self.colours) or {len(c) for c in self.colours} != {3}:
+            raise ValueError(f"{len(self.names)} names need as many RGB colours: {self.colours}")
+        if bad := set((self.ids or {}).values()) - {None, *range(len(self.names))}:
+            raise ValueError(f"ids must lead to 0..{len(self.names) - 1} or null, not to {bad}")
+
+    def __len__(self):
+        return len(self.names)
+
+    @classmethod
+    def from_json(cls, path):
+        """Read {"names": [...], "colours": [[r, g, b], ...], "ids": {"7": 0, "9": null}}."""
+        try:
+            spec = json.loads(Path(path).read_text())
+            ids = {int(raw): t for raw, t in spec["ids"].items()} if "ids" in spec else None
+            return cls(tuple(spec["names"]), tuple(map(tuple, spec["colours"])), ids)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path} is no class file with names, colours and ids: {e}") from e
+
+
+CITYSCAPES = Classes(
+    names=("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
+           "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
+           "bus", "train", "motorcycle", "bicycle"),
+    colours=((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+             (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+             (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+             (0, 80, 100), (0, 0, 230), (119, 11, 32)),
+    ids=CITYSCAPES_IDS)
+
+
+def _decode(path, label=False):  # → uint8 (H, W, 3), or the (H, W) raw indices of a label
+    try:
+        with Image.open(path) as image:
+            if label and image.mode not in ("P", "L", "I", "I;16"):
+                raise ValueError(f"{path} has mode {image.mode}: a label must be one channel of "
+                                 "class indices, not colours")
+            # never convert("L"): it would turn palette indices into luminance
+            return np.array(image if label else image.convert("RGB"))
+    except (OSError, SyntaxError) as e:
+        raise ValueError(f"{path} cannot be read as an image: {e}") from e
+
+
+def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
+    """Label file → (H, W) uint8, 0..K-1 and 255.
+
+    `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 and the values
+    `also_ignore` are ignored. ValueError for colour labels and for any other value.
+    """
+    raw = _decode(path, label=True)
+    table = {c: c for c in range(len(classes))} if ids is None else ids
+    lut, known = np.full(65536, IGNORE, np.uint8), np.zeros(65536, bool)
+    for value, train_id in (dict.fromkeys((IGNORE, *also_ignore)) | table).items():
+        lut[value], known[value] = IGNORE if train_id is None else train_id, True
+    if not (valid := known[raw]).all():
+        kind = "trainIds" if ids is None else "raw ids"
+        raise ValueError(f"{path} holds {np.unique(raw[~valid])[:8].tolist()}, which are neither "
+                         f"{kind} (0..{max(table)}) nor 255 = ignore")
+    return lut[raw]
+
+
+def _palette(classes):  # → (256, 3) uint8; ignore and unused entries are black
+    return np.pad(np.array(classes.colours, np.uint8), ((0, 256 - len(classes)), (0, 0)))
+
+
+def colourise(label, classes=CITYSCAPES):
+    """(H, W) label → (H, W, 3) uint8 RGB; ignore is black."""
+    return _palette(classes)[label]
+
+
+def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
+    """(H, W, 3) uint8 image and its colour label, blended with weight `alpha` → the same shape."""
+    return np.rint(image * (1 - alpha) + colourise(label, classes) * alpha).astype(np.uint8)
+
+
+def save_label(path, label, classes=CITYSCAPES):
+    """Write an (H, W) label as a palette PNG: raw indices are trainIds, 255 stays ignore."""
+    if bad := set(np.unique(label).tolist()) - {IGNORE, *range(len(classes))}:
+        raise ValueError(f"{path} was not written: the label holds {sorted(bad)[:8]}")
+    image = Image.fromarray(np.asarray(label, np.uint8))
+    image.putpalette(_palette(classes).tobytes())
+    image.save(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data set folders
+
+_GT = (("_gt_labelTrainIds", None), ("_gt_labelIds", CITYSCAPES_IDS))
+# layout: image folder, (its part that differs, that part in the label folder), tag of image names,
+# label tags in order of preference with the ids behind them (None = trainIds), default split
+LAYOUTS = {
+    "cityscapes": ("leftImg8bit/{split}", ("leftImg8bit", "gtFine"), "_leftImg8bit", (
+        ("_gtFine_labelTrainIds", None), ("_gtFine_labelIds", CITYSCAPES_IDS)), "train"),
+    "bdd100k": ("images/10k/{split}", ("images/10k", "labels/sem_seg/masks"), "",
+                (("", None),), "val"),
+    "mapillary": ("{split}/images", ("images", "labels"), "",
+                  (("_labelTrainIds", None), ("", MAPILLARY_IDS)), "validation"),
+    "acdc": ("rgb_anon/{condition}/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
+    "dark_zurich": ("rgb_anon/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
+    "plain": ("images", ("images", "labels"), "", (("_labelTrainIds", None), ("", "look")), None),
+}
+
+
+class Pairs:
+    """Images and labels of one data set folder, whose layout is recognised.
+
+    classes    trainIds to deliver. Public sets lead to the 19 of Cityscapes; for other classes
+               their raw ids go through `classes.ids`, and so does labels/NAME.png of a plain folder
+    split      sub-folder of the published sets; default train for Cityscapes, val for the others
+    condition  fog, night, rain or snow: one part of ACDC in its original folders
+
+    `images` and `labels` are sorted lists of equal length, `skipped` lists (image, reason).
+    `layout` is a key of LAYOUTS, or gta, generated or rcs_subset for plain folders known by their
+    contents. ValueError for folders that are missing or empty, or when no image has a label.
+    """
+
+    def __init__(self, root, classes=CITYSCAPES, split=None, condition=None):
+        self.root, self.classes, self.also_ignore, self.unused = Path(root), classes, (), 0
+        for self.layout, (where, _, self._tag, _, default) in LAYOUTS.items():
+            where = where.format(split=split or default, condition=condition or "*")
+            folders = [f for f in self.root.glob(where) if f.is_dir()]
+            if folders and (default or not split) and (self.layout == "acdc" or not condition):
+                break
+        else:
+            asked = " and ".join(filter(None, (split, condition)))
+            raise ValueError(f"{root} is no data set folder{asked and f' with {asked}'}: it needs "
+                             "images/ and labels/, or one of the published layouts")
+        self.split, self.condition = split or default, condition
+        self.images, self.labels, self._ids, self.skipped = [], [], [], []
+        for path in sorted(path for folder in folders for path in folder.rglob("[!.]*")):
+            if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+                self._add(path)
+        if not self.images and self.skipped:
+            raise ValueError(f"none of the {len(self.skipped)} images in {self.root / where} has a "
+                             f"label: {self.skipped[0][0].name} has {self.skipped[0][1]}")
+        if not self.images:
+            raise ValueError(f"there are no .png or .jpg images in {self.root / where}")
+        if self.layout == "plain":
+            self._look()
+        times = (f / time for f in folders for time in ("night", "twilight", "day"))
+        if self.layout == "dark_zurich" and not any(time.is_dir() for time in times):
+            self.layout = "acdc"  # flattened into rgb_anon/SPLIT, as the segmenter's authors did
+
+    def _add(self, path):
+        _, swap, tag, options, _ = LAYOUTS[self.layout]
+        if self.classes.names != CITYSCAPES.names and self.layout != "plain":
+            options = ((options[-1][0], self.classes.ids),)  # trainIds on disk are those of the 19
+        place = path.relative_to(self.root).as_posix().replace(*swap, 1)
+        stem = self.root / place.removesuffix(path.suffix).removesuffix(tag)
+        for end, ids in options:
+            if (label := stem.with_name(f"{stem.name}{end}.png")).is_file():
+                self.images.append(path)
+                self.labels.append(label)
+                self._ids.append(ids)
+                return
+        wanted = " or ".join(f"NAME{end}.png" for end, _ in options)
+        self.skipped.append((path, f"no {wanted} in {swap[1]}"))
+
+    def _look(self):
+        """Whose plain folder it is, and whether labels/NAME.png holds trainIds or ids.
+
+        For the 19 classes some files are read: a value above 19 can only be a Cityscapes id. 19
+        alone may be a traffic light, or ignore in the authors' sets: `read_label` refuses it.
+        """
+        K, names = len(self.classes), [path.stem for path in self.images]
+        raw = [path for path, ids in zip(self.labels, self._ids, strict=True) if ids == "look"]
+        table = self.classes.ids
+        if raw and self.classes.names == CITYSCAPES.names:
+            some = (_decode(path, label=True) for path in raw[::max(1, len(raw) // 8)])
+            values = set().union(*(np.unique(label).tolist() for label in some))
+            table = CITYSCAPES_IDS if max(values - {IGNORE}, default=0) > 19 else None
+            self.layout = "gta" if table else "plain"
+        if all(re.match(r"\d\d?_", name) and int(name.split("_")[0]) < K for name in names):
+            self.layout = "rcs_subset"
+        if (self.root / "manifest.jsonl").is_file():  # written by dginstyle.py generate
+            self.layout = "generated"
+        elif not raw and any(re.search(r"^[an]_|_genid\d", name) for name in names):
+            self.layout, self.also_ignore = "generated", (K,)  # the authors' set: K means ignore
+        self._ids = [table if ids == "look" else ids for ids in self._ids]
+
+    def keep(self, indices):
+        """Leave only the pairs `indices`, in this order."""
+        self.unused += len(self) - len(indices)
+        for name in ("images", "labels", "_ids"):
+            setattr(self, name, [getattr(self, name)[i] for i in indices])
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, i):
+        """File stem without the tag of its data set, e.g. aachen_000000_000019."""
+        return self.images[i].stem.removesuffix(self._tag)
+
+    def image(self, i):
+        """(H, W, 3) uint8 RGB."""
+        return _decode(self.images[i])
+
+    def label(self, i):
+        """(H, W) uint8, 0..K-1 and 255 = ignore."""
+        return read_label(self.labels[i], self.classes, self._ids[i], self.also_ignore)
+
+    def pair(self, i):
+        """image(i), label(i). ValueError when their sizes differ."""
+        image, label = self.image(i), self.label(i)
+        if image.shape[:2] != label.shape:
+            raise ValueError(f"image {self.images[i]} and label {self.labels[i]} differ in size: "
+                             f"{image.shape[:2]} and {label.shape} (height, width)")
+        return image, label
+
+    def report(self):
+        """One line: layout, pairs, how labels are read, what is left out and why."""
+        kind = " ".join(filter(None, (self.layout, self.split, self.condition)))
+        mapped = sum(ids is not None for ids in self._ids)
+        text = f"{self.root} ({kind}): {len(self)} pairs, {mapped} with labels mapped from raw ids"
+        text += f"; {self.also_ignore[0]} read as ignore" if self.also_ignore else ""
+        text += f"; {self.unused} pairs not chosen" if self.unused else ""
+        left_out = Counter(reason for _, reason in self.skipped).items()
+        return text + "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
+
+
+def open_data(specs, classes=CITYSCAPES, seed=0, split=None, condition=None):
+    """["root", "root:N"] → [Pairs]. N pairs are chosen by `seed`; ValueError if there are fewer."""
+    opened = []
+    for spec in map(str, specs):
+        root, number = re.fullmatch(r"(.+?)(?::(\d+))?", spec).groups()
+        if number is None or Path(spec).exists():
+            opened.append(Pairs(spec, classes, split, condition))
+            continue
+        opened.append(data := Pairs(root, classes, split, condition))
+        if not 0 < int(number) <= len(data):
+            raise ValueError(f"{spec} asks for {number} pairs: {root} holds {len(data)}")
+        data.keep(np.sort(np.random.default_rng(seed).permutation(len(data))[:int(number)]))
+    return opened
+
+
+# ---------------------------------------------------------------------------------------------
+# Rare class sampling (RCS)
+
+
+def _count(num_classes, label):  # → (K,) pixels per class
+    return np.bincount(label.ravel(), minlength=256)[:num_classes]
+
+
+def _count_file(classes, also_ignore, job):  # a job of another process
+    return _count(len(classes), read_label(job[0], classes, job[1], also_ignore))
+
+
+def class_counts(data, workers=4):
+    """Pixels per label file and class → (len(data), K) int64, ignore excluded.
+
+    One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
+    size and time of its file and the way it is read stay the same. The authors' ROOT/sample_class_
+    stats.json ([{"0": n, ..., "file": path}], matched by base name) spares the pass. Several data
+    sets joined in `data.sets` are counted one by one; any other object with `label(i)` and a length
+    is counted in this process and not kept.
+    """
+    if hasattr(data, "sets"):
+        return np.concatenate([class_counts(part, workers) for part in data.sets])
+    classes = getattr(data, "classes", CITYSCAPES)
+    if not isinstance(data, Pairs):
+        every = tqdm(range(len(data)), "class counts", leave=False)
+        return np.stack([_count(len(classes), data.label(i)) for i in every])
+
+    def load(name):
+        return json.loads(path.read_text()) if (path := data.root / name).is_file() else {}
+
+    authors = load("sample_class_stats.json") if classes.names == CITYSCAPES.names else {}
+    authors = {Path(e["file"]).stem.removesuffix("_labelTrainIds"): e for e in authors}
+    cache, keys, todo = load(".class_counts.json"), [], []
+    counts = np.zeros((len(data), len(classes)), np.int64)
+    for i, (path, ids) in enumerate(zip(data.labels, data._ids, strict=True)):
+        stat, reading = path.stat(), repr((classes.names, ids, data.also_ignore)).encode()
+        keys.append(f"{path.relative_to(data.root).as_posix()} {stat.st_size} {stat.st_mtime_ns} "
+                    f"{zlib.crc32(reading)}")
+        known = authors.get(path.stem.removesuffix("_labelTrainIds"), cache.get(keys[i]))
+        if known is None:
+            todo.append(i)
+        for c in set(known or ()) & set(map(str, range(len(classes)))):
+            counts[i, int(c)] = known[c]
+    jobs = [(data.labels[i], data._ids[i]) for i in todo]
+    with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is asked to
+        run = partial(pool.map, chunksize=16) if len(jobs) >= 32 and workers > 1 else map
+        rows = run(partial(_count_file, classes, data.also_ignore), jobs)
+        bar = tqdm(rows, "class counts", len(jobs), disable=not jobs)
+        for i, row in zip(todo, bar, strict=True):
+            counts[i] = row
+            cache[keys[i]] = {str(c): int(row[c]) for c in np.flatnonzero(row)}
+    if jobs:
+        _save_cache(data.root / ".class_counts.json", cache)
+    return counts
+
+
+def _save_cache(path, cache):
+    fresh = path.with_suffix(f".{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps(cache))
+        fresh.replace(path)  # at once: no other run reads half a file
+    except OSError as e:  # a read-only data set is counted every time
+        tqdm.write(f"class counts are not kept: {e}", file=sys.stderr)
+
+
+def rcs_probabilities(counts, temperature=0.01):
+    """(N, K) pixel counts → (K,) P(c) = softmax_c((1 - f_c) / T), f_c the share of class c.
+
+    Classes that never occur have P = 0. DAFormer's rare class sampling; DGInStyle uses T = 0.01.
+    """
+    pixels = np.asarray(counts, np.float64).sum(0)
+    if not pixels.any():
+        raise ValueError("the labels hold no class at all: there is nothing to sample")
+    z = np.where(pixels > 0, (1 - pixels / pixels.sum()) / temperature, -np.inf)
+    p = np.exp(z - z.max())
+    return p / p.sum()
+
+
+class RareClassSampler:
+    """c ~ P(c), then uniformly one of the files with more than `min_pixels` pixels of c.
+
+    A class that no file shows that large (small images, tiny data sets) is drawn from the files
+    with at least half of the most pixels of it: it is rare, so P(c) asks for it all the more.
+    """
+
+    def __init__(self, counts, temperature=0.01, min_pixels=3000):
+        self.p = rcs_probabilities(counts, temperature)  # (K,)
+        self.files = {}  # class → indices
+        for c in np.flatnonzero(counts.sum(0)).tolist():
+            n, most = counts[:, c], counts[:, c].max()
+            self.files[c] = np.flatnonzero(n > min_pixels if most > min_pixels else 2 * n >= most)
+
+    def draw(self, rng):
+        """→ (class, index of a file)."""
+        c = int(rng.choice(len(self.p), p=self.p))
+        return c, int(rng.choice(self.files[c]))
+
+    def draw_distinct(self, num, rng):
+        """→ [(class, index)] of `num` different files, ValueError if there are fewer.
+
+        As `draw` with repeated files thrown away, but without waiting for the improbable ones: pair
+        (c, i) arrives after an exponential time of rate P(c) / len(files[c]), the earliest count.
+        """
+        pairs = [(c, i) for c, files in self.files.items() for i in files.tolist()]
+        rate = np.array([self.p[c] / len(self.files[c]) for c, _ in pairs])
+        first = {}  # index → class
+        for k in np.argsort(np.log(rng.exponential(size=len(pairs))) - np.log(rate)):
+            first.setdefault(pairs[k][1], pairs[k][0])
+        if num > len(first):
+            raise ValueError(f"{num} files were asked for: only {len(first)} show a class enough")
+        return [(c, i) for i, c in first.items()][:num]
+
+
+def write_rcs_subset(data, out, num=6000, seed=0):
+    """Copy `num` distinct pairs drawn by RCS to OUT/images and OUT/labels, named CLASS_NAME."""
+    out, rng = Path(out), np.random.default_rng(seed)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: name a new folder for the subset")
+    chosen = RareClassSampler(class_counts(data)).draw_distinct(num, rng)
+    for folder in ("images", "labels"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for c, i in tqdm(chosen, "copying"):
+        stem, suffix = f"{c}_{data.name(i)}", data.images[i].suffix
+        shutil.copyfile(data.images[i], out / "images" / f"{stem}{suffix}")
+        save_label(out / "labels" / f"{stem}_labelTrainIds.png", data.label(i), data.classes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Labels as conditions: crop, one-hot, caption, large segments
+
+WEATHERS = ("snowy", "rainy", "sunny", "foggy", "night")
+
+
+def crop_box(label, size, rng, cls=None, min_share=0.01, tries=10):
+    """Box of `size` (int or (h, w)) in an (H, W) label → (top, left, share of cls in the box).
+
+    The box is centred on a random pixel of `cls` and moved inside; the first of `tries` boxes with
+    a share above `min_share`, otherwise the last. Without `cls` it is uniform (and the share 0).
+    The official draw never picks the last pixel and fails for a class of one pixel.
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+    H, W = label.shape
+    if H < h or W < w:
+        raise ValueError(f"a label of {W}x{H} pixels is smaller than the crop of {w}x{h}")
+    if cls is None:
+        return int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1)), 0.0
+    pixels = np.flatnonzero(label == cls)
+    if not len(pixels):
+        raise ValueError(f"class {cls} does not occur in the label that is to be cropped to it")
+    for _ in range(tries):
+        y, x = divmod(int(rng.choice(pixels)), W)
+        top, left = min(max(y - h // 2, 0), H - h), min(max(x - w // 2, 0), W - w)
+        share = float((label[top:top + h, left:left + w] == cls).mean())
+        if share > min_share:
+            break
+    return top, left, share
+
+
+def one_hot(label, num_classes):
+    """(H, W) label → (K+1, H, W) float 0/1, the condition of the ControlNet; channel K = ignore."""
+    index = torch.from_numpy(np.array(label, order="C")).long()
+    index = index.where(index != IGNORE, num_classes)
+    assert index.max() <= num_classes, f"label value {index.max()} with {num_classes} classes"
+    return (index == torch.arange(num_classes + 1)[:, None, None]).float()
+
+
+def caption(label, classes=CITYSCAPES):
+    """Names of the classes in an (H, W) label, in trainId order, e.g. "road building sky car"."""
+    return " ".join(classes.names[c] for c in np.unique(label) if c != IGNORE)
+
+
+def weather_prompt(names, weather):
+    """The prompt with weather of the official generator; `names` is a caption."""
+    return f"A city street scene with {names}, in {weather} weather."
+
+
+def connected_components(label):
+    """(H, W) label or mask → (int32 (H, W) numbers 1..n in reading order, n).
+
+    A component is a set of equal pixels joined by sides or corners (8-connected). False in a mask
+    and ignore in a label get 0. Rows are cut into runs of equal pixels; touching runs are edges,
+    and every tree of runs is hooked to the smallest run it touches until no edge joins two trees.
+    """
+    label = np.asarray(label)
+    start = np.ones(label.shape, bool)  # a run starts here
+    start[:, 1:] = label[:, 1:] != label[:, :-1]
+    run = np.cumsum(start, dtype=np.int32) - 1  # (H * W,)
+    up, up_left, up_right = np.zeros((3, *label.shape), bool)
+    up[1:] = label[1:] == label[:-1]
+    up[:, 1:] &= ~(up[:, :-1] & ~start[:, 1:])  # one edge is enough where runs touch for long
+    corner = start[1:, 1:] & start[:-1, 1:]  # otherwise the two are joined by a side as well
+    up_left[1:, 1:] = corner & (label[1:, 1:] == label[:-1, :-1])
+    up_right[1:, :-1] = corner & (label[1:, :-1] == label[:-1, 1:])
+    W = label.shape[1]
+    ends = [(run[at], run[at - back]) for mask, back in ((up, W), (up_left, W + 1), (up_right, W - 1))
+            for at in [np.flatnonzero(mask)]]
+    a, b = np.concatenate(ends, axis=1)
+    identity = np.arange(run[-1] + 1, dtype=np.int32)
+    parent = identity
+    while a.size:
+        hooked = parent.copy()
+        np.minimum.at(hooked, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(hooked, parent):
+            parent, hooked = hooked, hooked[hooked]
+        a, b = parent[a], parent[b]
+        apart = np.flatnonzero(a != b)
+        a, b = a[apart], b[apart]
+    value = label[start]
+    counted = value if label.dtype == bool else value != IGNORE
+    number = np.cumsum((parent == identity) & counted, dtype=np.int32)
+    return np.where(counted, number[parent], 0)[run].reshape(label.shape), int(number[-1])
+
+
+def large_segments(label, threshold):
+    """(H, W) label → bool mask of the 8-connected segments of one class above `threshold` pixels.
+
+    There the generator keeps its first pass. Ignore is never part of it. Official thresholds at
+    512 x 512: 30000 in the demo, 20000 for data sets.
+    """
+    component, _ = connected_components(label)
+    large = np.bincount(component.ravel()) > threshold
+    large[0] = False
+    return large[component]
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation of the segmenter
+
+
+def photometric_distortion(image, rng):
+    """(H, W, 3) uint8 RGB → the same, each step with probability 1/2 and cut to uint8 after it.
+
+    Brightness + U(-32, 32); contrast x U(.5, 1.5), here or at the end; HSV saturation x U(.5, 1.5);
+    hue + one of -18..17 in steps of 2 degrees: mmseg's, without its rounding of HSV to bytes.
+    """
+    def cut(x):
+        return x.clip(0, 255).astype(np.uint8)
+
+    def contrast(x):
+        return cut(x.astype(np.float32) * rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else x
+
+    image = image.copy()
+    if rng.random() < 0.5:
+        image = cut(image.astype(np.float32) + rng.uniform(-32, 32))
+    if early := rng.random() < 0.5:
+        image = contrast(image)
+    if rng.random() < 0.5:  # at fixed hue and value, S scales the distances from the maximum
+        value = image.max(2, keepdims=True).astype(np.float32)
+        chroma = value - image.min(2, keepdims=True)
+        factor = np.minimum(rng.uniform(0.5, 1.5), value / chroma.clip(1))  # S stays <= 1
+        image = cut(value - (value - image) * factor + 0.5)
+    if rng.random() < 0.5:
+        hue = TF.adjust_hue(torch.tensor(image).permute(2, 0, 1), rng.integers(-18, 18) / 180)
+        image = hue.permute(1, 2, 0).contiguous().numpy()
+    return image if early else contrast(image)
+
+
+def random_crop_cat_max(image, label, size, rng, cat_max_ratio=0.75, tries=10):
+    """Uniform crop of a pair to `size` (int or (h, w)) → image, label (copies).
+
+    Drawn again up to `tries` times until it shows two classes and none of them fills
+    `cat_max_ratio` of the pixels that are not ignore (DAFormer's training crop).
+    """
+    h, w = (size, size) if isinstance(size, int) else size
+    for _ in range(tries + 1):
+        top, left, _ = crop_box(label, (h, w), rng)
+        box = slice(top, top + h), slice(left, left + w)
+        n = _count(IGNORE, label[box])
+        if np.count_nonzero(n) > 1 and n.max() < cat_max_ratio * n.sum():
+            break
+    return image[box].copy(), label[box].copy()
+
+
+def resize_to_fit(image, label, size):
+    """Pair → the largest of the same ratio within `size` (w, h): GTA in 1280 x 720 is 1280 x 704.
+
+    As in mmcv the longer side is held to the longer of `size`, so portraits are fitted upright;
+    bilinear without antialiasing, nearest for the label (which may be None).
+    """
+    H, W = image.shape[:2]
+    scale = min(max(size) / max(H, W), min(size) / min(H, W))
+    to = [int(H * scale + 0.5), int(W * scale + 0.5)]
+    image = TF.resize(torch.tensor(image).permute(2, 0, 1), to, antialias=False)
+    if label is not None:
+        label = TF.resize(torch.tensor(label)[None], to, InterpolationMode.NEAREST)[0].numpy()
+    return image.permute(1, 2, 0).contiguous().numpy(), label
+
+
+# --------------------------------------------------------------------------------------------
+# Toy streets: procedural perspective streets with exact labels, in one clean source style and six
+# others. A scene is a list of flat shapes drawn back to front into an *index buffer*: every pixel
+# holds the number of the shape that is seen there, so class, colour, depth, light and snow cover
+# are table look-ups, the label is exact by construction, and one scene can be lit in every style.
+
+STYLES = ("sunny", "night", "foggy", "rainy", "snowy", "dusk", "overcast")  # sunny = the source
+SMALL = (5, 6, 7, 11, 12, 17, 18)  # pole, light, sign, person, rider, motorcycle, bicycle
+WARM, WHITE, RED = (255, 214, 130), (255, 250, 225), (255, 40, 30)  # what shines in the dark
+
+
+class Street:
+    """Geometry of one scene. Metres: X right, Y up from the ground, Z away from the camera."""
+
+    def __init__(self, seed, size):
+        self.rng = rng = np.random.default_rng([7, seed])
+        self.h, self.w = size
+        self.f = self.w * rng.uniform(0.55, 0.75)  # focal length in pixels
+        self.x0 = self.w * rng.uniform(0.42, 0.58)  # vanishing point
+        self.y0 = self.h * rng.uniform(0.40, 0.50)
+        self.eye = rng.uniform(1.4, 2.2)  # camera height
+        self.buffer = Image.new("I", (self.w, self.h), 0)
+        self.pen = ImageDraw.Draw(self.buffer)
+        self.shapes = [(10, (110, 165, 225), 1e3, (0, 0, 0), 0.0)]  # shape 0: the sky
+        self.draw()
+
+    def point(self, x, y, z):
+        return self.x0 + self.f * x / z, self.y0 + self.f * (self.eye - y) / z
+
+    def shape(self, cls, colour, z, glow=(0, 0, 0), snow=0.0):
+        """Enter a shape (class, RGB, depth in m or 0 = lies on the ground, light, snow cover)."""
+        self.shapes.append((cls, tuple(colour), z, glow, snow))
+        return len(self.shapes) - 1
+
+    def face(self, x, y, z, cls, colour, glow=(0, 0, 0), snow=0.0):
+        """Rectangle that faces the camera at depth z; x = (left, right), y = (bottom, top)."""
+        (a, b), (c, d) = self.point(x[0], y[1], z), self.point(x[1], y[0], z)
+        self.pen.rectangle(
+            (min(a, c), b, max(a, c), d), fill=self.shape(cls, colour, z, glow, snow)
+        )
+
+    def side(self, x, y, z, cls, colour, glow=(0, 0, 0), snow=0.0):
+        """Rectangle along the street at lateral position x; y = (bottom, top), z = (near, far)."""
+        corners = [self.point(x, y[i], z[j]) for i, j in ((0, 0), (1, 0), (1, 1), (0, 1))]
+        self.pen.polygon(corners, fill=self.shape(cls, colour, sum(z) / 2, glow, snow))
+
+    def ground(self, x, z, cls, colour, snow=0.0):
+        """Rectangle on the ground; x = (left, right), z = (near, far)."""
+        corners = [self.point(x[i], 0, z[j]) for i, j in ((0, 0), (0, 1), (1, 1), (1, 0))]
+        self.pen.polygon(corners, fill=self.shape(cls, colour, 0, snow=snow))
+
+    def disc(self, x, y, z, rx, ry, cls, colour, glow=(0, 0, 0), snow=0.0):
+        """Ellipse that faces the camera, centre (x, y, z), radii in metres."""
+        (a, b), (c, d) = self.point(x - rx, y + ry, z), self.point(x + rx, y - ry, z)
+        self.pen.ellipse((a, b, c, d), fill=self.shape(cls, colour, z, glow, snow))
+
+    def box(self, x, y, z, cls, colour, snow=0.0):
+        """Box with a face to the camera and the one flank that can be seen."""
+        shade = [int(c * 0.72) for c in colour]
+        flank = x[0] if x[0] > 0 else x[1] if x[1] < 0 else None
+        if flank is not None:
+            self.side(flank, y, z, cls, shade, snow=snow)
+        self.face(x, y, z[0], cls, colour, snow=snow)
+
+    # ---- what stands in a street -----------------------------------------------------------
+
+    def draw(self):
+        """Paint the scene back to front: ground, house fronts, then everything that stands."""
+        rng, things = self.rng, []
+        half, walk = rng.uniform(4.0, 7.5), rng.uniform(1.8, 4.0)  # road half-width, sidewalk
+        near = self.f * self.eye / (self.h - self.y0) * 0.9  # just below the lower picture edge
+        green, paved = rng.random(2) < (0.5, 0.85)
+        verge = (9, (92, 138, 62)) if green else (1, (150, 146, 140))
+        asphalt = rng.integers(72, 100) + np.array((0, 2, 6))
+        self.ground((-300, 300), (near, 400), *verge, snow=0.9)
+        if paved:
+            self.ground((-half - walk, half + walk), (near, 400), 1, (176, 170, 162), snow=0.8)
+        self.ground((-half, half), (near, 400), 0, asphalt, snow=0.35)
+        for z in np.arange(near, 70, 5.0) + rng.uniform(0, 2):
+            self.ground((-0.09, 0.09), (z, z + 2.2), 0, (225, 225, 220), snow=0.2)
+        for s in (-1, 1):
+            self.ground((s * half - 0.12, s * half + 0.12), (near, 90), 0, (205, 205, 200))
+            things += self.row_of_houses(s, half + walk, near)
+            things += self.street_furniture(s, half, walk, near)
+        things += self.traffic(half, walk, near)
+        for _, draw in sorted(things, key=lambda thing: -thing[0]):
+            draw()
+        if rng.random() < 0.3:  # the hood of our own car: ignored, as in Cityscapes
+            y, hood = self.h * rng.uniform(0.93, 0.97), self.shape(IGNORE, (40, 42, 48), near)
+            self.pen.ellipse((self.w * 0.1, y, self.w * 0.9, y + self.h * 0.3), fill=hood)
+
+    def row_of_houses(self, s, edge, near):
+        """Buildings, walls, fences and gardens along one side -> [(depth, draw)]."""
+        rng, things = self.rng, []
+        z = near + rng.uniform(-6, 4)
+        while z < 130:
+            length, x = rng.uniform(8, 24), s * (edge + rng.uniform(0.2, 2.5))
+            a, b, kind = max(z, near * 0.7), z + length, rng.random()
+            if kind < 0.66:
+                things.append((b, partial(self.house, x, s, a, b)))
+            elif kind < 0.76:
+                tall = rng.uniform(1.6, 3.2)
+                grey = rng.integers(120, 175) + np.array((6, 0, -8))
+                things.append((b, partial(self.side, x, (0, tall), (a, b), 3, grey, snow=0.1)))
+            elif kind < 0.88:
+                things.append((b, partial(self.fence, x, a, b)))
+            if kind >= 0.66:
+                for _ in range(rng.integers(1, 4)):
+                    t, off = rng.uniform(a, b), s * rng.uniform(0.8, 6)
+                    things.append((t + 0.1, partial(self.tree, x + off, t)))
+            z = b + rng.choice([0, 0, rng.uniform(1, 8)])
+        return things
+
+    def house(self, x, s, a, b):
+        rng = self.rng
+        walls = ((168, 84, 62), (205, 180, 140), (222, 214, 198), (150, 150, 158), (196, 150, 96))
+        colour = np.array(walls[rng.integers(len(walls))]) + rng.integers(-14, 15)
+        floors, storey = rng.integers(2, 8), rng.uniform(2.8, 3.4)
+        top, deep = floors * storey + 0.8, s * rng.uniform(8, 16)
+        self.face(sorted((x, x + deep)), (0, top), a, 2, colour * 0.8, snow=0.03)
+        self.side(x, (0, top), (a, b), 2, colour, snow=0.03)
+        self.side(x, (top - 0.5, top), (a, b), 2, colour * 0.6, snow=1.0)
+        if rng.random() < 0.5:  # shop front
+            self.side(x, (0.2, 2.6), (a + 0.5, b - 0.5), 2, rng.integers(40, 110, 3), WARM)
+        glass, bays = rng.integers(50, 100) + np.array((0, 12, 30)), int((b - a) / 2.6)
+        if b > 75:  # too far for single windows
+            for i in range(1, floors):
+                self.side(x, (i * storey + 0.9, i * storey + 2.1), (a + 1, b - 1), 2, glass)
+            return
+        for i, j in np.ndindex(floors - 1, bays):
+            z, y = a + (j + 0.25) * (b - a) / bays, (i + 1) * storey + 0.8
+            lit = WARM if rng.random() < 0.35 else (0, 0, 0)
+            self.side(x, (y, y + 1.5), (z, z + 1.3), 2, glass, lit)
+
+    def fence(self, x, a, b):
+        tall, colour = self.rng.uniform(1.0, 1.7), np.array((122, 98, 78))
+        self.side(x, (0, tall), (a, b), 4, colour, snow=0.1)
+        for z in np.arange(a, min(b, 45), 0.9):
+            self.side(x, (0.1, tall - 0.15), (z, z + 0.4), 4, colour * 0.62)
+
+    def tree(self, x, z):
+        rng = self.rng
+        green = np.array((52, 110, 42)) + rng.integers(-18, 30, 3) * (1, 1, 0.5)
+        if rng.random() < 0.3:  # a bush
+            self.disc(x, 0.5, z, rng.uniform(0.6, 1.3), 0.8, 8, green, snow=0.5)
+            return
+        tall, r = rng.uniform(3.5, 6.5), rng.uniform(1.1, 2.2)
+        self.face((x - 0.15, x + 0.15), (0, tall), z, 8, (92, 70, 50))
+        for _ in range(4):
+            dx, dy = rng.normal(0, 0.5 * r, 2)
+            tint = green * rng.uniform(0.8, 1.15)
+            self.disc(x + dx, tall + dy, z, r * 0.8, r * 0.7, 8, tint, snow=0.55)
+
+    def street_furniture(self, s, half, walk, near):
+        """Lamps, lights, signs, trees, bins and people on one sidewalk -> [(depth, draw)]."""
+        rng, things = self.rng, []
+        makers = (self.lamp, self.light, self.sign, self.tree, self.person, self.bin, self.bike)
+        for _ in range(rng.integers(5, 11)):
+            z = near + 1 + 42 * rng.random() ** 1.6
+            make = makers[rng.choice(7, p=(0.15, 0.15, 0.17, 0.1, 0.28, 0.05, 0.1))]
+            x = s * (half + rng.uniform(0.35, max(walk - 0.4, 0.5)))
+            things.append((z, partial(make, x, z)))
+        return things
+
+    def lamp(self, x, z):
+        tall, s = self.rng.uniform(5, 8), -np.sign(x)
+        self.face((x - 0.1, x + 0.1), (0, tall), z, 5, (108, 112, 116))
+        self.face(sorted((x, x + s * 1.6)), (tall - 0.15, tall), z, 5, (108, 112, 116), snow=0.5)
+        self.face(sorted((x + s, x + s * 1.7)), (tall - 0.4, tall - 0.15), z, 5, WHITE, WARM)
+
+    def light(self, x, z):
+        low, lamp = self.rng.uniform(2.4, 3.4), self.rng.integers(3)
+        self.face((x - 0.09, x + 0.09), (0, low), z, 5, (82, 86, 92))
+        self.face((x - 0.34, x + 0.34), (low, low + 1.6), z, 6, (32, 34, 36), snow=0.1)
+        for k, colour in enumerate(((60, 220, 110), (250, 200, 40), (250, 50, 40))):
+            on = colour if k == lamp else (0, 0, 0)
+            dim = colour if k == lamp else [c // 4 for c in colour]
+            self.disc(x, low + 0.28 + 0.52 * k, z, 0.2, 0.2, 6, dim, on)
+
+    def sign(self, x, z):
+        rng, y, r = self.rng, self.rng.uniform(2.2, 3.2), self.rng.uniform(0.4, 0.65)
+        self.face((x - 0.07, x + 0.07), (0, y), z, 5, (140, 144, 148))
+        kind = rng.integers(3)
+        if kind == 0:
+            self.disc(x, y, z, r, r, 7, (200, 30, 35))
+            self.disc(x, y, z, r * 0.62, r * 0.62, 7, (240, 240, 240))
+        elif kind == 1:
+            self.face((x - r, x + r), (y - r, y + r), z, 7, (35, 80, 190))
+            self.face((x - r * 0.4, x + r * 0.4), (y - r * 0.6, y + r * 0.6), z, 7, (240,) * 3)
+        else:
+            for k, colour in ((1, (240, 200, 30)), (0.5, (30, 30, 30))):
+                low = y - r * k * 0.8
+                corners = [(x - r * k, low), (x + r * k, low), (x, y + r * k)]
+                self.pen.polygon(
+                    [self.point(*c, z) for c in corners], fill=self.shape(7, colour, z)
+                )
+
+    def bin(self, x, z):
+        self.box((x - 0.4, x + 0.4), (0, 1.1), (z, z + 0.8), IGNORE, (70, 88, 76), snow=0.2)
+
+    def person(self, x, z, cls=11, lift=0.0):
+        rng = self.rng
+        coat, legs = rng.integers(30, 225, 3), rng.integers(25, 90, 3)
+        tall, w = rng.uniform(1.55, 1.9), rng.uniform(0.24, 0.3)
+        self.face((x - w * 0.75, x + w * 0.75), (lift, lift + tall * 0.5), z, cls, legs)
+        self.face((x - w, x + w), (lift + tall * 0.42, lift + tall * 0.84), z, cls, coat)
+        self.disc(x, lift + tall * 0.92, z, 0.15, 0.17, cls, (205, 160, 130))
+
+    def bike(self, x, z, rider=False):
+        """A bicycle (18) or motorcycle (17), with a rider (12) when `rider`."""
+        rng = self.rng
+        motor = rng.random() < 0.5
+        cls, r = (17, 0.36) if motor else (18, 0.38)
+        colour = rng.integers(60, 230, 3) if motor else rng.integers(20, 120, 3)
+        for dx in (-0.6, 0.6):
+            self.disc(x + dx, r, z, r, r, cls, (26, 26, 28))
+        if motor:
+            self.face((x - 0.6, x + 0.5), (0.45, 0.95), z, cls, colour)
+            self.disc(x + 0.62, 0.85, z, 0.14, 0.14, cls, WHITE, WHITE)
+        else:
+            self.face((x - 0.6, x + 0.6), (0.5, 0.68), z, cls, colour)
+            self.face((x + 0.38, x + 0.5), (0.5, 1.1), z, cls, colour)
+        if rider:
+            self.person(x - 0.1, z - 0.01, 12, lift=0.55)
+
+    def traffic(self, half, walk, near):
+        """Vehicles on the road and parked, riders, and sometimes a tram -> [(depth, draw)]."""
+        rng, things = self.rng, []
+        for _ in range(rng.integers(3, 8)):
+            z, x = near + 2.5 + 45 * rng.random() ** 1.4, rng.uniform(-half + 1.1, half - 1.1)
+            makers = (self.car, self.truck, self.bus, partial(self.bike, rider=True))
+            make = makers[rng.choice(4, p=(0.5, 0.13, 0.12, 0.25))]
+            things.append((z, partial(make, x, z)))
+        if rng.random() < 0.22:
+            s, z = rng.choice([-1, 1]), near + rng.uniform(4, 25)
+            things.append((z + 0.05, partial(self.tram, s * (half - 1.0), z)))
+        if rng.random() < 0.3:
+            z = near + rng.uniform(3, 15)
+            things.append((z, partial(self.person, rng.uniform(-half, half), z)))
+        return things
+
+    def shadow(self, x, z, w):
+        self.ground((x - w, x + w), (z - 0.35, z + 1.5), 0, (48, 49, 52))
+
+    def car(self, x, z):
+        rng, w, away = self.rng, self.rng.uniform(0.85, 1.0), self.rng.random() < 0.6
+        paint = np.array(((190, 30, 32), (36, 78, 170), (225, 225, 228), (40, 42, 46),
+                          (150, 154, 160), (215, 175, 60), (60, 110, 70))[rng.integers(7)])
+        deep, tall = rng.uniform(3.6, 4.6), rng.uniform(1.4, 1.65)
+        self.shadow(x, z, w)
+        self.box((x - w * 0.82, x + w * 0.82), (0.7, tall), (z + 0.6, z + deep * 0.75), 13,
+                 paint * 0.85, snow=0.25)
+        self.box((x - w, x + w), (0.28, 0.95), (z, z + deep), 13, paint, snow=0.1)
+        self.face((x - w * 0.7, x + w * 0.7), (0.98, tall - 0.12), z + 0.5, 13, (48, 62, 78))
+        for s in (-1, 1):
+            self.face(sorted((x + s * w * 0.55, x + s * w * 0.9)), (0, 0.3), z, 13, (22, 22, 24))
+            lamp = RED if away else WHITE
+            self.face(sorted((x + s * w * 0.6, x + s * w * 0.92)), (0.62, 0.8), z, 13, lamp, lamp)
+        self.face((x - 0.24, x + 0.24), (0.42, 0.56), z, 13, (235, 235, 225))
+
+    def truck(self, x, z):
+        rng, w = self.rng, 1.25
+        cargo = np.array(((230, 230, 225), (70, 110, 160), (190, 120, 60))[rng.integers(3)])
+        self.shadow(x, z, w)
+        self.box((x - w, x + w), (0.9, rng.uniform(3.2, 3.9)), (z, z + rng.uniform(6, 9)), 14,
+                 cargo, snow=0.1)
+        self.face((x - w * 0.95, x + w * 0.95), (0.5, 0.9), z, 14, (52, 54, 58))
+        self.face((x - 0.04, x + 0.04), (0.95, 3.1), z, 14, cargo * 0.6)
+        for s in (-1, 1):
+            self.face(sorted((x + s * 0.65, x + s * 1.15)), (0, 0.55), z, 14, (22, 22, 24))
+            self.face(sorted((x + s * 0.85, x + s * 1.2)), (0.62, 0.8), z, 14, RED, RED)
+
+    def coach(self, x, z, cls, paint, deep, tall):
+        """The common body of bus and tram: a box with a row of lit windows."""
+        w, flank = 1.3, x - np.sign(x) * 1.3
+        self.shadow(x, z, w)
+        self.box((x - w, x + w), (0.35, tall), (z, z + deep), cls, paint, snow=0.08)
+        if abs(x) > w:
+            for t in np.arange(z + 0.6, z + deep - 1, 1.6):
+                self.side(flank, (1.5, 2.5), (t, t + 1.25), cls, (62, 80, 98), WARM)
+        self.face((x - 1.1, x + 1.1), (1.45, tall - 0.6), z, cls, (58, 76, 96), WARM)
+        self.face((x - 0.7, x + 0.7), (tall - 0.45, tall - 0.15), z, cls, (250, 180, 40), WARM)
+
+    def bus(self, x, z):
+        paint = ((205, 34, 36), (240, 200, 60), (236, 236, 240))[self.rng.integers(3)]
+        self.coach(x, z, 15, np.array(paint), self.rng.uniform(8, 11), 3.0)
+        for s in (-1, 1):
+            self.face(sorted((x + s * 0.7, x + s * 1.15)), (0, 0.5), z, 15, (22, 22, 24))
+            self.face(sorted((x + s * 0.85, x + s * 1.2)), (0.7, 0.95), z, 15, RED, RED)
+
+    def tram(self, x, z):
+        for s in (-0.7, 0.7):
+            self.ground((x + s - 0.05, x + s + 0.05), (z * 0.5, z), 0, (165, 165, 170))
+        self.coach(x, z, 16, np.array((40, 130, 96)), self.rng.uniform(18, 30), 3.5)
+        self.face((x - 1.3, x + 1.3), (0.9, 1.15), z, 16, (235, 225, 190))
+
+
+def smooth_noise(rng, size, cell):
+    """Uniform noise on a grid of `cell` pixels, enlarged smoothly -> float32 (H,W) in [-1,1]."""
+    grid = rng.uniform(-1, 1, (size[0] // cell + 2, size[1] // cell + 2)).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize(size[::-1], Image.BICUBIC))
+
+
+def light_street(street, style, rng):
+    """Light a scene in one of STYLES -> image uint8 (H,W,3), label uint8 (H,W)."""
+    index, size = np.asarray(street.buffer), (street.h, street.w)
+    columns = zip(*street.shapes, strict=True)
+    cls, rgb, depth, glow, snow = (np.array(c, np.float32) for c in columns)
+    label, image, glow = cls.astype(np.uint8)[index], rgb[index], glow[index]
+    rows = np.arange(street.h, dtype=np.float32)[:, None] - street.y0
+    plane = street.f * street.eye / np.maximum(rows, 0.5)  # depth of the ground, per row
+    z = np.where(depth[index] == 0, plane, depth[index])
+    sky = (index == 0)[..., None]
+    up = np.clip(-rows / street.y0, 0, 1)[..., None]  # 0 at the horizon, 1 at the top
+    high = np.float32
+
+    def paint_sky(low, top, clouds):
+        noise = smooth_noise(rng, size, street.h // 5)[..., None] * clouds
+        return np.array(low, high) * (1 - up) + np.array(top, high) * up + noise
+
+    if style == "sunny":  # clean, saturated, no texture: the look of a game
+        image = np.where(sky, paint_sky((205, 226, 245), (88, 150, 228), 0), image)
+        return np.clip(image, 0, 255).astype(np.uint8), label
+
+    texture = smooth_noise(rng, size, 4) * 0.6 + smooth_noise(rng, size, 11)
+    grey = image.mean(-1, keepdims=True)
+    dull = (grey + (image - grey) * rng.uniform(0.45, 0.65)) * (1 + 0.09 * texture[..., None])
+    dim = rng.uniform(0.9, 1.1)  # every picture has its own exposure
+
+    def haze(picture, colour, reach):
+        seen = np.exp(-z / reach)[..., None]
+        return picture * seen + np.array(colour, high) * (1 - seen)
+
+    if style == "overcast":
+        image = dull * 0.74 * dim
+        image = np.where(sky, paint_sky((178, 180, 184), (142, 146, 152), 22), image)
+    elif style == "foggy":
+        tone = np.array((188, 193, 198), high) * dim
+        image = haze(dull * 0.8, tone, rng.uniform(14, 30))
+    elif style == "rainy":
+        wet = 1 + 0.2 * smooth_noise(rng, size, 9)[..., None] * (label == 0)[..., None]
+        image = dull * np.array((0.46, 0.5, 0.56), high) * wet * dim + glow * 0.25
+        image = haze(image, (96, 102, 110), 90)
+        image = np.where(sky, paint_sky((96, 102, 110), (66, 70, 80), 18), image)
+        streaks = Image.new("L", size[::-1])
+        pen, slant = ImageDraw.Draw(streaks), rng.uniform(-0.35, 0.35)
+        for x, y, n in zip(rng.uniform(0, street.w, 70), rng.uniform(-8, street.h, 70),
+                           rng.uniform(5, 13, 70), strict=True):
+            pen.line((x, y, x + slant * n, y + n), fill=75)
+        image = image + np.asarray(streaks, high)[..., None]
+    elif style == "snowy":
+        lies = snow[index] + 0.3 * texture * (snow[index] > 0.15)
+        lies = np.clip(lies * 1.5 - 0.2, 0, 1)[..., None]
+        image = (dull * 0.8 * (1 - lies) + np.array((232, 236, 242), high) * lies) * dim
+        image = haze(image, (212, 215, 220), 80)
+        image = np.where(sky, paint_sky((214, 217, 222), (190, 194, 202), 8), image)
+        flakes = Image.new("L", size[::-1])
+        pen = ImageDraw.Draw(flakes)
+        for x, y, r in zip(rng.uniform(0, street.w, 90), rng.uniform(0, street.h, 90),
+                           rng.choice([0, 0, 1], 90), strict=True):
+            pen.ellipse((x, y, x + r, y + r), fill=200)
+        fall = np.asarray(flakes, high)[..., None] / 255
+        image = image * (1 - fall) + 250 * fall
+    elif style == "dusk":
+        tint = np.array((0.78, 0.5, 0.5), high) * dim
+        image = haze(dull * tint + glow * 0.35, (190, 112, 90), 150)
+        image = np.where(sky, paint_sky((250, 150, 70), (96, 62, 112), 20), image)
+    else:  # night
+        pool = np.exp(-z / 14)[..., None] * (label <= 1)[..., None]  # our own headlights
+        image = dull * (np.array((0.15, 0.16, 0.23), high) + 0.3 * pool) * dim
+        image = np.where(sky, paint_sky((26, 28, 44), (8, 9, 20), 4), image)
+    if style in ("night", "rainy", "dusk"):  # lamps bleed into the picture around them
+        halo = Image.fromarray(glow.astype(np.uint8)).resize((street.w // 2, street.h // 2))
+        halo = halo.filter(ImageFilter.GaussianBlur(3)).resize(size[::-1], Image.BILINEAR)
+        image = image + np.asarray(halo, high) * (0.5 if style == "night" else 0.2)
+        image = np.maximum(image, glow * 0.95) if style == "night" else image
+    image = image + rng.normal(0, 2.0, size + (1,)).astype(high)  # sensor noise
+    return np.clip(image, 0, 255).astype(np.uint8), label
+
+
+def toy_street(seed, style="sunny", size=(128, 256)):
+    """One procedural street; the scene depends on the seed alone, so every style shows the same.
+
+    -> image uint8 (H,W,3), label uint8 (H,W) with trainIds 0..18 and 255.
+    """
+    if style not in STYLES:
+        raise ValueError(f"no toy style {style!r}; choose from {', '.join(STYLES)}")
+    rng = np.random.default_rng([seed, STYLES.index(style)])
+    return light_street(Street(seed, size), style, rng)
+
+
+class ToyStreets:
+    """Toy streets as a data set: the interface of Pairs, drawn on demand and kept in memory.
+
+    styles: one of STYLES or several, taken in turn. The three splits hold different scenes.
+    """
+
+    layout = "toy streets"
+    SPLITS = {"train": 0, "val": 1_000_000, "test": 2_000_000}
+
+    def __init__(self, styles=("sunny",), n=1000, split="train", size=(128, 256)):
+        unknown = set(styles) - set(STYLES)
+        if unknown:
+            raise ValueError(f"no toy style {sorted(unknown)}; choose from {', '.join(STYLES)}")
+        self.styles, self.n, self.split, self.size = tuple(styles), n, split, size
+        self.memory = {}
+
+    def __len__(self):
+        return self.n
+
+    def weather(self, i):
+        return self.styles[i % len(self.styles)]
+
+    def name(self, i):
+        return f"{self.split}{i:05d}_{self.weather(i)}"
+
+    def pair(self, i):
+        """-> image uint8 (H,W,3), label uint8 (H,W)."""
+        if i not in self.memory:
+            seed = self.SPLITS[self.split] + i
+            self.memory[i] = toy_street(seed, self.weather(i), self.size)
+        return self.memory[i]
+
+    def image(self, i):
+        return self.pair(i)[0]
+
+    def label(self, i):
+        return self.pair(i)[1]
+
+    def report(self):
+        h, w = self.size
+        return f"toy streets: {self.n} pairs of {h}x{w} ({self.split}; {', '.join(self.styles)})"
+
+
+class Joined:
+    """Several data sets behind one another, with the interface of Pairs."""
+
+    def __init__(self, sets):
+        self.sets = list(sets)
+        self.ends = np.cumsum([len(s) for s in self.sets])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def find(self, i):
+        """-> the set that holds index i, and the index in it."""
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        return self.sets[k], i - (int(self.ends[k - 1]) if k else 0)
+
+    def __getattr__(self, method):
+        if method not in ("name", "image", "label", "pair", "weather"):
+            raise AttributeError(method)
+
+        def delegate(i):
+            part, j = self.find(i)
+            return getattr(part, method)(j)
+
+        return delegate
+
+
+def scaled_crop(image, label, size, rng, ratios):
+    """A random crop of (h, w) from the picture enlarged by a ratio drawn from `ratios`.
+
+    Resizing and cropping in one go; ratios whose enlarged picture would be smaller than the crop
+    are raised to just cover it. label may be None. -> image (h,w,3), label (h,w) or None
+    """
+    H, W = image.shape[:2]
+    ratio = max(ratios[rng.integers(len(ratios))], size[0] / H, size[1] / W)
+    h, w = size[0] / ratio, size[1] / ratio
+    top, left = rng.uniform(0, H - h), rng.uniform(0, W - w)
+    if ratio == 1:  # nothing to interpolate
+        top, left = int(top), int(left)
+    box = (left, top, left + w, top + h)
+    image = Image.fromarray(image).resize(size[::-1], Image.BILINEAR, box=box)
+    if label is not None:
+        label = np.asarray(Image.fromarray(label).resize(size[::-1], Image.NEAREST, box=box))
+    return np.asarray(image), label
+
+
+def main(argv=None):
+    """python data.py stats ROOT | rcs-subset ROOT OUT → exit code, 2 for errors of the user."""
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--split", help="sub-folder of the published sets")
+    parser.add_argument("--classes", help="JSON file of other classes than the 19")
+    commands = parser.add_subparsers(dest="command", required=True)
+    stats = commands.add_parser("stats", help="classes of a data set and how often RCS draws them")
+    subset = commands.add_parser("rcs-subset", help="the GTA-6000 subset of the authors")
+    for command in (stats, subset):
+        command.add_argument("root", help="data set folder")
+    subset.add_argument("out", help="new folder")
+    subset.add_argument("--num", type=int, default=6000, help="distinct files (%(default)s)")
+    subset.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        classes = Classes.from_json(args.classes) if args.classes else CITYSCAPES
+        data = Pairs(args.root, classes, args.split)
+        print(data.report())
+        if args.command == "rcs-subset":
+            write_rcs_subset(data, args.out, args.num, args.seed)
+            return 0
+        counts = class_counts(data)
+        print(f"{'class':16}{'pixels':>15}{'share':>9}{'P(c)':>9}{'files':>8}")
+        for name, n, p in zip(classes.names, counts.T, rcs_probabilities(counts), strict=True):
+            print(f"{name:16}{n.sum():15,}{n.sum() / counts.sum():9.3%}{p:9.4f}{sum(n > 0):8}")
+    except (ValueError, OSError) as e:
+        print(f"data.py: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1351 @@
+"""DGInStyle: a pretrained latent diffusion model as a generator of labelled street scenes.
+
+Paper: Jia et al., "DGInStyle: Domain-Generalizable Semantic Segmentation with Image Diffusion
+Models and Stylized Semantic Control", ECCV 2024, arXiv 2312.03048. In the paper's order:
+
+    1  Schedule                     DDIM, in the paper's symbols
+    2  style_swap                   U^S under the ControlNet in training, U^P in its place afterwards
+    3  Models                       what is needed to sample, and guidance
+    4  denoise, first_pass,         sampling in overlapping tiles, and multi-resolution latent
+       second_pass                  fusion (MRLF) with the large segments kept
+    5  draw_condition, generate     label crop by rare class, caption, weather; the data maker
+    6  train vae|prior|dreambooth|controlnet
+    7  segment train|eval|predict   SegFormer / DAFormer / HRDA on source + generated
+    8  the command line             python dginstyle.py train|generate|segment --help
+
+Without --sd and --data everything runs on the toy pack in toy/ and on procedural toy streets.
+Where the released code differs from the paper, the docstring says so and which one is the default.
+
+Shapes: B batch, C latent channels, h w latent size, H W pixels (8h, 8w for SD), K classes,
+L text tokens, D text width. Images in [-1, 1], label maps trainIds with 255 = ignore.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+import clip_text
+import data
+import segformer
+import unet as unet_module
+import vae as vae_module
+from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
+from controlnet import ControlNet
+from segformer import SegFormer, SegFormerConfig
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+TOY = Path(__file__).resolve().parent / "toy"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# --------------------------------------------------------------------------------------------
+# 1  Schedule
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of training and DDIM (Song et al., arXiv 2010.02502) with eta = 0.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Settings and defaults as in SD1.5's
+    scheduler_config.json; results equal diffusers' DDIMScheduler.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"  # or v_prediction (SD2.1 at 768)
+    timestep_spacing: str = "leading"  # or trailing
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False  # the level after the last step: clean, or that of t = 0
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read `scheduler_config.json` from a scheduler folder. ValueError for other methods."""
+        file = Path(folder) / "scheduler_config.json"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the scheduler folder of an SD model has it")
+        config = json.loads(file.read_text())
+        if config.get("clip_sample", False) or config.get("rescale_betas_zero_snr", False):
+            raise ValueError(f"{file}: clip_sample and rescale_betas_zero_snr are not supported")
+        known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        self = cls(**known)
+        for name, choices in (("beta_schedule", ("scaled_linear", "linear")),
+                              ("prediction_type", ("epsilon", "v_prediction")),
+                              ("timestep_spacing", ("leading", "trailing"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{file}: {name} {getattr(self, name)!r} is none of {choices}")
+        return self
+
+    def save_pretrained(self, folder):
+        """Write `scheduler_config.json`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": "DDIMScheduler", "clip_sample": False, **self.__dict__}
+        text = json.dumps(config, indent=2)
+        (Path(folder) / "scheduler_config.json").write_text(text + "\n")
+
+    @property
+    def abar(self):
+        """abar_t, the product of 1 - beta up to t, float32 (1000,)."""
+        n, a, b = self.num_train_timesteps, self.beta_start, self.beta_end
+        if self.beta_schedule == "linear":
+            beta = torch.linspace(a, b, n, dtype=torch.float32)
+        else:
+            beta = torch.linspace(a**0.5, b**0.5, n, dtype=torch.float32) ** 2
+        return torch.cumprod(1 - beta, dim=0)
+
+    def abar_at(self, t):
+        """abar of a timestep as a float; t < 0 is the level after the last step."""
+        if t < 0 and self.set_alpha_to_one:
+            return 1.0
+        return float(self.abar[max(t, 0)])
+
+    def timesteps(self, steps):
+        """[(t, t_prev), …] from noise to image; the last t_prev is negative."""
+        n = self.num_train_timesteps
+        if not 1 <= steps <= n:
+            raise ValueError(f"--steps {steps}: choose 1 to {n}")
+        if self.timestep_spacing == "leading":
+            ts = [k * (n // steps) + self.steps_offset for k in reversed(range(steps))]
+        else:
+            ts = [round(n - k * n / steps) - 1 for k in range(steps)]
+        return [(t, t - n // steps) for t in ts]
+
+    def step(self, out, x, t, t_prev):
+        """One DDIM step (eq. 12, sigma = 0): the network's output at t and x_t -> x_{t_prev}."""
+        abar, abar_prev = self.abar_at(t), self.abar_at(t_prev)
+        if self.prediction_type == "epsilon":
+            eps = out
+            x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+        else:
+            eps = abar**0.5 * out + (1 - abar) ** 0.5 * x
+            x0 = abar**0.5 * x - (1 - abar) ** 0.5 * out
+        return abar_prev**0.5 * x0 + (1 - abar_prev) ** 0.5 * eps
+
+    def add_noise(self, x0, eps, t):
+        """x_t from x_0 (B,…); t a timestep or (B,)."""
+        if not torch.is_tensor(t):
+            abar = torch.tensor(self.abar_at(t))
+        else:
+            abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1))
+        abar = abar.to(x0)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+
+    def target(self, x0, eps, t):
+        """What the network is trained to put out for x_t: eps, or v = sqrt(abar) eps - … x_0."""
+        if self.prediction_type == "epsilon":
+            return eps
+        abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1)).to(x0)
+        return abar.sqrt() * eps - (1 - abar).sqrt() * x0
+
+
+# --------------------------------------------------------------------------------------------
+# 2  Style Swap
+
+
+def style_swap(source, prior, ratio=1.0):
+    """Section 3.2: sample with the prior U^P under a ControlNet that was trained on U^S.
+
+    The ControlNet never had to learn the look of the source domain, since U^S already had it; with
+    U^P in its place that look is gone and the control remains. ratio 1.0 is the paper's swap (the
+    prior itself), 0.0 returns the source, in between the weights are mixed linearly. ValueError
+    if the two are not of one architecture.
+    """
+    if source.config != prior.config:
+        raise ValueError("Style Swap needs two UNets of one architecture; their configs differ")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"--swap {ratio}: choose a ratio from 0 (source) to 1 (prior)")
+    if ratio in (0, 1):
+        return prior if ratio else source
+    mixed = {k: torch.lerp(v, prior.state_dict()[k], ratio) for k, v in source.state_dict().items()}
+    with torch.device("meta"):
+        model = UNet(source.config)
+    model.load_state_dict(mixed, assign=True)
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------
+# 3  Models and guidance
+
+
+@dataclass
+class Models:
+    """What sampling needs. `controlnet` is None for sampling from the prior alone."""
+
+    unet: UNet
+    controlnet: ControlNet | None
+    vae: VAE
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+    schedule: Schedule
+
+    @classmethod
+    def from_pretrained(cls, sd, unet=None, controlnet=None, source_unet=None, swap=1.0,
+                        device="cpu", dtype=torch.float32):
+        """Load an SD folder or a single-file SD checkpoint, optionally with a ControlNet.
+
+        unet: another prior than the folder's; source_unet: U^S, needed when swap < 1. ValueError
+        where the parts do not fit together.
+        """
+        sd = Path(sd)
+        part = (lambda name: sd / name) if sd.is_dir() else (lambda name: sd)
+        if not sd.exists():
+            raise ValueError(f"--sd {sd}: no such Stable Diffusion folder or file")
+        prior = UNet.from_pretrained(unet or part("unet"), dtype)
+        if swap < 1:
+            if source_unet is None or not Path(source_unet).exists():
+                raise ValueError(f"--swap {swap} needs the source UNet: give --source-unet")
+            prior = style_swap(UNet.from_pretrained(source_unet, dtype), prior, swap)
+        beside = sd if sd.is_dir() else sd.parent  # a single file has no tokenizer in it
+        scheduler = beside / "scheduler"
+        self = cls(
+            unet=prior,
+            controlnet=ControlNet.from_pretrained(controlnet, dtype) if controlnet else None,
+            vae=VAE.from_pretrained(part("vae"), torch.float32),  # overflows in half precision
+            text_encoder=TextEncoder.from_pretrained(part("text_encoder"), dtype),
+            tokenizer=Tokenizer.from_pretrained(beside / "tokenizer"),
+            schedule=Schedule.from_pretrained(scheduler) if scheduler.is_dir() else Schedule(),
+        )
+        self.check()
+        for net in (self.unet, self.controlnet, self.vae, self.text_encoder):
+            if net is not None:
+                net.to(device)
+        return self
+
+    def check(self):
+        """ValueError unless the parts fit each other."""
+        u, c = self.unet.config, self.controlnet
+        if c is not None:
+            for name in ("in_channels", "block_out_channels", "layers_per_block", "heads",
+                         "down_block_types", "cross_attention_dim"):
+                a, b = getattr(c.config, name), getattr(u, name)
+                if a != b:
+                    raise ValueError(f"the ControlNet's {name} is {a}, the UNet's {b}: "
+                                     "it was made for another Stable Diffusion")
+        if self.vae.config.latent_channels != u.in_channels:
+            raise ValueError(f"the VAE has {self.vae.config.latent_channels} latent channels, "
+                             f"the UNet expects {u.in_channels}")
+        if self.text_encoder.config.hidden_size != u.cross_attention_dim:
+            raise ValueError(f"the text encoder is {self.text_encoder.config.hidden_size} wide, "
+                             f"the UNet expects {u.cross_attention_dim}")
+
+    @property
+    def device(self):
+        return self.unet.conv_in.weight.device
+
+    @property
+    def window(self):
+        """The training window (h, w) in latent pixels."""
+        return self.unet.config.window
+
+    @property
+    def multiple(self):
+        """Image sizes must be multiples of this: VAE factor times UNet factor (64 for SD)."""
+        return self.vae.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts, negative=""):
+        """B prompts -> text (2,B,L,D): the negative prompt's encoding, then the prompts'."""
+        tokens = self.tokenizer([negative] + list(prompts)).to(self.device)
+        text = self.text_encoder(tokens)
+        return torch.stack([text[:1].expand(len(prompts), -1, -1), text[1:]])
+
+    def predict(self, x, t, text, hint=None, guidance=7.5, control_scale=1.0):
+        """Classifier-free guidance: out_u + guidance (out_c - out_u), float32.
+
+        x (n,C,h,w), text (2,n,L,D), hint encoded (n,C',h,w) or None. The control goes into both
+        halves, each with its own text, as in the paper; into one only, it drowns the style.
+        """
+        dtype = self.unet.conv_in.weight.dtype
+        both = torch.cat([x, x]).to(dtype)
+        context = text.flatten(0, 1).to(dtype)
+        control = None
+        if hint is not None:
+            control = self.controlnet(both, t, context, torch.cat([hint, hint]), control_scale)
+        out_u, out_c = self.unet(both, t, context, control).float().chunk(2)
+        return out_u + guidance * (out_c - out_u)
+
+
+# --------------------------------------------------------------------------------------------
+# 4  Sampling and multi-resolution latent fusion
+
+
+class Noise:
+    """The one source of randomness of B images: every image draws from a generator of its own.
+
+    Called with a shape (B,…) it returns standard normal noise. Any function of that kind will do
+    in its place, for example one that plays recorded noise back.
+    """
+
+    def __init__(self, seeds):
+        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+
+    def __call__(self, shape):
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators])
+
+
+def tiles(size, window, stride):
+    """Top left corners of windows that cover (h, w); the last ones are moved inside."""
+    starts = []
+    for length, win, step in zip(size, window, stride, strict=True):
+        if win > length or not 1 <= step <= win:
+            raise ValueError(f"window {window}, stride {stride} cannot cover {size}: "
+                             "1 <= stride <= window <= size is needed on both axes")
+        steps = range(0, length - win, step)
+        starts.append([*steps, length - win])
+    return [(i, j) for i in starts[0] for j in starts[1]]
+
+
+@torch.no_grad()
+def denoise(models, x, text, hint=None, *, steps=20, guidance=7.5, control_scale=1.0,
+            window=None, stride=None, keep=None, noise=None, official_renoise=False, tile_batch=8):
+    """Yield the latents (B,C,h,w) after every DDIM step, sampled in overlapping windows.
+
+    x       (B,C,h,w) initial noise
+    text    (2,B,L,D) from Models.encode_prompts
+    hint    (B,K+1,H,W) one-hot label maps, or None to sample without control
+    window, stride   in latent pixels, pairs; None: one window of the whole size
+    keep    (z (B,C,h,w), mask (B,1,h,w)): after every step the latents where mask = 1 become z at
+            the new noise level (section 3.3); needs `noise`, which is called once per step
+
+    Windows are averaged as in MultiDiffusion (arXiv 2302.08113): each is stepped on its own, then
+    divided by the coverage. Exact savings over the released loop: windows run in batches, those
+    wholly inside the mask are left out, and a window's hint is encoded once, not once per step.
+
+    official_renoise: the released code noises z to train timestep t - 1 instead of the level that
+    the latents have reached (t_prev), so that the kept part is almost one step too noisy until
+    the end. Off by default.
+    """
+    B, _, h, w = x.shape
+    wh, ww = window = window or (h, w)
+    device, f = models.device, models.vae.factor
+    x, text = x.to(device), text.to(device)
+    z, mask = (k.to(device) for k in keep) if keep else (None, torch.zeros(B, 1, h, w))
+    jobs = [(b, i, j) for b in range(B) for i, j in tiles((h, w), window, stride or window)
+            if not mask[b, 0, i : i + wh, j : j + ww].all()]
+    chunks = [jobs[k : k + tile_batch] for k in range(0, len(jobs), tile_batch)]
+    hints = [None] * len(chunks)
+    if hint is not None:
+        dtype = models.controlnet.conv_in.weight.dtype
+        hints = [models.controlnet.encode_hint(torch.stack(
+            [hint[b, :, f * i : f * (i + wh), f * j : f * (j + ww)] for b, i, j in chunk]
+        ).to(device, dtype)) for chunk in chunks]
+
+    for t, t_prev in models.schedule.timesteps(steps):
+        total, count = torch.zeros_like(x), torch.zeros_like(x[:, :1])
+        for chunk, encoded in zip(chunks, hints, strict=True):
+            part = torch.stack([x[b, :, i : i + wh, j : j + ww] for b, i, j in chunk])
+            part_text = text[:, [b for b, _, _ in chunk]]
+            out = models.predict(part, t, part_text, encoded, guidance, control_scale)
+            stepped = models.schedule.step(out, part, t, t_prev)
+            for (b, i, j), latent in zip(chunk, stepped, strict=True):
+                total[b, :, i : i + wh, j : j + ww] += latent
+                count[b, :, i : i + wh, j : j + ww] += 1
+        x = total / count.clamp(min=1)  # 0 only where nothing but kept latents lie
+        if keep:
+            level = t - 1 if official_renoise else t_prev
+            x = torch.where(mask > 0, models.schedule.add_noise(z, noise(z.shape).to(z), level), x)
+        yield x
+
+
+def first_pass(models, size, text, hint, noise, **options):
+    """Plain sampling at the training resolution: (H, W) pixels -> latents (B,C,h,w)."""
+    f, (wh, ww) = models.vae.factor, models.window
+    h, w = size[0] // f, size[1] // f
+    window = min(wh, h), min(ww, w)
+    stride = max(1, window[0] // 2), max(1, window[1] // 2)  # of use for sizes above the window
+    x = noise((text.shape[1], models.unet.config.in_channels, h, w))
+    for latents in denoise(models, x, text, hint, window=window, stride=stride, **options):
+        pass
+    return latents
+
+
+@torch.no_grad()
+def enlarge(vae, latents):
+    """Latents (B,C,h,w) -> (B,C,2h,2w) through 8-bit images enlarged with LANCZOS.
+
+    The posterior's mean is encoded where the released code draws a sample: the only random tensors
+    of the second pass are then its initial noise and one per step.
+    """
+    images = to_uint8(vae.decode(latents.to(vae.quant_conv.weight)))
+    size = images.shape[2] * 2, images.shape[1] * 2
+    large = np.stack([np.asarray(Image.fromarray(i).resize(size, Image.LANCZOS)) for i in images])
+    return vae.encode(from_uint8(large).to(vae.quant_conv.weight)).float()
+
+
+def second_pass(models, latents, mask, hint, text, noise, *, stride=None, **options):
+    """MRLF (section 3.3): sample again at twice the size, in windows, keeping large segments.
+
+    latents (B,C,h,w) of the first pass; mask (B,1,H,W), 1 = belongs to a large segment and is
+    taken from the first pass; hint (B,K+1,H,W); text (2,B,L,D); noise: see Noise, called for the
+    initial noise and then once per step. stride defaults to a quarter of the window (16 for SD,
+    as in the released demo). Small segments get the network's whole resolution, large ones keep
+    the layout they had. -> latents (B,C,2h,2w)
+    """
+    z = enlarge(models.vae, latents)
+    x = noise(z.shape)
+    window = tuple(min(a, b) for a, b in zip(models.window, z.shape[2:], strict=True))
+    stride = stride or tuple(max(1, n // 4) for n in window)
+    hint = F.interpolate(hint, scale_factor=2.0, mode="nearest")
+    mask = F.interpolate(mask, size=z.shape[2:], mode="nearest")
+    for latents in denoise(models, x, text, hint, window=window, stride=stride, keep=(z, mask),
+                           noise=noise, **options):
+        pass
+    return latents
+
+
+def to_uint8(images):
+    """float (B,3,H,W) in [-1,1], clamped -> uint8 (B,H,W,3) numpy."""
+    images = (images.float().clamp(-1, 1) + 1) * 127.5
+    return images.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_uint8(images):
+    """uint8 (B,H,W,3) numpy -> float (B,3,H,W) in [-1,1]."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# --------------------------------------------------------------------------------------------
+# 5  generate
+
+
+@dataclass
+class Condition:
+    """Everything that decides image k of a run, drawn from (run seed, k) alone."""
+
+    name: str
+    label: np.ndarray  # (H,W) uint8 trainIds, 255 = ignore
+    prompt: str
+    weather: str | None
+    rare_class: str | None
+    crop: tuple[int, int]  # top, left in the (resized) label map
+    seed: int
+
+
+def draw_condition(k, pairs, sampler, size, args, classes):
+    """Label crop around a rare class (section 3.4), caption, and a weather sentence or none.
+
+    The released code draws the weather from an unseeded generator and shares another among all
+    images; here image k is the same whether it is made alone, in a batch or after a restart.
+    """
+    rng = np.random.default_rng([args.seed, k])
+    cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
+    label = pairs.label(i)
+    if args.label_height:
+        width = round(label.shape[1] * args.label_height / label.shape[0])
+        label = np.asarray(Image.fromarray(label).resize((width, args.label_height), Image.NEAREST))
+    if cls is not None and not (label == cls).any():
+        cls = None  # the class has vanished in the smaller map
+    top, left, _ = data.crop_box(label, size, rng, cls)
+    label = label[top : top + size[0], left : left + size[1]].copy()
+    prompt, weather = data.caption(label, classes), None
+    if rng.random() < args.weather_prob:
+        weather = str(rng.choice(args.weather))
+        prompt = data.weather_prompt(prompt, weather)
+    return Condition(f"{k:06d}_{pairs.name(i)}", label, prompt, weather,
+                     None if cls is None else classes.names[cls], (int(top), int(left)),
+                     int(rng.integers(2**62)))
+
+
+def make_images(models, conditions, classes, args):
+    """Conditions of one size -> uint8 images (B,H,W,3): both passes, decoded and scaled back."""
+    noise = Noise([c.seed for c in conditions])
+    text = models.encode_prompts([c.prompt for c in conditions], args.negative)
+    hint = torch.stack([data.one_hot(c.label, len(classes.names)) for c in conditions])
+    size = hint.shape[2:]
+    options = dict(steps=args.steps, guidance=args.guidance, control_scale=args.control_scale,
+                   tile_batch=args.tile_batch)
+    latents = first_pass(models, size, text, hint, noise, **options)
+    if args.mrlf:
+        large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
+        mask = np.stack([data.large_segments(c.label, large) for c in conditions])
+        latents = second_pass(models, latents, torch.from_numpy(mask)[:, None].float(), hint, text,
+                              noise, stride=args.stride,
+                              official_renoise=args.renoise == "official", **options)
+    with torch.no_grad():
+        images = to_uint8(models.vae.decode(latents))
+    fit = [Image.fromarray(i).resize((size[1], size[0]), Image.LANCZOS) for i in images]
+    return np.stack([np.asarray(i) for i in fit])
+
+
+def generate(args):
+    """Make labelled images: images/, labels/, vis/, manifest.jsonl and grid.png in --out."""
+    args = fill_defaults(args, GENERATE, "generate", toy=args.sd is None)
+    check_weather(args.weather)
+    classes, pairs = open_training_data(args)
+    models = Models.from_pretrained(
+        args.sd, args.unet, args.controlnet, args.source_unet, args.swap, args.device,
+        DTYPES[choose_precision(args)])
+    if models.controlnet.hint_channels != len(classes.names) + 1:
+        raise ValueError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
+                         f"the data have {len(classes.names)} classes and ignore")
+    size = args.size or tuple(n * models.vae.factor for n in models.window)
+    if size[0] % models.multiple or size[1] % models.multiple:
+        raise ValueError(f"--size {size[0]}x{size[1]}: both must be multiples of {models.multiple}")
+    sampler = None
+    if args.rcs:
+        counts = data.class_counts(pairs)
+        sampler = data.RareClassSampler(counts, args.rcs_temperature, args.rcs_min_pixels)
+    out = open_run(args.out, args, ("num", "batch", "tile_batch", "device"))
+    conditions = [draw_condition(k, pairs, sampler, size, args, classes) for k in range(args.num)]
+    todo = [c for c in conditions if not (out / "vis" / f"{c.name}.png").is_file()]
+    if len(todo) < args.num:
+        print(f"{args.num - len(todo)} of {args.num} images are there already")
+    with tqdm(total=len(todo), unit="image", disable=not todo) as bar:
+        for k in range(0, len(todo), args.batch):
+            batch = todo[k : k + args.batch]
+            for c, image in zip(batch, make_images(models, batch, classes, args), strict=True):
+                save_generated(out, c, image, classes)
+            bar.update(len(batch))
+    sheet = contact_sheet([np.asarray(Image.open(out / "vis" / f"{c.name}.png"))
+                           for c in conditions[:32]])
+    write_image(out / "grid.png", sheet)
+    write_manifest(out, conditions)
+    print(f"{args.num} images with labels in {out}; look at {out / 'grid.png'}")
+
+
+def save_generated(out, c, image, classes):
+    """The four files of one image; vis/ is written last, so it marks a finished image."""
+    for folder in ("images", "labels", "vis"):
+        (out / folder).mkdir(exist_ok=True)
+    write_image(out / "images" / f"{c.name}.png", image)
+    data.save_label(out / "labels" / f"{c.name}_labelTrainIds.png", c.label)
+    colour, blend = data.colourise(c.label, classes), data.overlay(image, c.label, classes)
+    write_image(out / "vis" / f"{c.name}.png", np.concatenate([image, colour, blend], axis=1))
+
+
+def write_manifest(out, conditions):
+    with open(out / "manifest.jsonl.part", "w") as file:
+        for c in conditions:
+            row = {"image": f"images/{c.name}.png", "label": f"labels/{c.name}_labelTrainIds.png",
+                   "prompt": c.prompt, "weather": c.weather, "class": c.rare_class,
+                   "crop": c.crop, "seed": c.seed}
+            file.write(json.dumps(row) + "\n")
+    os.replace(out / "manifest.jsonl.part", out / "manifest.jsonl")
+
+
+def contact_sheet(pictures, columns=2, scale=None):
+    """uint8 pictures of one size -> one sheet, small ones enlarged."""
+    h, w = pictures[0].shape[:2]
+    scale = scale or max(1, round(700 / w))
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = np.full((rows * (h + 4), columns * (w + 6), 3), 255, np.uint8)
+    for k, picture in enumerate(pictures):
+        i, j = divmod(k, columns)
+        sheet[i * (h + 4) : i * (h + 4) + h, j * (w + 6) : j * (w + 6) + w] = picture
+    return sheet.repeat(scale, 0).repeat(scale, 1)
+
+
+def write_image(path, image):
+    """Save a PNG so that no half-written file ever carries its name."""
+    part = path.with_name(path.name + ".part")
+    Image.fromarray(image).save(part, format="PNG")
+    os.replace(part, path)
+
+
+def open_run(out, args, free, name="settings.json"):
+    """Make the output folder, or take it up again if it holds a run with the same settings.
+
+    free: settings that may differ between the runs that share a folder.
+    """
+    out = Path(out)
+    settings = {k: str(v) for k, v in sorted(vars(args).items())
+                if k not in (*free, "out", "run", "command")}
+    file = out / name
+    if file.is_file():
+        old = json.loads(file.read_text())
+        differ = [k for k in settings if old.get(k) != settings[k]]
+        if differ:
+            raise ValueError(f"--out {out} holds a run with other settings ({', '.join(differ)}); "
+                             "choose another folder")
+    elif args.command == "generate" and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {out} is not empty and holds no run of this command")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+    return out
+
+
+def check_weather(words):
+    known = {*data.WEATHERS, *data.STYLES}
+    for word in set(words) - known:
+        raise ValueError(f"--weather {word}: choose from {', '.join(sorted(known))}")
+
+
+# --------------------------------------------------------------------------------------------
+# 6  train: the loop, and the four diffusion stages
+
+
+class Samples(torch.utils.data.Dataset):
+    """Sample i of a run is a function of (seed, i) alone: in any order, worker or restart."""
+
+    def __init__(self, draw, seed):
+        self.draw, self.seed = draw, seed
+
+    def __getitem__(self, i):
+        return self.draw(np.random.default_rng([self.seed, i]))
+
+
+class Objective(torch.nn.Module):
+    """The nets in training and the loss of a batch as one module, which is what DDP wraps."""
+
+    def __init__(self, loss, **nets):
+        super().__init__()
+        self.nets, self.loss = torch.nn.ModuleDict(nets), loss
+
+    def forward(self, batch):
+        return self.loss(batch)
+
+
+def lr_factor(args, step):
+    """Learning rate of a step as a fraction of --lr."""
+    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    done = step / args.steps
+    decay = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "poly": 1 - done}
+    return warm * decay[args.lr_schedule]
+
+
+def fit(stage, objective, draw, args, save, groups=None):
+    """The training loop of every stage.
+
+    objective(batch) -> loss; draw(rng) -> one sample; save() writes the nets in their final form,
+    with the averaged weights in place when --ema is on. Restarting continues from the last
+    checkpoint, exactly as if there had been no stop.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, out = torch.device(args.device), Path(args.out)
+    objective.to(device).train()
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    groups = groups or [{"params": parameters, "lr": args.lr, "weight_decay": args.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    base = [g["lr"] for g in optimizer.param_groups]
+    precision = choose_precision(args)
+    autocast = torch.autocast(device.type, DTYPES[precision], precision != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    average = [p.detach().clone() for p in parameters] if args.ema else None
+
+    checkpoint, first = out / "checkpoints" / f"{stage}.pt", 0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        objective.nets.load_state_dict(state["nets"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if average:
+            for a, b in zip(average, state["average"], strict=True):
+                a.copy_(b)
+        first = state["step"]
+        print(f"{stage}: going on from step {first}")
+    module = objective
+    if world > 1:
+        module = torch.nn.parallel.DistributedDataParallel(objective)
+
+    per_step = args.batch * args.accumulate * world  # samples in one update
+    order = [n for step in range(first, args.steps) for n in
+             range(step * per_step + rank, (step + 1) * per_step, world)]
+    loader = iter(torch.utils.data.DataLoader(
+        Samples(draw, args.seed), args.batch, sampler=order, num_workers=args.workers,
+        persistent_workers=args.workers > 0))
+    log, mean = out / "log.jsonl", None
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=stage,
+               disable=rank > 0, mininterval=1)
+    for step in bar:
+        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # noise, t, dropout
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * lr_factor(args, step)
+        value = 0.0
+        for _ in range(args.accumulate):
+            batch = [b.to(device) if torch.is_tensor(b) else b for b in next(loader)]
+            with autocast:
+                loss = module(batch) / args.accumulate
+            scaler.scale(loss).backward()
+            value += loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"{stage}: the loss is {value} at step {step}; lower --lr")
+        scaler.unscale_(optimizer)
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if average:
+            decay = min(args.ema, (step + 1) / (step + 10))  # short memory at the start
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        mean = value if mean is None else 0.98 * mean + 0.02 * value
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        last = step + 1 == args.steps
+        if rank == 0 and ((step + 1) % 50 == 0 or last):
+            row = {"stage": stage, "step": step + 1, "loss": round(mean, 6),
+                   "lr": optimizer.param_groups[0]["lr"], "time": round(time.time())}
+            with open(log, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        if rank == 0 and ((step + 1) % args.save_every == 0 or last):
+            checkpoint.parent.mkdir(exist_ok=True)
+            state = {"step": step + 1, "nets": objective.nets.state_dict(), "average": average,
+                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            torch.save(state, checkpoint.with_suffix(".part"))
+            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            trained = [p.detach().clone() for p in parameters]
+            for p, a in zip(parameters, average or trained, strict=True):
+                p.data.copy_(a)
+            objective.eval()
+            save()
+            objective.train()
+            for p, q in zip(parameters, trained, strict=True):
+                p.data.copy_(q)
+
+
+def diffusion_loss(models, z, text, control=None):
+    """E || target - net(z_t, t, c) ||^2 with t uniform; latents z (B,C,h,w), text (B,L,D)."""
+    t = torch.randint(models.schedule.num_train_timesteps, z.shape[:1], device=z.device)
+    eps = torch.randn_like(z)
+    x = models.schedule.add_noise(z, eps, t)
+    residuals = None if control is None else models.controlnet(x, t, text, control)
+    out = models.unet(x, t, text, residuals)
+    return F.mse_loss(out.float(), models.schedule.target(z, eps, t))
+
+
+@torch.no_grad()
+def encode_images(vae, images):
+    """Images (B,3,H,W) -> latents sampled from the posterior, as both stages train on."""
+    return vae.encode(images, lambda shape: torch.randn(shape, device=images.device)).float()
+
+
+def train_vae(args, pairs, classes):
+    """The toy autoencoder from nothing: MSE + 0.05 L1 + a light KL.
+
+    At the end the latents are brought to mean 0 and standard deviation 1 channel by channel; the
+    1x1 convolutions on both sides of the latents absorb that, so the format stays the public one.
+    """
+    vae = VAE(VAEConfig(**vae_module.PRESETS["tiny"]))
+    size = args.size or (64, 128)
+
+    def draw(rng):
+        image, _ = pairs.pair(int(rng.integers(len(pairs))))
+        crop, _ = data.scaled_crop(image, None, size, rng, args.resize_ratios)
+        return (from_uint8(crop[None])[0],)
+
+    def loss(batch):
+        x, = batch
+        mean, logvar = (m.float() for m in vae.posterior(x))
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        y = vae.decode(z * vae.config.scaling_factor).float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return F.mse_loss(y, x) + 0.05 * F.l1_loss(y, x) + args.kl * kl
+
+    def save():
+        normalise_latents(vae, [draw(np.random.default_rng([1, k]))[0] for k in range(256)]
+                          ).save_pretrained(Path(args.out) / "vae", DTYPES[args.save_dtype])
+
+    fit("vae", Objective(loss, vae=vae), draw, args, save)
+
+
+@torch.no_grad()
+def normalise_latents(vae, images):
+    """A copy of the VAE whose latents have mean 0 and standard deviation 1 in every channel."""
+    z = torch.cat([vae.posterior(x[None].to(vae.quant_conv.weight.device))[0] for x in images])
+    m, s = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    copy = VAE(vae.config).to(z.device)
+    copy.load_state_dict(vae.state_dict())
+    Z = len(m)
+    inner, outer = copy.quant_conv, copy.post_quant_conv
+    inner.weight.data[:Z] /= s[:, None, None, None]  # mean -> (mean - m) / s
+    inner.bias.data[:Z] = (inner.bias.data[:Z] - m) / s
+    inner.bias.data[Z:] -= 2 * s.log()  # log variance of the scaled latents
+    outer.bias.data += outer.weight.data[:, :, 0, 0] @ m  # and back: z s + m
+    outer.weight.data *= s[None, :, None, None]
+    return copy
+
+
+def train_prior(args, pairs, classes):
+    """The toy prior U^P with its text encoder, from nothing, on captioned pictures of all styles.
+
+    Captions: the weather sentence, the class names alone, the weather alone, or nothing, so that
+    the prior answers to every form of prompt the generator uses, the empty one included.
+    """
+    out = Path(args.out)
+    words = [data.weather_prompt(" ".join(classes.names), w) for w in data.STYLES]
+    tokenizer = Tokenizer.train(words * 4, merges=240)
+    tokenizer.save(out / "tokenizer")
+    schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
+    schedule.save_pretrained(out / "scheduler")
+    text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
+                                       "vocab_size": len(tokenizer.vocab)})
+    models = Models(UNet(UNetConfig(**unet_module.PRESETS["tiny"])), None,
+                    VAE.from_pretrained(Path(args.sd) / "vae"), TextEncoder(text_config),
+                    tokenizer, schedule)
+    models.check()
+    size = tuple(n * models.vae.factor for n in models.window)
+
+    def draw(rng):
+        i = int(rng.integers(len(pairs)))
+        crop, label = data.scaled_crop(*pairs.pair(i), size, rng, args.resize_ratios)
+        names, weather, kind = data.caption(label, classes), pairs.weather(i), rng.random()
+        prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
+                  else f"{weather} weather" if kind < 0.88 else "")
+        return from_uint8(crop[None])[0], tokenizer(prompt)[0]
+
+    def loss(batch):
+        images, tokens = batch
+        text = models.text_encoder(tokens)
+        return diffusion_loss(models, encode_images(models.vae, images), text)
+
+    def save():
+        models.unet.save_pretrained(out / "unet", DTYPES[args.save_dtype])
+        models.text_encoder.save_pretrained(out / "text_encoder", DTYPES[args.save_dtype])
+        prompts = [f"{w} weather" for w in data.STYLES] + ["", "road building sky car"]
+        sample_sheet(models, prompts * 2, None, args, out / "samples" / "prior.png")
+
+    models.vae.to(args.device)
+    nets = dict(unet=models.unet, text_encoder=models.text_encoder)
+    fit("prior", Objective(loss, **nets), draw, args, save)
+
+
+def train_dreambooth(args, pairs, classes):
+    """Stage A (section 3.2): the whole prior UNet fine-tuned on source pictures -> U^S.
+
+    One empty prompt for every picture, no prior preservation; resized by a random ratio, then
+    cropped. The released flags give a warm-up that the constant schedule ignores: so do we.
+    """
+    models = Models.from_pretrained(args.sd, device=args.device)
+    models.unet.checkpointing = args.checkpointing
+    size = args.size or tuple(n * models.vae.factor for n in models.window)
+    empty = models.encode_prompts([""])[1]
+
+    def draw(rng):
+        image, _ = pairs.pair(int(rng.integers(len(pairs))))
+        crop, _ = data.scaled_crop(image, None, size, rng, args.resize_ratios)
+        return (from_uint8(crop[None])[0],)
+
+    def loss(batch):
+        images, = batch
+        text = empty.expand(len(images), -1, -1)
+        return diffusion_loss(models, encode_images(models.vae, images), text)
+
+    def save():
+        out = Path(args.out)
+        models.unet.save_pretrained(out / "unet_source", DTYPES[args.save_dtype])
+        prompts = [f"{w} weather" for w in data.STYLES] + ["", "road building sky car"]
+        sample_sheet(models, prompts * 2, None, args, out / "samples" / "dreambooth.png")
+
+    fit("dreambooth", Objective(loss, unet=models.unet), draw, args, save)
+
+
+def train_controlnet(args, pairs, classes):
+    """Stage B (section 3.2): a ControlNet on one-hot labels, with U^S frozen under it.
+
+    Crops around rare classes at native scale (RCS), captions of the classes in the crop, no
+    dropout of prompts. The sample sheets are drawn with the prior U^P swapped in, which is what
+    the released `--inference_basemodel_path` promises and does not do.
+    """
+    source = Path(args.out) / "unet_source"  # what the stage before left there
+    source = source if source.exists() else args.source_unet
+    if source is None:
+        raise ValueError("train controlnet needs U^S: run train dreambooth, or give --source-unet")
+    models = Models.from_pretrained(args.sd, unet=source, device=args.device)
+    prior = UNet.from_pretrained(Path(args.sd) / "unet").to(args.device)
+    models.unet.requires_grad_(False)
+    models.controlnet = ControlNet.from_unet(models.unet, len(classes.names) + 1)
+    models.controlnet.checkpointing = args.checkpointing
+    size = args.size or tuple(n * models.vae.factor for n in models.window)
+    sampler = data.RareClassSampler(data.class_counts(pairs), args.rcs_temperature,
+                                    args.rcs_min_pixels) if args.rcs else None
+
+    def draw(rng):
+        cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
+        image, label = pairs.pair(i)
+        top, left, _ = data.crop_box(label, size, rng, cls, tries=1)
+        box = np.s_[top : top + size[0], left : left + size[1]]
+        image, label = image[box], label[box]
+        tokens = models.tokenizer(data.caption(label, classes))[0]
+        return from_uint8(image[None])[0], data.one_hot(label, len(classes.names)), tokens
+
+    def loss(batch):
+        images, hint, tokens = batch
+        with torch.no_grad():
+            text = models.text_encoder(tokens)
+        return diffusion_loss(models, encode_images(models.vae, images), text, hint)
+
+    fixed = [draw(np.random.default_rng([args.seed, 7, k])) for k in range(8)]
+    hints = torch.stack([hint for _, hint, _ in fixed])
+    prompts = [f"city street scene in {w} weather" for w in args.weather]
+    prompts = [prompts[k % len(prompts)] for k in range(8)]
+
+    def save():
+        out = Path(args.out)
+        models.controlnet.save_pretrained(out / "controlnet", DTYPES[args.save_dtype])
+        swapped = Models(**{**vars(models), "unet": prior})
+        sample_sheet(swapped, prompts, hints, args, out / "samples" / "controlnet.png", classes)
+
+    fit("controlnet", Objective(loss, controlnet=models.controlnet), draw, args, save)
+
+
+def sample_sheet(models, prompts, hints, args, path, classes=None):
+    """First-pass samples for prompts (and one-hot label maps), as one picture."""
+    size = tuple(n * models.vae.factor for n in models.window)
+    text = models.encode_prompts(prompts)
+    latents = first_pass(models, size, text, hints, Noise(range(len(prompts))),
+                         steps=args.sample_steps, guidance=args.guidance)
+    with torch.no_grad():
+        images = to_uint8(models.vae.decode(latents))
+    if hints is not None:
+        labels = hints.argmax(1).numpy().astype(np.uint8)
+        labels[labels == hints.shape[1] - 1] = data.IGNORE
+        images = [np.concatenate([data.colourise(label, classes), image], axis=1)
+                  for label, image in zip(labels, images, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, contact_sheet(list(images), columns=2 if hints is not None else 9))
+
+
+def train(args):
+    """One stage, or both stages of the paper in order."""
+    stages = {"vae": train_vae, "prior": train_prior, "dreambooth": train_dreambooth,
+              "controlnet": train_controlnet}
+    for stage in [args.stage] if args.stage else ["dreambooth", "controlnet"]:
+        ours = fill_defaults(args, TRAIN, stage, toy=args.sd is None)
+        if not ours.steps:
+            raise ValueError(f"train {stage} makes a part of the toy pack: leave --sd out")
+        check_weather(ours.weather)
+        classes, pairs = open_training_data(ours)
+        open_run(ours.out, ours, ("steps", "workers", "save_every", "device", "stage"),
+                 f"{stage}.json")
+        stages[stage](ours, pairs, classes)
+        print(f"{stage} is in {ours.out}")
+
+
+# --------------------------------------------------------------------------------------------
+# 7  segment: train on source + generated, measure, predict
+
+
+def segment(args):
+    """Train and then measure, or one of the two, or predict."""
+    toy = args.data is None or any(spec.startswith("toy") for spec in args.data)
+    args = fill_defaults(args, SEGMENT, "segment", toy)
+    if args.stage in (None, "train"):
+        train_segmenter(args)
+    if args.stage in (None, "eval"):
+        evaluate(args)
+    if args.stage == "predict":
+        predict(args)
+
+
+def train_segmenter(args):
+    """AdamW, poly decay with warm-up, random crops, flips, photometric distortion (section 4.1).
+
+    The sets of --data are joined by concatenation: every picture is as likely as any other. (The
+    released segmenter's builder drops the second set without a word.) Pictures as small as the
+    crop, which the generated ones are, are taken whole.
+    """
+    classes, pairs = open_training_data(args)
+    K, size = len(classes.names), args.crop
+    config = SegFormerConfig(**{**segformer.PRESETS[args.backbone], "head": args.arch,
+                                "num_classes": K})
+    torch.manual_seed(args.seed)
+    model = SegFormer(config)
+    if args.pretrained:
+        model.load_backbone(args.pretrained)
+    samplers = {}
+    if args.rcs:
+        samplers = {id(part): data.RareClassSampler(data.class_counts(part), args.rcs_temperature,
+                                                    args.rcs_min_pixels)
+                    for part in pairs.sets if part.layout != "generated"}
+
+    def draw(rng):
+        part, i = pairs.find(int(rng.integers(len(pairs))))
+        cls = None
+        if id(part) in samplers:
+            cls, i = samplers[id(part)].draw(rng)
+        image, label = part.pair(i)
+        if args.fit and part.layout != "generated":
+            image, label = data.resize_to_fit(image, label, args.fit[::-1])
+        for _ in range(10):  # until the crop shows enough of the rare class
+            crop, crop_label = data.random_crop_cat_max(image, label, size, rng)
+            if cls is None or (crop_label == cls).sum() > args.rcs_min_pixels / 2:
+                break
+        if rng.random() < 0.5:
+            crop, crop_label = crop[:, ::-1], crop_label[:, ::-1]
+        if args.distort:
+            crop = data.photometric_distortion(np.ascontiguousarray(crop), rng)
+        image = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
+        return image, torch.from_numpy(crop_label.astype(np.int64))
+
+    def loss(batch):
+        images, labels = batch
+        logits = model(images.float() / 255)
+        logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
+        # the mean over all pixels, ignored ones included, as mmseg 0.16 took it
+        ce = F.cross_entropy(logits, labels, ignore_index=data.IGNORE, reduction="sum")
+        return ce / labels.numel()
+
+    def save():
+        model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
+
+    open_run(args.out, args, ("steps", "workers", "save_every", "device", "stage", "eval_data",
+                              "weights", "save", "images"), "segformer.json")
+    fit("segformer", Objective(loss, model=model), draw, args, save, segmenter_groups(model, args))
+    print(f"segmenter is in {Path(args.out) / 'segformer'}")
+
+
+def segmenter_groups(model, args):
+    """The head at ten times the rate; no weight decay on the backbone's norms."""
+    groups = {}
+    for name, p in model.named_parameters():
+        head = name.startswith("decode_head")
+        decay = 0.0 if "norm" in name and not head else args.weight_decay
+        groups.setdefault((args.lr * (10 if head else 1), decay), []).append(p)
+    return [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+
+
+@torch.no_grad()
+def predict_logits(model, image, args):
+    """uint8 (H,W,3) -> logits (K,H,W) at the picture's size: scaled, slid over, scaled back."""
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    x = x.to(args.device).float() / 255
+    if args.fit:
+        scale = min(args.fit[0] / x.shape[2], args.fit[1] / x.shape[3])
+        new = [round(n * scale) for n in x.shape[2:]]
+        x = F.interpolate(x, new, mode="bilinear", antialias=True)
+    crop = tuple(min(a, b) for a, b in zip(args.crop, x.shape[2:], strict=True))
+    stride = tuple(max(1, n // 2) for n in crop)
+    logits = segformer.slide_inference(model, x, crop, stride)
+    return F.interpolate(logits, image.shape[:2], mode="bilinear")[0]
+
+
+def evaluate(args):
+    """mIoU over each whole set: a table (rows data sets, columns classes) and eval.json."""
+    classes = read_classes(args)
+    model = SegFormer.from_pretrained(args.weights or Path(args.out) / "segformer").to(args.device)
+    K = len(classes.names)
+    if model.config.num_classes != K:
+        raise ValueError(f"the segmenter knows {model.config.num_classes} classes, the data {K}")
+    if not args.eval_data:
+        raise ValueError("--eval-data is missing: name the sets to measure on")
+    sets = open_sets(args.eval_data, classes, args, "test")
+    results = {}
+    for spec, pairs in sets:
+        confusion = torch.zeros(K, K, dtype=torch.int64)
+        for i in tqdm(range(len(pairs)), desc=spec, unit="image"):
+            image, label = pairs.pair(i)
+            prediction = predict_logits(model, image, args).argmax(0).cpu()
+            confusion += segformer.confusion_matrix(prediction, torch.from_numpy(label), K)
+            if args.save:
+                folder = Path(args.out) / "predictions" / pairs.name(i)
+                save_prediction(folder, prediction.numpy().astype(np.uint8), image, classes)
+        results[spec] = scores(confusion, classes)
+    print(score_table(results, classes))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    file = Path(args.out) / "eval.json"
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"the same numbers and the confusion matrices are in {file}")
+    return results
+
+
+def scores(confusion, classes):
+    """Confusion matrix -> the authors' result keys, as fractions (None: class not in the set)."""
+    m = segformer.mean_iou(confusion)
+    row = {k: round(float(m[k]), 4) for k in ("aAcc", "mIoU", "mAcc")}
+    for key in ("IoU", "Acc"):
+        for name, v in zip(classes.names, m[key].tolist(), strict=True):
+            row[f"{key}.{name}"] = None if math.isnan(v) else round(v, 4)
+    return {**row, "confusion": confusion.tolist()}
+
+
+def score_table(results, classes):
+    """Percent, one row per data set; a mean row when there are several."""
+    short = [n.replace("traffic ", "tr. ")[:8] for n in classes.names]
+    width = max(12, *(len(s) for s in results))
+    lines = [f"{'data':<{width}} {'mIoU':>6} " + " ".join(f"{s:>8}" for s in short)]
+    for spec, r in results.items():
+        cells = [r[f"IoU.{n}"] for n in classes.names]
+        cells = " ".join(f"{'-':>8}" if c is None else f"{100 * c:>8.1f}" for c in cells)
+        lines.append(f"{spec:<{width}} {100 * r['mIoU']:>6.2f} {cells}")
+    if len(results) > 1:
+        mean = np.mean([r["mIoU"] for r in results.values()])
+        lines.append(f"{'mean':<{width}} {100 * mean:>6.2f}")
+    return "\n".join(lines)
+
+
+def predict(args):
+    """Label PNG, colour PNG and overlay for picture files or folders of any size."""
+    classes = read_classes(args)
+    model = SegFormer.from_pretrained(args.weights or Path(args.out) / "segformer").to(args.device)
+    files = []
+    for path in map(Path, args.images):
+        if not path.exists():
+            raise ValueError(f"{path}: no such picture or folder")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files += [f for f in found if f.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    if not files:
+        raise ValueError("no .png or .jpg pictures to predict; name files or folders")
+    for file in tqdm(files, unit="image"):
+        image = np.asarray(Image.open(file).convert("RGB"))
+        label = predict_logits(model, image, args).argmax(0).cpu().numpy().astype(np.uint8)
+        save_prediction(Path(args.out) / "predictions" / file.stem, label, image, classes)
+    print(f"{len(files)} predictions in {Path(args.out) / 'predictions'}")
+
+
+def save_prediction(stem, label, image, classes):
+    """STEM_labelTrainIds.png, STEM_colour.png and STEM_overlay.png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    data.save_label(stem.with_name(stem.name + "_labelTrainIds.png"), label)
+    write_image(stem.with_name(stem.name + "_colour.png"), data.colourise(label, classes))
+    write_image(stem.with_name(stem.name + "_overlay.png"), data.overlay(image, label, classes))
+
+
+# --------------------------------------------------------------------------------------------
+# 8  The command line
+
+
+def read_classes(args):
+    return data.Classes.from_json(args.classes) if args.classes else data.CITYSCAPES
+
+
+def open_sets(specs, classes, args, split):
+    """Data-set arguments -> [(spec, data set)], each reported in one line.
+
+    FOLDER, FOLDER:N (N of its pairs) or toy:STYLE[:N] (toy:all takes every style in turn).
+    """
+    opened = []
+    for spec in specs:
+        name, _, rest = spec.partition(":")
+        if name == "toy" and not Path(spec).exists():
+            style, _, n = rest.partition(":")
+            styles = data.STYLES if style == "all" else (style or "sunny",)
+            n = int(n) if n.isdigit() else 100 if split == "test" else 1000
+            opened.append((spec, data.ToyStreets(styles, n, split)))
+        else:
+            opened.append((spec, data.open_data([spec], classes, args.seed)[0]))
+        print(opened[-1][1].report())
+    return opened
+
+
+def open_training_data(args):
+    """-> classes, all sets of --data joined."""
+    classes = read_classes(args)
+    return classes, data.Joined([part for _, part in open_sets(args.data, classes, args, "train")])
+
+
+def choose_precision(args):
+    """fp32, bf16 or fp16: --precision, or half precision on GPUs and fp32 elsewhere."""
+    if args.precision != "auto":
+        return args.precision
+    if not args.device.startswith("cuda"):
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def size_pair(text):
+    """'512' or '512x1024' (height x width) -> (512, 1024)."""
+    h, _, w = text.partition("x")
+    try:
+        return int(h), int(w or h)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size like 512 or 512x1024") from None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag with its published default and, where it differs, the one of the toy world."""
+
+    default: object
+    help: str
+    toy: object = None
+    type: object = None  # where the default's own type will not do
+    choices: tuple = ()
+    many: bool = False
+
+
+DATA_HELP = "FOLDER, FOLDER:N (N of its pairs), or toy:STYLE[:N]; several are joined"
+COMMON = {
+    "data": Flag(None, DATA_HELP, ["toy:sunny"], str, many=True),
+    "classes": Flag(None, "JSON with names, colours, ids; default: Cityscapes' 19", type=str),
+    "seed": Flag(0, "seed of everything random"),
+    "device": Flag("auto", "auto, cpu, cuda, cuda:1, mps"),
+}
+MODELS = {
+    "sd": Flag(None, "Stable Diffusion folder or single file", TOY, Path),
+    "source_unet": Flag(None, "U^S, the UNet fine-tuned on the source", TOY / "unet_source", Path),
+}
+RCS = {
+    "rcs": Flag(True, "choose crops by rare class sampling"),
+    "rcs_temperature": Flag(0.01, "T of P(c) = softmax((1 - f_c) / T)"),
+    "rcs_min_pixels": Flag(3000, "a label file shows class c if it has more pixels of it", 40),
+    "weather": Flag(list(data.WEATHERS), "weather words", list(data.STYLES), str, many=True),
+}
+GENERATE = {
+    **COMMON, **MODELS, **RCS,
+    "unet": Flag(None, "another prior UNet than the one of --sd", type=Path),
+    "controlnet": Flag(None, "ControlNet folder or file", TOY / "controlnet", Path),
+    "out": Flag(Path("runs/generate"), "output folder; finished images in it are kept"),
+    "num": Flag(16, "number of images"),
+    "batch": Flag(1, "images sampled together", 4),
+    "tile_batch": Flag(4, "windows in one network call", 32),
+    "size": Flag(None, "label crop and image, HxW pixels; default: the training window",
+                 type=size_pair),
+    "label_height": Flag(None, "shrink label maps to this height before cropping", type=int),
+    "steps": Flag(20, "DDIM steps of each pass"),
+    "guidance": Flag(7.5, "classifier-free guidance", 3.0),
+    "control_scale": Flag(1.0, "weight of the ControlNet's residuals"),
+    "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),
+    "mrlf": Flag(True, "second pass at double resolution"),
+    "stride": Flag(None, "second pass: step between windows, HxW latent pixels; default: a quarter "
+                         "of the window", type=size_pair),
+    "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
+                                    "of a 512x512 image"),
+    "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",
+                    choices=("ddim", "official")),
+    "weather_prob": Flag(0.5, "share of prompts with a weather sentence"),
+    "negative": Flag("", "negative prompt"),
+    "precision": Flag("auto", "auto, fp32, bf16, fp16", choices=("auto", "fp32", "bf16", "fp16")),
+}
+LOOP = {
+    "steps": Flag(0, "updates"),
+    "lr": Flag(0.0, "learning rate of AdamW"),
+    "batch": Flag(1, "samples a network call"),
+    "accumulate": Flag(1, "calls an update"),
+    "lr_schedule": Flag("constant", "how the rate goes on", choices=("constant", "cosine", "poly")),
+    "warmup": Flag(0, "steps of linear warm-up"),
+    "weight_decay": Flag(0.01, "of AdamW"),
+    "clip": Flag(1.0, "largest gradient norm; 0: no limit"),
+    "ema": Flag(0.0, "decay of the weights' moving average; 0: none"),
+    "precision": Flag("auto", "autocast: bf16 or fp16 on GPUs, fp32 on CPU",
+                      choices=("auto", "fp32", "bf16", "fp16")),
+    "save_every": Flag(1000, "steps between checkpoints and sample sheets"),
+    "save_dtype": Flag("fp32", "of the final weights", "fp16", choices=("fp32", "fp16", "bf16")),
+    "workers": Flag(4, "processes that load data", 0),
+}
+TRAIN = {
+    **COMMON, **MODELS, **LOOP, **RCS,
+    "out": Flag(Path("runs/train"), "output folder"),
+    "size": Flag(None, "crop, HxW pixels; default: the training window", type=size_pair),
+    "resize_ratios": Flag([0.5, 0.75, 1.0, 1.25, 1.5, 2.0], "dreambooth, prior, vae: enlarge "
+                          "pictures by one of these before cropping", type=float, many=True),
+    "checkpointing": Flag(True, "recompute activations in the backward pass", False),
+    "kl": Flag(3e-5, "vae: weight of the KL term"),
+    "guidance": Flag(7.5, "of the sample sheets", 3.0),
+    "sample_steps": Flag(20, "DDIM steps of the sample sheets"),
+}
+SEGMENT = {
+    **COMMON, **LOOP, **{k: v for k, v in RCS.items() if k != "weather"},
+    "out": Flag(Path("runs/segment"), "output folder"),
+    "eval_data": Flag(None, "sets to measure on, as --data; one row each",
+                      [f"toy:{s}" for s in data.STYLES], str, many=True),
+    "weights": Flag(None, "eval, predict: segmenter folder or file; default: OUT/segformer",
+                    type=Path),
+    "backbone": Flag("b5", "MiT size: b0 to b5, tiny", "tiny", choices=tuple(segformer.PRESETS)),
+    "arch": Flag("daformer", "decode head", choices=("segformer", "daformer", "hrda")),
+    "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", type=Path),
+    "fit": Flag(None, "scale pictures to fit within HxW before cropping or predicting",
+                type=size_pair),
+    "crop": Flag((512, 512), "training crop and sliding window, HxW pixels", (64, 128), size_pair),
+    "distort": Flag(True, "photometric distortion"),
+    "save": Flag(False, "eval: write label, colour and overlay pictures"),
+}
+# stage: what differs from the table above, as published and in the toy world. The authors give no
+# number of steps for the ControlNet; 312,100 are the 100 epochs that are their script's default.
+RECIPES = {
+    "vae": (dict(), dict(data=["toy:all:3500"], steps=4500, lr=1.2e-3, batch=8, warmup=100,
+                         lr_schedule="cosine", precision="bf16")),
+    "prior": (dict(), dict(data=["toy:all:7000"], steps=6000, lr=1e-3, batch=32, warmup=200,
+                           lr_schedule="cosine", ema=0.999)),
+    "dreambooth": (dict(steps=30_000, lr=2e-6, accumulate=2),
+                   dict(steps=1000, lr=2e-4, batch=32, ema=0.99)),
+    "controlnet": (dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
+                   dict(steps=2500, lr=5e-4, batch=32, ema=0.995, lr_schedule="cosine")),
+    "segment": (dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
+                dict(steps=1500, lr=6e-4, batch=16, warmup=100)),
+}
+
+
+STAGES = {"train": ("vae", "prior", "dreambooth", "controlnet"), "generate": (),
+          "segment": ("train", "eval", "predict")}
+
+
+def default_of(name, flag, recipe, toy):
+    """The toy recipe, the published recipe or the flag's own default, whichever comes first."""
+    published, small = RECIPES.get(recipe, ({}, {}))
+    value = published.get(name, flag.default)
+    return small.get(name, value if flag.toy is None else flag.toy) if toy else value
+
+
+def fill_defaults(args, table, recipe, toy):
+    """A copy of args with a value for every flag that was not given."""
+    filled = argparse.Namespace(**vars(args))
+    for name, flag in table.items():
+        if getattr(filled, name) is None:
+            setattr(filled, name, default_of(name, flag, recipe, toy))
+    if filled.device == "auto":
+        filled.device = ("cuda" if torch.cuda.is_available() else
+                         "mps" if torch.backends.mps.is_available() else "cpu")
+    if filled.data is None:
+        raise ValueError("--data is missing: name one or more data set folders")
+    return filled
+
+
+def describe(command, name, flag):
+    """A flag's defaults, for --help."""
+    def show(value):
+        if isinstance(value, Path) and value.is_relative_to(TOY.parent):
+            value = value.relative_to(TOY.parent)
+        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    texts = {}
+    for recipe in STAGES["train"] if command == "train" else (command,):
+        published, toy = (show(default_of(name, flag, recipe, k)) for k in (False, True))
+        text = published if toy == published else f"{published}, toy {toy}"
+        texts.setdefault(text, []).append(recipe)
+    if len(texts) == 1:
+        return f"(default: {text})"
+    return "(" + "; ".join(f"{' and '.join(who)}: {text}" for text, who in texts.items()) + ")"
+
+
+def build_parser():
+    """The three commands; every flag shows its default, and the toy world's where it differs."""
+    parser = argparse.ArgumentParser(
+        prog="dginstyle.py", description="DGInStyle: make labelled street scenes with diffusion.",
+        epilog="Without --sd (segment: --data) everything runs on the toy pack and toy streets.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    tables = {"train": (TRAIN, train, "train U^S and its ControlNet, or one stage"),
+              "generate": (GENERATE, generate, "make labelled images"),
+              "segment": (SEGMENT, segment, "train a segmenter and measure it; predict")}
+    for command, (table, run, text) in tables.items():
+        sub = commands.add_parser(command, help=text, description=text)
+        sub.set_defaults(run=run)
+        if STAGES[command]:
+            sub.add_argument("stage", nargs="?", choices=STAGES[command])
+        if command == "segment":
+            sub.add_argument("images", nargs="*", help="predict: pictures or folders")
+        for name, flag in table.items():
+            kind = flag.type or type(flag.default)
+            options = {"type": kind, "choices": flag.choices or None}
+            if flag.many:
+                options["nargs"] = "+"
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            text = f"{flag.help} {describe(command, name, flag)}".replace("%", "%%")
+            sub.add_argument("--" + name.replace("_", "-"), help=text, default=None, **options)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"dginstyle: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

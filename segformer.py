@@ -1,0 +1,542 @@
+"""Semantic segmenter: MiT encoder (B0 to B5) with the SegFormer, DAFormer or HRDA head.
+
+Papers: SegFormer arXiv 2105.15203, DAFormer 2111.14887, HRDA 2204.13132; DGInStyle (2312.03048)
+trains all three on MiT-B5. `SegFormer.from_pretrained` reads nvidia/segformer-b*-finetuned-* (HF
+folder or file) and the .pth files of NVlabs, DAFormer, HRDA and DGInStyle (yurujaja/DGInStyle,
+Segmentation_Models/*/latest.pth); `load_backbone` reads nvidia/mit-b* and mit_b*.pth. Attributes
+are named like NVlabs' keys; every key and shape must match, and without config.json sizes are read
+off the shapes.
+
+Shapes: B batch, C channels, H W pixels, h w token grid, L = h·w, D width, N heads, E decoder
+width, K classes.
+
+Use alone (needs torch and safetensors):
+    model = SegFormer.from_pretrained("latest.pth").cuda()
+    logits = slide_inference(model, images, crop=512, stride=256)  # images: RGB in [0, 1]
+    labels = logits.argmax(1)  # (B, H, W), trainIds
+
+Differences from the official code: plain BatchNorm, not SyncBN; Dropout2d before the classifier of
+every head (HF: plain Dropout); images are normalised in here; HRDA's detail crop is half of any
+input, not 512.
+"""
+
+import json
+import math
+import re
+from collections import Counter, OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+# kind of head: where its classifier (K, E, 1, 1) lies below decode_head.
+HEADS = {"segformer": "linear_pred", "daformer": "conv_seg", "hrda": "head.conv_seg"}
+
+
+@dataclass(frozen=True)
+class SegFormerConfig:
+    """Sizes; the defaults are DAFormer on MiT-B5. ValueError for an unknown head or odd widths."""
+
+    hidden_sizes: tuple[int, ...] = (64, 128, 320, 512)  # D of the four stages
+    depths: tuple[int, ...] = (3, 6, 40, 3)
+    num_heads: tuple[int, ...] = (1, 2, 5, 8)
+    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)  # keys and values live on a grid this much coarser
+    mlp_ratio: int = 4
+    drop_path: float = 0.1  # of the last block; grows linearly from 0 in the first
+    dropout: float = 0.1  # of whole channels before the classifier
+    norm_eps: float = 1e-6  # block and stage norms: NVlabs 1e-6, HF 1e-5; other norms keep 1e-5
+    head: str = "daformer"  # or "segformer", "hrda"
+    decoder_dim: int = 256  # E; SegFormer has 256 on B0 and B1, 768 on B2 to B5
+    num_classes: int = 19
+
+    def __post_init__(self):
+        if self.head not in HEADS:
+            raise ValueError(f"head {self.head!r} is not one of {', '.join(HEADS)}")
+        if any(d % n for d, n in zip(self.hidden_sizes, self.num_heads, strict=True)):
+            raise ValueError(f"widths {self.hidden_sizes} do not split into heads {self.num_heads}")
+
+
+PRESETS = {  # deltas over the defaults, for the encoder; add head=, decoder_dim=, num_classes=
+    "b0": dict(hidden_sizes=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
+    "b1": dict(depths=(2, 2, 2, 2)),
+    "b2": dict(depths=(3, 4, 6, 3)),
+    "b3": dict(depths=(3, 4, 18, 3)),
+    "b4": dict(depths=(3, 8, 27, 3)),
+    "b5": dict(),
+    "tiny": dict(hidden_sizes=(16, 32, 64, 96), depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 6),
+                 decoder_dim=32),
+}
+
+
+def resize(x, size):
+    """Bilinear (B, C, h, w) -> (B, C, *size), half-pixel centres as everywhere in the recipe."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class Attention(nn.Module):
+    """Efficient self-attention (SegFormer Eq. 1, 2), (B, L, D) -> same: few keys, all queries."""
+
+    def __init__(self, width, num_heads, sr_ratio):
+        super().__init__()
+        self.num_heads, self.sr_ratio = num_heads, sr_ratio
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(width, width, sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(width, eps=1e-5)  # 1e-5 in NVlabs too, unlike norm1
+
+    def forward(self, x, h, w):
+        q = self.q(x)
+        if self.sr_ratio > 1:
+            x = self.sr(x.transpose(1, 2).unflatten(2, (h, w)))
+            x = self.norm(x.flatten(2).transpose(1, 2))  #               (B, L / sr², D)
+        k, v = self.kv(x).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  #                   (B, N, L, D / N)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class MixFFN(nn.Module):
+    """Feed-forward whose depthwise 3x3 replaces position codes (SegFormer Eq. 3)."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.dwconv = nn.ModuleDict({"dwconv": conv})  # the public key says it twice
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x, h, w):
+        x = self.fc1(x).transpose(1, 2).unflatten(2, (h, w))  #          (B, 4D, h, w)
+        x = self.dwconv["dwconv"](x).flatten(2).transpose(1, 2)  #       (B, L, 4D)
+        return self.fc2(F.gelu(x))  # exact GELU
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, L, D) -> same."""
+
+    def __init__(self, width, num_heads, sr_ratio, mlp_ratio, drop_path, eps):
+        super().__init__()
+        self.drop_path = nn.Dropout(drop_path)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, num_heads, sr_ratio)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MixFFN(width, mlp_ratio * width)
+
+    def forward(self, x, h, w):
+        one = x.new_ones(len(x), 1, 1)  # stochastic depth = dropout of one number per sample
+        x = x + self.drop_path(one) * self.attn(self.norm1(x), h, w)
+        return x + self.drop_path(one) * self.mlp(self.norm2(x), h, w)
+
+
+class MixTransformer(nn.Module):
+    """(B, 3, H, W) -> maps (B, D_k, H / 2^(k+1), W / 2^(k+1)) for k = 1..4 (SegFormer Sec. 3.1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        widths, total = (3, *c.hidden_sizes), sum(c.depths)
+        rates = [c.drop_path * i / max(1, total - 1) for i in range(total)]
+        for k in (1, 2, 3, 4):
+            D, N, sr, depth = widths[k], c.num_heads[k - 1], c.sr_ratios[k - 1], c.depths[k - 1]
+            kernel, stride = (7, 4) if k == 1 else (3, 2)  # the patches overlap
+            conv = nn.Conv2d(widths[k - 1], D, kernel, stride, padding=kernel // 2)
+            embed = nn.ModuleDict({"proj": conv, "norm": nn.LayerNorm(D, eps=1e-5)})
+            blocks = [Block(D, N, sr, c.mlp_ratio, rates.pop(0), c.norm_eps) for _ in range(depth)]
+            setattr(self, f"patch_embed{k}", embed)
+            setattr(self, f"block{k}", nn.ModuleList(blocks))
+            setattr(self, f"norm{k}", nn.LayerNorm(D, eps=c.norm_eps))
+
+    def forward(self, x):
+        maps = []
+        for k in (1, 2, 3, 4):
+            embed = getattr(self, f"patch_embed{k}")
+            x = embed["proj"](x)
+            h, w = x.shape[2:]
+            x = embed["norm"](x.flatten(2).transpose(1, 2))  #           (B, L, D_k)
+            for block in getattr(self, f"block{k}"):
+                x = block(x, h, w)
+            x = getattr(self, f"norm{k}")(x).transpose(1, 2).unflatten(2, (h, w))
+            maps.append(x)  # the normalised map is also what the next stage reads
+        return maps
+
+
+class Project(nn.Module):
+    """Linear at every pixel, then bilinear to the finest map: (B, D, h, w) -> (B, E, H/4, W/4)."""
+
+    def __init__(self, width, dim):
+        super().__init__()
+        self.proj = nn.Linear(width, dim)
+
+    def forward(self, x, size):
+        return resize(self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), size)
+
+
+class ConvBN(nn.Module):
+    """mmseg's ConvModule: convolution of unchanged size without bias, BatchNorm, ReLU."""
+
+    def __init__(self, channels, dim, kernel=1, dilation=1, groups=1):
+        super().__init__()
+        size = dict(padding=dilation * (kernel // 2), dilation=dilation)
+        self.conv = nn.Conv2d(channels, dim, kernel, groups=groups, bias=False, **size)
+        self.bn = nn.BatchNorm2d(dim, eps=1e-5, momentum=0.1)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class SegFormerHead(nn.Module):
+    """All-MLP head (SegFormer Eq. 4): four maps -> logits (B, K, H/4, W/4)."""
+
+    def __init__(self, c):
+        super().__init__()
+        for k, width in enumerate(c.hidden_sizes, 1):
+            setattr(self, f"linear_c{k}", Project(width, c.decoder_dim))
+        self.linear_fuse = ConvBN(4 * c.decoder_dim, c.decoder_dim)
+        self.dropout = nn.Dropout2d(c.dropout)
+        self.linear_pred = nn.Conv2d(c.decoder_dim, c.num_classes, 1)
+
+    def forward(self, maps):
+        size = maps[0].shape[2:]  # (H/4, W/4)
+        x = [getattr(self, f"linear_c{k}")(maps[k - 1], size) for k in (4, 3, 2, 1)]  # coarse first
+        x = torch.cat(x, dim=1)  #                                       (B, 4E, H/4, W/4)
+        return self.linear_pred(self.dropout(self.linear_fuse(x)))
+
+
+class SeparableASPP(nn.Module):
+    """DAFormer's context-aware fusion, no image pooling: (B, 4E, h, w) -> (B, E, h, w)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.aspp_modules = nn.ModuleList([ConvBN(4 * dim, dim)])  # this branch is not separable
+        for d in (6, 12, 18):
+            depthwise = ConvBN(4 * dim, 4 * dim, 3, dilation=d, groups=4 * dim)
+            pair = OrderedDict(depthwise_conv=depthwise, pointwise_conv=ConvBN(4 * dim, dim))
+            self.aspp_modules.append(nn.Sequential(pair))
+        self.bottleneck = ConvBN(4 * dim, dim, 3)
+
+    def forward(self, x):
+        return self.bottleneck(torch.cat([branch(x) for branch in self.aspp_modules], dim=1))
+
+
+class DAFormerHead(nn.Module):
+    """Four maps -> logits (B, K, H/4, W/4); `fuse_layer` takes their 4E channels to E."""
+
+    def __init__(self, c, fuse_layer):
+        super().__init__()
+        self.embed_layers = nn.ModuleList(Project(D, c.decoder_dim) for D in c.hidden_sizes)
+        self.fuse_layer = fuse_layer
+        self.dropout = nn.Dropout2d(c.dropout)
+        self.conv_seg = nn.Conv2d(c.decoder_dim, c.num_classes, 1)
+
+    def forward(self, maps):
+        size = maps[0].shape[2:]  # (H/4, W/4)
+        x = [embed(v, size) for embed, v in zip(self.embed_layers, maps, strict=True)]  # fine first
+        x = torch.cat(x, dim=1)  #                                       (B, 4E, H/4, W/4)
+        return self.conv_seg(self.dropout(self.fuse_layer(x)))
+
+
+class SegFormer(nn.Module):
+    """RGB images in [0, 1] (B, 3, H, W) -> logits (B, K, H/4, W/4), sides rounded up.
+
+    The images are normalised here, so that no caller can forget it. H and W are at least 32; for
+    HRDA at least 64 and multiples of 8.
+    """
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = c = config or SegFormerConfig()
+        self.backbone = MixTransformer(c)
+        if c.head == "segformer":
+            self.decode_head = SegFormerHead(c)
+        else:
+            self.decode_head = DAFormerHead(c, SeparableASPP(c.decoder_dim))
+        if c.head == "hrda":  # one head for both scales, and one that weighs them class by class
+            attention = DAFormerHead(c, ConvBN(4 * c.decoder_dim, c.decoder_dim))
+            parts = {"head": self.decode_head, "scale_attention": attention}
+            self.decode_head = nn.ModuleDict(parts)
+        self.init_weights()
+
+    def init_weights(self):
+        """Random weights as NVlabs and mmseg draw them; norms and Project keep torch's default."""
+        for name, m in self.named_modules():
+            encoder = name.startswith("backbone.")
+            if isinstance(m, nn.Conv2d) and m.bias is None:  # in a ConvBN
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(m, nn.Conv2d):
+                fan_out = m.kernel_size[0] ** 2 * m.out_channels // m.groups
+                nn.init.normal_(m.weight, std=math.sqrt(2 / fan_out) if encoder else 0.01)
+                nn.init.zeros_(m.bias)
+            elif isinstance(m, nn.Linear) and encoder:
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def features(self, images):
+        """Stage maps [(B, D_k, H/2^(k+1), W/2^(k+1)), k = 1..4] of float images in [0, 1].
+
+        Except for HRDA, logits = decode_head(features(images)).
+        """
+        if not images.is_floating_point() or min(images.shape[2:]) < 32:
+            got = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images must be floats in [0, 1] of 32 x 32 px or more, not {got}")
+        mean = images.new_tensor((123.675, 116.28, 103.53)).view(3, 1, 1) / 255
+        std = images.new_tensor((58.395, 57.12, 57.375)).view(3, 1, 1) / 255
+        return self.backbone((images - mean) / std)
+
+    def forward(self, images):
+        if self.config.head == "hrda":
+            return self.forward_hrda(images)[0]
+        return self.decode_head(self.features(images))
+
+    def forward_hrda(self, images, generator=None):
+        """Context at half size, detail at full size, and an attention that mixes them (HRDA).
+
+        images (B, 3, H, W) in [0, 1]; generator (CPU) places the detail crop in training. Returns
+          fused (B, K, H/4, W/4), detail (B, K, h/4, w/4): logits; box (y, x, h, w): the pixels of
+          the input that detail covers; context: the four stage maps of the half-size input.
+        In training detail is one random crop of half the input each way, for
+        loss = 0.9 CE(fused, label) + 0.1 CE(detail, label[:, y : y + h, x : x + w]); in eval it is
+        the whole input by sliding windows of that size. ValueError for sides not divisible by 8.
+        """
+        H, W = images.shape[2:]
+        if H % 8 or W % 8:
+            raise ValueError(f"HRDA needs sides divisible by 8, not {H} x {W}: pad or crop them")
+        head, scale_attention = self.decode_head["head"], self.decode_head["scale_attention"]
+        context = self.features(resize(images, (H // 2, W // 2)))
+        ctx, a = head(context), scale_attention(context).sigmoid()  #    (B, K, H/8, W/8)
+        h, w = (8 * math.ceil(side / 16) for side in (H, W))
+        if self.training:  # at multiples of 8, so that the crop fits the grid of both logits
+            y = 8 * int(torch.randint((H - h) // 8 + 1, (), generator=generator))
+            x = 8 * int(torch.randint((W - w) // 8 + 1, (), generator=generator))
+            detail = head(self.features(images[:, :, y : y + h, x : x + w]))
+        else:
+            stride = h // 2, w // 2
+            detail = slide(lambda v: head(self.features(v)), images, (h, w), stride, cell=4)
+            y, x, h, w = 0, 0, H, W
+        pad = (x, W - x - w, y, H - y - h)  # left, right, top, bottom of the box
+        inside = F.pad(torch.ones_like(a[:, :, : h // 8, : w // 8]), [p // 8 for p in pad])
+        a, det = a * inside, F.pad(detail, [p // 4 for p in pad])  # a = 1: all from the detail
+        fused = resize((1 - a) * ctx, det.shape[2:]) + resize(a, det.shape[2:]) * det
+        return fused, detail, (y, x, h, w), context
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, **overrides):
+        """A folder (HF or `save_pretrained`) or one file of any kind named in the header, in eval.
+
+        `overrides` replace config fields that shapes do not tell: num_heads, mlp_ratio, norm_eps,
+        dropout, drop_path. ValueError for anything but a whole segmenter.
+        """
+        config, state, file = read_weights(path)
+        fields = describe(config, state, file) | overrides
+        with torch.device("meta"):
+            model = cls(SegFormerConfig(**fields))
+        return load_strict(model, public_keys(state), file).eval().to(dtype)
+
+    def load_backbone(self, path):
+        """Load only the encoder: of nvidia/mit-b*, mit_b*.pth or a segmenter. The head stays.
+
+        Keeps device and dtype, but replaces the parameters: call it before making an optimiser.
+        """
+        _, state, file = read_weights(path)
+        encoder = {k[9:]: v for k, v in public_keys(state).items() if k.startswith("backbone.")}
+        old = self.backbone.norm4.weight
+        load_strict(self.backbone, encoder, file).to(old.device, old.dtype)
+        return self
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write config.json and model.safetensors, floats in `dtype` (None: as they are)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"architecture": "SegFormer", **asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        state = {k: v.cpu().contiguous() for k, v in self.state_dict().items()}
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        save_file(state, folder / "model.safetensors")
+
+
+def slide(predict, images, crop, stride, batch=8, cell=1):
+    """Average the logits of overlapping windows by coverage; the last window is shifted inside.
+
+    predict maps windows (n, 3, h, w), n <= batch, to logits (n, K, h / cell, w / cell).
+    images (B, 3, H, W); crop, stride: int or (h, w) pixels, multiples of cell, stride <= crop. An
+    image smaller than the crop is one window. Returns (B, K, H / cell, W / cell).
+    """
+    (h, w), (dy, dx) = ((v, v) if isinstance(v, int) else v for v in (crop, stride))
+    if not (0 < dy <= h and 0 < dx <= w):
+        raise ValueError(f"stride {stride} must be between 1 and the crop {crop}")
+    B, _, H, W = images.shape
+    h, w = min(h, H), min(w, W)
+    ys = [min(i * dy, H - h) for i in range((H - h + dy - 1) // dy + 1)]
+    xs = [min(i * dx, W - w) for i in range((W - w + dx - 1) // dx + 1)]
+    corners = [(b, y, x) for b in range(B) for y in ys for x in xs]
+    windows = torch.stack([images[b, :, y : y + h, x : x + w] for b, y, x in corners])
+    logits = torch.cat([predict(part) for part in windows.split(batch)])
+    total = logits.new_zeros(B, logits.shape[1], H // cell, W // cell)
+    count = torch.zeros_like(total[:, :1])
+    for (b, y, x), z in zip(corners, logits, strict=True):
+        rows, cols = slice(y // cell, (y + h) // cell), slice(x // cell, (x + w) // cell)
+        total[b, :, rows, cols] += z
+        count[b, :, rows, cols] += 1
+    return total / count
+
+
+@torch.no_grad()
+def slide_inference(model, images, crop, stride, batch=8):
+    """Logits (B, K, H, W) of images (B, 3, H, W) in [0, 1], averaged over windows by `slide`.
+
+    The recipe: crop 512, stride 256; HRDA 1024 and 512. Windows are upsampled before the average.
+    """
+    return slide(lambda v: resize(model(v), v.shape[2:]), images, crop, stride, batch)
+
+
+def confusion_matrix(prediction, label, num_classes, ignore=255):
+    """Two integer maps of one shape -> pixel counts (K, K) int64, rows = label.
+
+    Pixels labelled `ignore` are left out. ValueError for classes outside 0..K-1.
+    """
+    pairs = torch.stack([label.long(), prediction.long()])[:, label != ignore]
+    wrong = pairs[(pairs < 0) | (pairs >= num_classes)]
+    if len(wrong):
+        raise ValueError(f"class {wrong[0]} is not in 0..{num_classes - 1}: map such labels to "
+                         f"{ignore} (ignored) before counting")
+    cells = torch.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2)
+    return cells.view(num_classes, num_classes)
+
+
+def mean_iou(confusion):
+    """Counts (K, K) summed over a set -> fractions: mIoU, IoU (K,), aAcc, mAcc, Acc (K,).
+
+    A class that is neither in labels nor predictions is nan and stays out of the means.
+    """
+    confusion = confusion.double()
+    hit, label, prediction = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    iou, acc = hit / (label + prediction - hit), hit / label
+    total = (hit.sum() / label.sum()).item()
+    means = {"mIoU": iou.nanmean().item(), "aAcc": total, "mAcc": acc.nanmean().item()}
+    return {**means, "IoU": iou, "Acc": acc}
+
+
+LEGACY = {  # runs of whole path components, i = 0..3, k = i + 1; None drops keys that start so
+    "module": "", "model": "",  # wrappers around the student
+    "imnet_model": None, "ema_model": None, "auxiliary_head": None,  # teachers, mmseg's extra head
+    "head": None, "classifier": None,  # ImageNet classifiers of mit_b*.pth and nvidia/mit-b*
+    "backbone.style_hallucination": None,  # SHADE, used in training only
+    "segformer.encoder.patch_embeddings.{i}": "backbone.patch_embed{k}",
+    "segformer.encoder.block.{i}": "backbone.block{k}",
+    "segformer.encoder.layer_norm.{i}": "backbone.norm{k}",
+    "layer_norm_1": "norm1", "layer_norm_2": "norm2", "layer_norm": "norm",
+    "attention.output.dense": "attn.proj", "attention.self": "attn",
+    "query": "q", "key": "k", "value": "v", "dense1": "fc1", "dense2": "fc2",
+    "decode_head.linear_c.{i}": "decode_head.linear_c{k}",  # HF, and DGInStyle's fork
+    "decode_head.linear_fuse.weight": "decode_head.linear_fuse.conv.weight",
+    "decode_head.batch_norm": "decode_head.linear_fuse.bn",
+    "decode_head.classifier": "decode_head.linear_pred",
+}  # fmt: skip
+
+
+def public_keys(state):
+    """{key of any known checkpoint: tensor} -> a new dict with NVlabs' keys, as used here."""
+    table = [(a, b, i) for a, b in LEGACY.items() for i in range(4)]
+    table = {a.format(i=i): b and b.format(k=i + 1) for a, b, i in table}
+    dropped = tuple(f".{old}." for old, new in table.items() if new is None)
+    out = {}
+    for key, tensor in state.items():
+        path = f".{key}."
+        for old, new in table.items():
+            if new is not None:
+                path = path.replace(f".{old}.", f".{new}." if new else ".")
+        if re.match(r"\.(patch_embed|block|norm)\d\.", path):  # mit_b*.pth is a bare encoder
+            path = ".backbone" + path
+        if not path.startswith(dropped):
+            out[path[1:-1]] = tensor
+    if "decode_head.embed_layers.0.proj.weight" not in out:  # unused layer of mmseg's base class
+        out = {k: v for k, v in out.items() if not k.startswith("decode_head.conv_seg.")}
+    for k in [k for k in out if ".attn.k." in k]:  # HF splits kv
+        v, kv = k.replace(".attn.k.", ".attn.v."), k.replace(".attn.k.", ".attn.kv.")
+        if v in out:
+            out[kv] = torch.cat([out.pop(k), out.pop(v)])
+    # DGInStyle's fork, told by linear_c.0 beside linear_fuse.conv, concatenates c1..c4: reverse it
+    fuse, c1 = "decode_head.linear_fuse.conv.weight", "decode_head.linear_c.0.proj.weight"
+    if fuse in out and all(any(k.endswith(name) for k in state) for name in (fuse, c1)):
+        out[fuse] = torch.cat(out[fuse].chunk(4, dim=1)[::-1], dim=1)  # (E, 4E, 1, 1)
+    return out
+
+
+def describe(config, state, file):
+    """Config fields from config.json ({}: none) and shapes; ValueError if either is foreign."""
+    if config.get("architecture") == "SegFormer":
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return {k: v for k, v in fields.items() if k != "architecture"}
+    kind = config.get("architectures", config.get("_class_name"))
+    if config and kind != ["SegformerForSemanticSegmentation"]:
+        raise ValueError(f"{file}: its config.json is of {kind}, no segmenter; an encoder alone "
+                         "goes to load_backbone")
+    shape = {k: tuple(v.shape) for k, v in public_keys(state).items()}
+    head = [h for h, key in HEADS.items() if f"decode_head.{key}.weight" in shape]
+    convs = [f"backbone.patch_embed{k}.proj.weight" for k in "1234"]
+    if not head or not shape.keys() >= set(convs):
+        raise ValueError(f"{file}: no whole segmenter; an encoder alone goes to load_backbone")
+    classes, dim = shape[f"decode_head.{HEADS[head[0]]}.weight"][:2]
+    fields = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
+    widths = fields["hidden_sizes"] = tuple(shape[k][0] for k in convs)
+    blocks = Counter(k.split(".")[1] for k in shape if k.endswith(".attn.q.weight"))
+    fields["depths"] = tuple(blocks[f"block{k}"] for k in "1234")
+    srs = [f"backbone.block{k}.0.attn.sr.weight" for k in "1234"]
+    fields["sr_ratios"] = tuple(shape.get(k, (1,))[-1] for k in srs)
+    equal = [D // widths[0] for D in widths]  # heads as wide as stage 1: true of all published ones
+    fields["num_heads"] = tuple(config.get("num_attention_heads", equal))
+    if any(k.startswith("segformer.") for k in state):
+        fields["norm_eps"] = 1e-5  # what HF computes with, whatever its config says
+    return fields
+
+
+# --------------------------------------------------------------------------------------------
+# Reading weights. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
+# each file can be copied out alone; a test keeps the copies equal.
+
+
+def read_weights(path):
+    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
+
+    A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
+    single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    """
+    path, config = Path(path), {}
+    if path.is_dir():
+        stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+        names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files or not (path / "config.json").is_file():
+            raise ValueError(f"{path}: a model folder has config.json and a weight file")
+        path, config = files[0], json.loads((path / "config.json").read_text())
+    elif not path.is_file():
+        raise ValueError(f"{path}: no such weight file or model folder")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
+    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+
+
+def load_strict(model, state, file):
+    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in state.items()}
+    faults = [f"missing {k}" for k in want.keys() - have.keys()]
+    faults += [f"unknown {k}" for k in have.keys() - want.keys()]
+    both = want.keys() & have.keys()
+    faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    if faults:
+        shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
+        name = type(model).__name__
+        raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model

@@ -1,0 +1,496 @@
+"""The UNet of Stable Diffusion 1.x and 2.x: predicts the noise in a latent picture.
+
+Papers: Rombach et al., arXiv 2112.10752, section 3; DGInStyle (arXiv 2312.03048) section 3.1 uses
+two of them, U^S (fine-tuned on the source domain) and U^P (the untouched prior). Every attribute is
+named like its key in the public diffusers file, so `unet/` of any SD folder loads strictly (SD1.5:
+686 tensors, 859,520,964 parameters); single-file LDM checkpoints load too, through `from_ldm`.
+
+Shapes: B batch, C channels, h w latent size, N = h·w positions, L text tokens, D text width.
+
+Use alone (needs torch and safetensors):
+    unet = UNet.from_pretrained("stable-diffusion-v1-5/unet")
+    eps = unet(x, t, context)   # (B, 4, 64, 64), timestep 0..999, (B, 77, 768) -> (B, 4, 64, 64)
+
+Differences from diffusers: one class, no options beyond what SD1 and SD2 need; `control` is one
+argument (what a ControlNet returns) and it must fit exactly.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Names as in diffusers' config.json; the defaults are SD1.5."""
+
+    sample_size: int = 64  # the training window in latent pixels; a pair where it is not square
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    layers_per_block: int = 2  # going down; going up has one more
+    attention_head_dim: int | tuple[int, ...] = 8  # despite its name the NUMBER of heads, per level
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False  # SD2: linear layers around the transformer, not 1x1 convs
+    norm_num_groups: int = 32
+
+    @property
+    def heads(self):
+        """Number of attention heads of each level."""
+        n = self.attention_head_dim
+        return n if isinstance(n, tuple) else (n,) * len(self.block_out_channels)
+
+    @property
+    def window(self):
+        """The training window (h, w) in latent pixels."""
+        s = self.sample_size
+        return s if isinstance(s, tuple) else (s, s)
+
+
+PRESETS = {
+    "sd1": {},
+    "sd2": dict(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
+                use_linear_projection=True),
+    "tiny": dict(sample_size=(16, 32), in_channels=6, out_channels=6, layers_per_block=1,
+                 block_out_channels=(64, 64, 72), attention_head_dim=4, norm_num_groups=8,
+                 down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+                 cross_attention_dim=96, use_linear_projection=True),
+}
+
+
+def timestep_embedding(t, dim):
+    """t (B,) -> (B, dim): [cos, sin] of t · 10000^(-i / (dim/2)), i = 0 … dim/2 - 1."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, c, dim):
+        super().__init__()
+        self.linear_1 = nn.Linear(c, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, t, x):
+        """Timesteps, a number or (B,), for a batch x (B,…) -> (B, dim) in the precision of x."""
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        e = timestep_embedding(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(e)))
+
+
+class ResnetBlock(nn.Module):
+    """(B,C,h,w), time embedding -> (B,C',h,w)."""
+
+    def __init__(self, c_in, c_out, cfg):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(cfg.norm_num_groups, c_in, eps=1e-5)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * cfg.block_out_channels[0], c_out)
+        self.norm2 = nn.GroupNorm(cfg.norm_num_groups, c_out, eps=1e-5)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B,N,C) to itself or to a context (B,L,D) -> (B,N,C)."""
+
+    def __init__(self, c, context_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(context_dim, c, bias=False)
+        self.to_v = nn.Linear(context_dim, c, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list in the public keys: to_out.0
+
+    def forward(self, x, context):
+        B, N, C = x.shape
+        split = (B, -1, self.heads, C // self.heads)
+        q = self.to_q(x).view(split).transpose(1, 2)  # (B, heads, N, C/heads)
+        k = self.to_k(context).view(split).transpose(1, 2)
+        v = self.to_v(context).view(split).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](out.transpose(1, 2).reshape(B, N, C))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, c, inner):
+        super().__init__()
+        self.proj = nn.Linear(c, 2 * inner)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        # net.1 is a dropout in the public files' code; it has no weights and p = 0
+        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward, each on a norm and with a residual."""
+
+    def __init__(self, c, context_dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c, eps=1e-5)
+        self.attn1 = Attention(c, c, heads)
+        self.norm2 = nn.LayerNorm(c, eps=1e-5)
+        self.attn2 = Attention(c, context_dim, heads)
+        self.norm3 = nn.LayerNorm(c, eps=1e-5)
+        self.ff = FeedForward(c)
+
+    def forward(self, x, context):
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """(B,C,h,w), context (B,L,D) -> (B,C,h,w)."""
+
+    def __init__(self, c, heads, cfg):
+        super().__init__()
+        self.norm = nn.GroupNorm(cfg.norm_num_groups, c, eps=1e-6)  # not 1e-5, unlike the resnets
+        self.linear = cfg.use_linear_projection
+        self.proj_in = nn.Linear(c, c) if self.linear else nn.Conv2d(c, c, 1)
+        block = TransformerBlock(c, cfg.cross_attention_dim, heads)
+        self.transformer_blocks = nn.ModuleList([block])  # SD has one per transformer
+        self.proj_out = nn.Linear(c, c) if self.linear else nn.Conv2d(c, c, 1)
+
+    def forward(self, x, context):
+        B, C, h, w = x.shape
+        y = self.norm(x)
+        if self.linear:
+            y = self.proj_in(y.flatten(2).transpose(1, 2))  # (B,N,C)
+        else:
+            y = self.proj_in(y).flatten(2).transpose(1, 2)
+        y = self.transformer_blocks[0](y, context)
+        if self.linear:
+            y = self.proj_out(y).transpose(1, 2).reshape(B, C, h, w)
+        else:
+            y = self.proj_out(y.transpose(1, 2).reshape(B, C, h, w))
+        return x + y
+
+
+class Downsample(nn.Module):
+    """(B,C,h,w) -> (B,C,h/2,w/2)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)  # both sides, unlike the VAE's
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """(B,C,h,w) -> (B,C,2h,2w)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Resnets of one resolution, each followed by a transformer where the level has attention."""
+
+    def __init__(self, widths_in, c, heads, cfg):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c_in, c, cfg) for c_in in widths_in])
+        if heads:
+            self.attentions = nn.ModuleList([SpatialTransformer(c, heads, cfg) for _ in widths_in])
+
+    def layer(self, i, x, emb, context):
+        x = self.resnets[i](x, emb)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+
+class DownBlock(Level):
+    """-> (B,C',h/2,w/2) and the list of everything computed on the way (the skips)."""
+
+    def __init__(self, c_in, c, heads, last, cfg):
+        super().__init__([c_in] + [c] * (cfg.layers_per_block - 1), c, heads, cfg)
+        if not last:
+            self.downsamplers = nn.ModuleList([Downsample(c)])
+
+    def forward(self, x, emb, context, run):
+        skips = []
+        for i in range(len(self.resnets)):
+            x = run(self.layer, i, x, emb, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    def __init__(self, c, heads, cfg):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c, c, cfg) for _ in range(2)])
+        self.attentions = nn.ModuleList([SpatialTransformer(c, heads, cfg)])
+
+    def forward(self, x, emb, context):
+        x = self.resnets[0](x, emb)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, emb)
+
+
+class UpBlock(Level):
+    """Takes one skip per resnet -> (B,C',2h,2w)."""
+
+    def __init__(self, widths_in, c, heads, last, cfg):
+        super().__init__(widths_in, c, heads, cfg)
+        if not last:
+            self.upsamplers = nn.ModuleList([Upsample(c)])
+
+    def forward(self, x, skips, emb, context, run):
+        for i, skip in enumerate(skips):
+            x = run(self.layer, i, torch.cat([x, skip], dim=1), emb, context)
+        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+
+
+def call(function, *args):
+    return function(*args)
+
+
+def call_checkpointed(function, *args):
+    """Keep only the inputs and compute again in the backward pass: memory for time."""
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t, c), or v where the scheduler says so."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = cfg = config or UNetConfig()
+        self.checkpointing = False
+        width, heads, n = cfg.block_out_channels, cfg.heads, cfg.layers_per_block
+        attention = [h if "CrossAttn" in kind else 0
+                     for h, kind in zip(heads, cfg.down_block_types, strict=True)]
+        last = len(width) - 1
+
+        self.conv_in = nn.Conv2d(cfg.in_channels, width[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(width[0], 4 * width[0])
+        self.down_blocks = nn.ModuleList(
+            [DownBlock(width[max(i - 1, 0)], c, attention[i], i == last, cfg)
+             for i, c in enumerate(width)]
+        )
+        self.mid_block = MidBlock(width[-1], heads[-1], cfg)
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(width))):
+            # the skips in reverse: this level's n, then what came down from the level above
+            skips = [width[i]] * n + [width[max(i - 1, 0)]]
+            inputs = [width[min(i + 1, last)]] + [width[i]] * n
+            widths_in = [a + b for a, b in zip(inputs, skips, strict=True)]
+            self.up_blocks.append(UpBlock(widths_in, width[i], attention[i], i == 0, cfg))
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, width[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(width[0], cfg.out_channels, 3, padding=1)
+
+    def forward(self, x, t, context, control=None):
+        """x (B,C,h,w), t a number or (B,) in 0..999, context (B,L,D) -> eps (B,C,h,w).
+
+        control: (residuals of the skips, residual of the middle) from a ControlNet, or None.
+        """
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        assert x.shape[2] % factor == 0 and x.shape[3] % factor == 0, (tuple(x.shape), factor)
+        run = call_checkpointed if self.checkpointing and self.training else call
+
+        emb = self.time_embedding(t, x)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, emb, context, run)
+            skips += more
+        x = self.mid_block(x, emb, context)
+        if control is not None:
+            residuals, middle = control
+            skips = [s + r for s, r in zip(skips, residuals, strict=True)]
+            x = x + middle
+        for block in self.up_blocks:
+            n = len(block.resnets)
+            x = block(x, skips[: -n - 1 : -1], emb, context, run)
+            skips = skips[:-n]
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32):
+        """Load a diffusers folder, a .safetensors in either spelling, or a single-file LDM model.
+
+        Without config.json the sizes are read off the weights. ValueError for anything that is
+        not exactly this architecture.
+        """
+        config, state, file = read_weights(path)
+        if any(k.startswith("model.diffusion_model.") for k in state):
+            state = {k.removeprefix("model.diffusion_model."): v for k, v in state.items()
+                     if k.startswith("model.diffusion_model.")}
+        if "input_blocks.0.0.weight" in state:
+            state = from_ldm(state)
+        with torch.device("meta"):
+            model = cls(read_config(config) if config else infer_config(state, file))
+        return load_strict(model, state, file).to(dtype).eval()
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
+        up = [t.replace("Down", "Up") for t in reversed(self.config.down_block_types)]
+        extra = {"_class_name": "UNet2DConditionModel", "up_block_types": up}
+        write_model(self, folder, extra, dtype)
+
+
+# --------------------------------------------------------------------------------------------
+# Files, for UNet and ControlNet
+
+
+def read_config(config):
+    """config.json of diffusers -> UNetConfig; settings SD never uses are an error, not ignored."""
+    for key, value in (("act_fn", "silu"), ("flip_sin_to_cos", True), ("freq_shift", 0),
+                       ("class_embed_type", None), ("addition_embed_type", None),
+                       ("resnet_time_scale_shift", "default"), ("mid_block_scale_factor", 1)):
+        if config.get(key, value) != value:
+            raise ValueError(f"config.json: {key} = {config[key]!r} is not Stable Diffusion 1 or 2")
+    known = {f.name for f in fields(UNetConfig)}
+    return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v
+                         for k, v in config.items() if k in known and v is not None})
+
+
+def infer_config(state, file):
+    """The sizes of a UNet or ControlNet without config.json, read off its tensors."""
+    try:
+        levels = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("down_blocks."))
+        resnets = [k for k in state if k.startswith("down_blocks.0.resnets.") and "conv1.w" in k]
+        attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in range(levels)]
+        kinds = [("CrossAttn" if a else "") + "DownBlock2D" for a in attention]
+        width = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
+        context = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+        linear = state["mid_block.attentions.0.proj_in.weight"].ndim == 2
+        channels = state["conv_in.weight"].shape[1]
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"{file}: holds no UNet or ControlNet of Stable Diffusion") from error
+    heads = tuple(c // 64 for c in width) if linear else 8  # SD2: heads of 64; SD1: always 8
+    return UNetConfig(in_channels=channels, out_channels=channels, block_out_channels=tuple(width),
+                      down_block_types=tuple(kinds), layers_per_block=len(resnets),
+                      attention_head_dim=heads, cross_attention_dim=context,
+                      use_linear_projection=linear)
+
+
+# LDM -> diffusers, the parts inside one resnet and the layers outside the blocks
+LDM_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+              "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+LDM_OUTER = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+             "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+             "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
+             "middle_block.2": "mid_block.resnets.1"}
+
+
+def from_ldm(state):
+    """LDM names -> diffusers names. Blocks are numbered through: n = level · (layers + 1) + i."""
+    down = [int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight")]  # the downsamplers
+    per = min(down)  # resnets a level + 1
+    out = {}
+    for key, v in state.items():
+        p = key.split(".")
+        outer = next((k for k in LDM_OUTER if key.startswith(k + ".")), None)
+        if outer:
+            head, p = LDM_OUTER[outer], p[len(outer.split(".")):]
+        elif p[0] in ("input_blocks", "output_blocks"):
+            n = int(p[1]) - (p[0] == "input_blocks")
+            head = f"{'down' if p[0] == 'input_blocks' else 'up'}_blocks.{n // per}."
+            if p[3] == "op":
+                head, p = head + "downsamplers.0.conv", p[4:]
+            elif p[3] == "conv":
+                head, p = head + "upsamplers.0.conv", p[4:]
+            else:
+                head, p = head + f"{('resnets', 'attentions')[int(p[2])]}.{n % per}", p[3:]
+        else:
+            raise ValueError(f"no LDM key of a UNet: {key}")
+        tail = ".".join(p)
+        for old, new in LDM_RESNET.items():
+            if "resnets" in head and tail.startswith(old):
+                tail = new + tail[len(old):]
+        out[f"{head}.{tail}"] = v
+    return out
+
+
+def write_model(model, folder, extra, dtype=None):
+    """config.json (the model's config and `extra`) and the weights, as diffusers lays them out."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**extra, **asdict(model.config)}, indent=2)
+    (folder / "config.json").write_text(text + "\n")
+    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+
+
+# --------------------------------------------------------------------------------------------
+# Reading weights. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
+# each file can be copied out alone; a test keeps the copies equal.
+
+
+def read_weights(path):
+    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
+
+    A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
+    single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    """
+    path, config = Path(path), {}
+    if path.is_dir():
+        stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+        names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files or not (path / "config.json").is_file():
+            raise ValueError(f"{path}: a model folder has config.json and a weight file")
+        path, config = files[0], json.loads((path / "config.json").read_text())
+    elif not path.is_file():
+        raise ValueError(f"{path}: no such weight file or model folder")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
+    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+
+
+def load_strict(model, state, file):
+    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in state.items()}
+    faults = [f"missing {k}" for k in want.keys() - have.keys()]
+    faults += [f"unknown {k}" for k in have.keys() - want.keys()]
+    both = want.keys() & have.keys()
+    faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    if faults:
+        shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
+        name = type(model).__name__
+        raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model

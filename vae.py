@@ -1,0 +1,359 @@
+"""The variational autoencoder of Stable Diffusion (AutoencoderKL): pixels <-> latents.
+
+Paper: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
+arXiv 2112.10752, section 3.1. SD1.x and SD2.x share this architecture (83,653,863 parameters,
+248 tensors); every attribute is named like its key in the public diffusers file, so `vae/` of any
+SD folder loads strictly. Single-file LDM checkpoints load too (prefix `first_stage_model.`).
+
+Shapes: B batch, C channels, H W pixels, h w latent (H/8, W/8 with four levels), Z latent channels.
+Images are RGB in [-1, 1]; latents leave `encode` scaled to about unit variance.
+
+Use alone (needs torch and safetensors):
+    vae = VAE.from_pretrained("stable-diffusion-v1-5/vae")
+    latents = vae.encode(images)      # (B, 3, 512, 512) in [-1, 1] -> (B, 4, 64, 64)
+    images = vae.decode(latents)      # and back
+
+Two numbers that re-implementations get wrong without any shape telling: the encoder's
+down-sampling pads right and bottom only, and GroupNorm uses eps 1e-6 here (1e-5 in the UNet).
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Names as in diffusers' config.json; the defaults are SD1.x and SD2.x."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one level each, /2 between levels
+    layers_per_block: int = 2  # resnets a level in the encoder; the decoder has one more
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215  # 1 / std of SD's latents; absent from old configs
+
+
+PRESETS = {
+    "sd": {},
+    "tiny": dict(block_out_channels=(24, 48, 64), latent_channels=6, layers_per_block=1,
+                 norm_num_groups=8, scaling_factor=1.0),
+}
+
+# spelling in old files -> today's, by whole path component; LDM's own names are in `from_ldm`
+LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class ResnetBlock(nn.Module):
+    """(B,C,h,w) -> (B,C',h,w): GN SiLU conv, GN SiLU conv, plus a shortcut."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """(B,C,h,w) -> (B,C,h,w): single-head self-attention over all h·w positions."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list in the public keys: to_out.0
+
+    def forward(self, x):
+        B, C, h, w = x.shape
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1 head, h·w, C)
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
+        return x + out[:, 0].transpose(1, 2).reshape(B, C, h, w)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, c, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c, c, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([Attention(c, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """(B,C,h,w) -> (B,C,h/2,w/2)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=0)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as LDM trained it
+
+
+class Upsample(nn.Module):
+    """(B,C,h,w) -> (B,C,2h,2w)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The resnets of one resolution and, but for the last level, the step to the next."""
+
+    def __init__(self, c_in, c_out, layers, groups, down=False, up=False):
+        super().__init__()
+        widths = [c_in] + [c_out] * layers
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)]
+        )
+        if down:
+            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+        if up:
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def forward(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+        if hasattr(self, "upsamplers"):
+            x = self.upsamplers[0](x)
+        return x
+
+
+class Encoder(nn.Module):
+    """images (B,3,H,W) -> mean and log variance, side by side (B,2Z,h,w)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width, groups = cfg.block_out_channels, cfg.norm_num_groups
+        last = len(width) - 1
+        self.conv_in = nn.Conv2d(cfg.in_channels, width[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [Level(width[max(i - 1, 0)], c, cfg.layers_per_block, groups, down=i < last)
+             for i, c in enumerate(width)]
+        )
+        self.mid_block = MidBlock(width[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, width[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(width[-1], 2 * cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """latents (B,Z,h,w) -> images (B,3,H,W)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
+        last = len(width) - 1
+        self.conv_in = nn.Conv2d(cfg.latent_channels, width[0], 3, padding=1)
+        self.mid_block = MidBlock(width[0], groups)
+        self.up_blocks = nn.ModuleList(
+            [Level(width[max(i - 1, 0)], c, cfg.layers_per_block + 1, groups, up=i < last)
+             for i, c in enumerate(width)]
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, width[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(width[-1], cfg.out_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = cfg = config or VAEConfig()
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
+
+    @property
+    def factor(self):
+        """Pixels per latent position and axis: 8 for Stable Diffusion."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def posterior(self, images):
+        """images (B,3,H,W) in [-1,1] -> mean, logvar (B,Z,h,w) of q(z|x), not scaled."""
+        H, W = images.shape[-2:]
+        if H % self.factor or W % self.factor:
+            raise ValueError(f"image size {H}x{W} is not a multiple of {self.factor}")
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, images, generator=None):
+        """images (B,3,H,W) in [-1,1] -> scaled latents (B,Z,h,w).
+
+        The posterior mean without a generator, a sample with one. `generator` is a
+        torch.Generator (noise is drawn on the generator's device) or a function shape -> noise.
+        """
+        mean, logvar = self.posterior(images)
+        if generator is not None:
+            if isinstance(generator, torch.Generator):
+                noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+            else:
+                noise = generator(mean.shape)
+            mean = mean + torch.exp(0.5 * logvar) * noise.to(mean)
+        return mean * self.config.scaling_factor
+
+    def decode(self, latents):
+        """Scaled latents (B,Z,h,w) -> images (B,3,H,W), about [-1,1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32):
+        """Load a diffusers folder, a .safetensors in either spelling, or a single-file LDM model.
+
+        Without config.json the sizes are read off the weights. ValueError for anything that is
+        not exactly this architecture.
+        """
+        config, state, file = read_weights(path)
+        if any(k.startswith("first_stage_model.") for k in state):
+            state = {k.removeprefix("first_stage_model."): v for k, v in state.items()
+                     if k.startswith("first_stage_model.")}
+        if any(k.startswith("encoder.down.") for k in state):
+            state = from_ldm(state)
+        state = {".".join(LEGACY.get(p, p) for p in k.split(".")): v for k, v in state.items()}
+        for key, v in state.items():  # attention was a 1x1 convolution once
+            if ".attentions." in key and v.ndim == 4:
+                state[key] = v[:, :, 0, 0]
+        if not config:
+            config = infer_config(state, file)
+        known = {f.name for f in fields(VAEConfig)}
+        config = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v
+                              for k, v in config.items() if k in known})
+        with torch.device("meta"):
+            model = cls(config)
+        return load_strict(model, state, file).to(dtype).eval()
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        n = len(self.config.block_out_channels)
+        extra = {"_class_name": "AutoencoderKL", "act_fn": "silu",
+                 "down_block_types": ["DownEncoderBlock2D"] * n,
+                 "up_block_types": ["UpDecoderBlock2D"] * n}
+        text = json.dumps({**extra, **asdict(self.config)}, indent=2)
+        (folder / "config.json").write_text(text + "\n")
+        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+
+
+def infer_config(state, file):
+    """The sizes of a checkpoint without config.json, read off its tensors."""
+    try:
+        down = [k for k in state if k.startswith("encoder.down_blocks.")]
+        levels = 1 + max(int(k.split(".")[2]) for k in down)
+        layers = sum(k.startswith("encoder.down_blocks.0.resnets.") and k.endswith("conv1.weight")
+                     for k in state)
+        width = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0]
+                 for i in range(levels)]
+        latent = state["post_quant_conv.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}: holds no autoencoder of Stable Diffusion") from error
+    return dict(block_out_channels=width, layers_per_block=layers, latent_channels=latent)
+
+
+def from_ldm(state):
+    """LDM names of the autoencoder -> diffusers names; `loss.*` (the discriminator) is dropped."""
+    attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
+                 "proj_out": "to_out.0"}
+    last = max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+    out = {}
+    for key, v in state.items():
+        p = key.split(".")
+        if p[0] in ("loss", "model_ema"):
+            continue
+        if p[1] in ("down", "up"):  # encoder.down.1.block.0.conv1, decoder.up.3.upsample.conv
+            level = int(p[2]) if p[1] == "down" else last - int(p[2])  # LDM counts up from the end
+            part = [f"resnets.{p[4]}", *p[5:]] if p[3] == "block" else [f"{p[3]}rs.0", *p[4:]]
+            p = [p[0], f"{p[1]}_blocks.{level}", *part]  # downsample.conv -> downsamplers.0.conv
+        elif p[1] == "mid":
+            part = {"block_1": "resnets.0", "block_2": "resnets.1", "attn_1": "attentions.0"}[p[2]]
+            rest = [attention[p[3]], *p[4:]] if p[2] == "attn_1" else p[3:]
+            p = [p[0], "mid_block", part, *rest]
+        elif p[1] == "norm_out":
+            p[1] = "conv_norm_out"
+        out[".".join("conv_shortcut" if q == "nin_shortcut" else q for q in p)] = v
+    return out
+
+
+# --------------------------------------------------------------------------------------------
+# Reading weights. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
+# each file can be copied out alone; a test keeps the copies equal.
+
+
+def read_weights(path):
+    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
+
+    A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
+    single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    """
+    path, config = Path(path), {}
+    if path.is_dir():
+        stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+        names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files or not (path / "config.json").is_file():
+            raise ValueError(f"{path}: a model folder has config.json and a weight file")
+        path, config = files[0], json.loads((path / "config.json").read_text())
+    elif not path.is_file():
+        raise ValueError(f"{path}: no such weight file or model folder")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
+    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+
+
+def load_strict(model, state, file):
+    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in state.items()}
+    faults = [f"missing {k}" for k in want.keys() - have.keys()]
+    faults += [f"unknown {k}" for k in have.keys() - want.keys()]
+    both = want.keys() & have.keys()
+    faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    if faults:
+        shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
+        name = type(model).__name__
+        raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
