@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -454,11 +455,15 @@ def crop_box(label, size, rng, cls=None, min_share=0.01, tries=10):
 
 
 def one_hot(label, num_classes):
-    """(H, W) label → (K+1, H, W) float 0/1, the condition of the ControlNet; channel K = ignore."""
-    index = torch.from_numpy(np.array(label, order="C")).long()
-    index = index.where(index != IGNORE, num_classes)
-    assert index.max() <= num_classes, f"label value {index.max()} with {num_classes} classes"
-    return (index == torch.arange(num_classes + 1)[:, None, None]).float()
+    """Label maps (…, H, W) uint8, array or tensor → float32 (…, K+1, H, W); channel K is ignore.
+
+    The argument is left as it is. ValueError for values above K - 1 other than 255.
+    """
+    index = torch.as_tensor(np.array(label)).long()
+    index = index.masked_fill(index == IGNORE, num_classes)
+    if index.max() > num_classes:
+        raise ValueError(f"label value {int(index.max())} is above the {num_classes} classes")
+    return F.one_hot(index, num_classes + 1).movedim(-1, -3).float()
 
 
 def caption(label, classes=CITYSCAPES):
@@ -488,10 +493,11 @@ def connected_components(label):
     corner = start[1:, 1:] & start[:-1, 1:]  # otherwise the two are joined by a side as well
     up_left[1:, 1:] = corner & (label[1:, 1:] == label[:-1, :-1])
     up_right[1:, :-1] = corner & (label[1:, :-1] == label[:-1, 1:])
-    W = label.shape[1]
-    ends = [(run[at], run[at - back]) for mask, back in ((up, W), (up_left, W + 1), (up_right, W - 1))
-            for at in [np.flatnonzero(mask)]]
-    a, b = np.concatenate(ends, axis=1)
+    W, edges = label.shape[1], []
+    for mask, back in ((up, W), (up_left, W + 1), (up_right, W - 1)):
+        at = np.flatnonzero(mask)
+        edges.append((run[at], run[at - back]))
+    a, b = np.concatenate(edges, axis=1)
     identity = np.arange(run[-1] + 1, dtype=np.int32)
     parent = identity
     while a.size:
@@ -505,7 +511,8 @@ def connected_components(label):
     value = label[start]
     counted = value if label.dtype == bool else value != IGNORE
     number = np.cumsum((parent == identity) & counted, dtype=np.int32)
-    return np.where(counted, number[parent], 0)[run].reshape(label.shape), int(number[-1])
+    component = np.where(counted, number[parent], 0)[run].reshape(label.shape)
+    return component, int(number[-1])
 
 
 def large_segments(label, threshold):
@@ -555,15 +562,15 @@ def photometric_distortion(image, rng):
 def random_crop_cat_max(image, label, size, rng, cat_max_ratio=0.75, tries=10):
     """Uniform crop of a pair to `size` (int or (h, w)) → image, label (copies).
 
-    Drawn again up to `tries` times until it shows two classes and none of them fills
-    `cat_max_ratio` of the pixels that are not ignore (DAFormer's training crop).
+    Drawn again up to `tries` times until no class fills `cat_max_ratio` or more of the pixels that
+    are not ignore, which takes two classes at least (DAFormer's training crop).
     """
     h, w = (size, size) if isinstance(size, int) else size
     for _ in range(tries + 1):
         top, left, _ = crop_box(label, (h, w), rng)
         box = slice(top, top + h), slice(left, left + w)
         n = _count(IGNORE, label[box])
-        if np.count_nonzero(n) > 1 and n.max() < cat_max_ratio * n.sum():
+        if n.max() < cat_max_ratio * n.sum():
             break
     return image[box].copy(), label[box].copy()
 
@@ -646,6 +653,10 @@ class Street:
         if flank is not None:
             self.side(flank, y, z, cls, shade, snow=snow)
         self.face(x, y, z[0], cls, colour, snow=snow)
+
+    def label(self):
+        """uint8 (H,W) trainIds."""
+        return np.array([cls for cls, *_ in self.shapes], np.uint8)[np.asarray(self.buffer)]
 
     # ---- what stands in a street -----------------------------------------------------------
 
@@ -888,10 +899,10 @@ def smooth_noise(rng, size, cell):
 
 def light_street(street, style, rng):
     """Light a scene in one of STYLES -> image uint8 (H,W,3), label uint8 (H,W)."""
-    index, size = np.asarray(street.buffer), (street.h, street.w)
+    index, size, label = np.asarray(street.buffer), (street.h, street.w), street.label()
     columns = zip(*street.shapes, strict=True)
-    cls, rgb, depth, glow, snow = (np.array(c, np.float32) for c in columns)
-    label, image, glow = cls.astype(np.uint8)[index], rgb[index], glow[index]
+    _, rgb, depth, glow, snow = (np.array(c, np.float32) for c in columns)
+    image, glow = rgb[index], glow[index]
     rows = np.arange(street.h, dtype=np.float32)[:, None] - street.y0
     plane = street.f * street.eye / np.maximum(rows, 0.5)  # depth of the ground, per row
     z = np.where(depth[index] == 0, plane, depth[index])
@@ -1010,7 +1021,9 @@ class ToyStreets:
         return self.pair(i)[0]
 
     def label(self, i):
-        return self.pair(i)[1]
+        if i in self.memory:
+            return self.memory[i][1]
+        return Street(self.SPLITS[self.split] + i, self.size).label()
 
     def report(self):
         h, w = self.size

@@ -4,7 +4,7 @@ Paper: Jia et al., "DGInStyle: Domain-Generalizable Semantic Segmentation with I
 Models and Stylized Semantic Control", ECCV 2024, arXiv 2312.03048. In the paper's order:
 
     1  Schedule                     DDIM, in the paper's symbols
-    2  style_swap                   U^S under the ControlNet in training, U^P in its place afterwards
+    2  style_swap                   U^S under the ControlNet in training, then U^P in its place
     3  Models                       what is needed to sample, and guidance
     4  denoise, first_pass,         sampling in overlapping tiles, and multi-resolution latent
        second_pass                  fusion (MRLF) with the large segments kept
@@ -203,7 +203,7 @@ class Models:
         if not sd.exists():
             raise ValueError(f"--sd {sd}: no such Stable Diffusion folder or file")
         prior = UNet.from_pretrained(unet or part("unet"), dtype)
-        if swap < 1:
+        if swap != 1:
             if source_unet is None or not Path(source_unet).exists():
                 raise ValueError(f"--swap {swap} needs the source UNet: give --source-unet")
             prior = style_swap(UNet.from_pretrained(source_unet, dtype), prior, swap)
@@ -432,6 +432,12 @@ class Condition:
     crop: tuple[int, int]  # top, left in the (resized) label map
     seed: int
 
+    def manifest_row(self):
+        return {"image": f"images/{self.name}.png",
+                "label": f"labels/{self.name}_labelTrainIds.png", "prompt": self.prompt,
+                "weather": self.weather, "class": self.rare_class, "crop": self.crop,
+                "seed": self.seed}
+
 
 def draw_condition(k, pairs, sampler, size, args, classes):
     """Label crop around a rare class (section 3.4), caption, and a weather sentence or none.
@@ -462,7 +468,8 @@ def make_images(models, conditions, classes, args):
     """Conditions of one size -> uint8 images (B,H,W,3): both passes, decoded and scaled back."""
     noise = Noise([c.seed for c in conditions])
     text = models.encode_prompts([c.prompt for c in conditions], args.negative)
-    hint = torch.stack([data.one_hot(c.label, len(classes.names)) for c in conditions])
+    labels = torch.from_numpy(np.stack([c.label for c in conditions]))
+    hint = data.one_hot(labels, len(classes.names))
     size = hint.shape[2:]
     options = dict(steps=args.steps, guidance=args.guidance, control_scale=args.control_scale,
                    tile_batch=args.tile_batch)
@@ -483,6 +490,8 @@ def generate(args):
     """Make labelled images: images/, labels/, vis/, manifest.jsonl and grid.png in --out."""
     args = fill_defaults(args, GENERATE, "generate", toy=args.sd is None)
     check_weather(args.weather)
+    if args.controlnet is None:
+        raise ValueError("--controlnet is missing: name the ControlNet that goes with --sd")
     classes, pairs = open_training_data(args)
     models = Models.from_pretrained(
         args.sd, args.unet, args.controlnet, args.source_unet, args.swap, args.device,
@@ -491,28 +500,50 @@ def generate(args):
         raise ValueError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                          f"the data have {len(classes.names)} classes and ignore")
     size = args.size or tuple(n * models.vae.factor for n in models.window)
-    if size[0] % models.multiple or size[1] % models.multiple:
-        raise ValueError(f"--size {size[0]}x{size[1]}: both must be multiples of {models.multiple}")
+    check_options(models, size, args)
     sampler = None
     if args.rcs:
         counts = data.class_counts(pairs)
         sampler = data.RareClassSampler(counts, args.rcs_temperature, args.rcs_min_pixels)
+
+    def conditions(start):
+        return [draw_condition(k, pairs, sampler, size, args, classes)
+                for k in range(start, min(start + args.batch, args.num))]
+
+    conditions(0)  # what is wrong with the labels shows before anything is written
     out = open_run(args.out, args, ("num", "batch", "tile_batch", "device"))
-    conditions = [draw_condition(k, pairs, sampler, size, args, classes) for k in range(args.num)]
-    todo = [c for c in conditions if not (out / "vis" / f"{c.name}.png").is_file()]
-    if len(todo) < args.num:
-        print(f"{args.num - len(todo)} of {args.num} images are there already")
-    with tqdm(total=len(todo), unit="image", disable=not todo) as bar:
-        for k in range(0, len(todo), args.batch):
-            batch = todo[k : k + args.batch]
-            for c, image in zip(batch, make_images(models, batch, classes, args), strict=True):
-                save_generated(out, c, image, classes)
+    with (tqdm(total=args.num, unit="image") as bar,
+          open(out / "manifest.jsonl", "w") as manifest):
+        for start in range(0, args.num, args.batch):
+            batch = conditions(start)
+            todo = [c for c in batch if not (out / "vis" / f"{c.name}.png").is_file()]
+            if todo:
+                images = make_images(models, todo, classes, args)
+                for c, image in zip(todo, images, strict=True):
+                    save_generated(out, c, image, classes)
+            for c in batch:
+                manifest.write(json.dumps(c.manifest_row()) + "\n")
+            manifest.flush()
             bar.update(len(batch))
-    sheet = contact_sheet([np.asarray(Image.open(out / "vis" / f"{c.name}.png"))
-                           for c in conditions[:32]])
-    write_image(out / "grid.png", sheet)
-    write_manifest(out, conditions)
+    pictures = [np.asarray(Image.open(f)) for f in sorted((out / "vis").iterdir())[:32]]
+    write_image(out / "grid.png", contact_sheet(pictures))
     print(f"{args.num} images with labels in {out}; look at {out / 'grid.png'}")
+
+
+def check_options(models, size, args):
+    """ValueError for what would only fail in the middle of a run."""
+    if args.num < 1 or args.batch < 1 or args.tile_batch < 1:
+        raise ValueError(f"--num {args.num}, --batch {args.batch}, --tile-batch {args.tile_batch}: "
+                         "all must be at least 1")
+    if min(size) < 1 or size[0] % models.multiple or size[1] % models.multiple:
+        raise ValueError(f"--size {size[0]}x{size[1]}: both must be multiples of {models.multiple}")
+    if not 0 <= args.weather_prob <= 1:
+        raise ValueError(f"--weather-prob {args.weather_prob}: choose a share from 0 to 1")
+    models.schedule.timesteps(args.steps)
+    large = tuple(2 * n // models.vae.factor for n in size)
+    window = tuple(min(a, b) for a, b in zip(models.window, large, strict=True))
+    if args.stride:
+        tiles(large, window, args.stride)
 
 
 def save_generated(out, c, image, classes):
@@ -523,16 +554,6 @@ def save_generated(out, c, image, classes):
     data.save_label(out / "labels" / f"{c.name}_labelTrainIds.png", c.label)
     colour, blend = data.colourise(c.label, classes), data.overlay(image, c.label, classes)
     write_image(out / "vis" / f"{c.name}.png", np.concatenate([image, colour, blend], axis=1))
-
-
-def write_manifest(out, conditions):
-    with open(out / "manifest.jsonl.part", "w") as file:
-        for c in conditions:
-            row = {"image": f"images/{c.name}.png", "label": f"labels/{c.name}_labelTrainIds.png",
-                   "prompt": c.prompt, "weather": c.weather, "class": c.rare_class,
-                   "crop": c.crop, "seed": c.seed}
-            file.write(json.dumps(row) + "\n")
-    os.replace(out / "manifest.jsonl.part", out / "manifest.jsonl")
 
 
 def contact_sheet(pictures, columns=2, scale=None):
@@ -625,7 +646,7 @@ def fit(stage, objective, draw, args, save, groups=None):
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, out = torch.device(args.device), Path(args.out)
-    objective.to(device).train()
+    objective.to(device, memory_format=torch.channels_last).train()
     parameters = [p for p in objective.parameters() if p.requires_grad]
     groups = groups or [{"params": parameters, "lr": args.lr, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
@@ -717,8 +738,23 @@ def diffusion_loss(models, z, text, control=None):
 
 @torch.no_grad()
 def encode_images(vae, images):
-    """Images (B,3,H,W) -> latents sampled from the posterior, as both stages train on."""
+    """Images (B,3,H,W) -> latents sampled from the posterior; cached latents pass through."""
+    if images.shape[1] == vae.config.latent_channels:
+        return images.float()
     return vae.encode(images, lambda shape: torch.randn(shape, device=images.device)).float()
+
+
+@torch.no_grad()
+def cached(draw, vae, args):
+    """--cache N: encode the first N samples once (posterior mean) and draw from these only."""
+    if not args.cache:
+        return draw
+    store = []
+    for k in tqdm(range(0, args.cache, 32), desc="encoding", unit="batch"):
+        samples = [draw(np.random.default_rng([args.seed, 1, k + j])) for j in range(32)]
+        latents = vae.encode(torch.stack([s[0] for s in samples]).to(args.device)).cpu()
+        store += [(z, *s[1:]) for z, s in zip(latents, samples, strict=True)]
+    return lambda rng: store[rng.integers(len(store))]
 
 
 def train_vae(args, pairs, classes):
@@ -808,7 +844,7 @@ def train_prior(args, pairs, classes):
 
     models.vae.to(args.device)
     nets = dict(unet=models.unet, text_encoder=models.text_encoder)
-    fit("prior", Objective(loss, **nets), draw, args, save)
+    fit("prior", Objective(loss, **nets), cached(draw, models.vae, args), args, save)
 
 
 def train_dreambooth(args, pairs, classes):
@@ -838,6 +874,7 @@ def train_dreambooth(args, pairs, classes):
         prompts = [f"{w} weather" for w in data.STYLES] + ["", "road building sky car"]
         sample_sheet(models, prompts * 2, None, args, out / "samples" / "dreambooth.png")
 
+    draw = cached(draw, models.vae, args)
     fit("dreambooth", Objective(loss, unet=models.unet), draw, args, save)
 
 
@@ -868,16 +905,17 @@ def train_controlnet(args, pairs, classes):
         box = np.s_[top : top + size[0], left : left + size[1]]
         image, label = image[box], label[box]
         tokens = models.tokenizer(data.caption(label, classes))[0]
-        return from_uint8(image[None])[0], data.one_hot(label, len(classes.names)), tokens
+        return from_uint8(image[None])[0], torch.from_numpy(label.copy()), tokens
 
     def loss(batch):
-        images, hint, tokens = batch
+        images, labels, tokens = batch
         with torch.no_grad():
             text = models.text_encoder(tokens)
+        hint = data.one_hot(labels, len(classes.names))
         return diffusion_loss(models, encode_images(models.vae, images), text, hint)
 
-    fixed = [draw(np.random.default_rng([args.seed, 7, k])) for k in range(8)]
-    hints = torch.stack([hint for _, hint, _ in fixed])
+    fixed = [draw(np.random.default_rng([args.seed, 7, k]))[1] for k in range(8)]
+    hints = data.one_hot(torch.stack(fixed), len(classes.names))
     prompts = [f"city street scene in {w} weather" for w in args.weather]
     prompts = [prompts[k % len(prompts)] for k in range(8)]
 
@@ -887,6 +925,7 @@ def train_controlnet(args, pairs, classes):
         swapped = Models(**{**vars(models), "unet": prior})
         sample_sheet(swapped, prompts, hints, args, out / "samples" / "controlnet.png", classes)
 
+    draw = cached(draw, models.vae, args)
     fit("controlnet", Objective(loss, controlnet=models.controlnet), draw, args, save)
 
 
@@ -904,7 +943,7 @@ def sample_sheet(models, prompts, hints, args, path, classes=None):
         images = [np.concatenate([data.colourise(label, classes), image], axis=1)
                   for label, image in zip(labels, images, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_image(path, contact_sheet(list(images), columns=2 if hints is not None else 9))
+    write_image(path, contact_sheet(list(images), columns=3, scale=2))
 
 
 def train(args):
@@ -1006,10 +1045,18 @@ def segmenter_groups(model, args):
     return [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 
 
+def load_segmenter(args, K):
+    """--weights, or what this folder's training left; ValueError if it knows other classes."""
+    model = SegFormer.from_pretrained(args.weights or Path(args.out) / "segformer")
+    if model.config.num_classes != K:
+        raise ValueError(f"the segmenter knows {model.config.num_classes} classes, the data {K}")
+    return model.to(args.device)
+
+
 @torch.no_grad()
 def predict_logits(model, image, args):
     """uint8 (H,W,3) -> logits (K,H,W) at the picture's size: scaled, slid over, scaled back."""
-    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     x = x.to(args.device).float() / 255
     if args.fit:
         scale = min(args.fit[0] / x.shape[2], args.fit[1] / x.shape[3])
@@ -1024,10 +1071,8 @@ def predict_logits(model, image, args):
 def evaluate(args):
     """mIoU over each whole set: a table (rows data sets, columns classes) and eval.json."""
     classes = read_classes(args)
-    model = SegFormer.from_pretrained(args.weights or Path(args.out) / "segformer").to(args.device)
     K = len(classes.names)
-    if model.config.num_classes != K:
-        raise ValueError(f"the segmenter knows {model.config.num_classes} classes, the data {K}")
+    model = load_segmenter(args, K)
     if not args.eval_data:
         raise ValueError("--eval-data is missing: name the sets to measure on")
     sets = open_sets(args.eval_data, classes, args, "test")
@@ -1078,7 +1123,6 @@ def score_table(results, classes):
 def predict(args):
     """Label PNG, colour PNG and overlay for picture files or folders of any size."""
     classes = read_classes(args)
-    model = SegFormer.from_pretrained(args.weights or Path(args.out) / "segformer").to(args.device)
     files = []
     for path in map(Path, args.images):
         if not path.exists():
@@ -1087,6 +1131,7 @@ def predict(args):
         files += [f for f in found if f.suffix.lower() in (".png", ".jpg", ".jpeg")]
     if not files:
         raise ValueError("no .png or .jpg pictures to predict; name files or folders")
+    model = load_segmenter(args, len(classes.names))
     for file in tqdm(files, unit="image"):
         image = np.asarray(Image.open(file).convert("RGB"))
         label = predict_logits(model, image, args).argmax(0).cpu().numpy().astype(np.uint8)
@@ -1121,7 +1166,7 @@ def open_sets(specs, classes, args, split):
         if name == "toy" and not Path(spec).exists():
             style, _, n = rest.partition(":")
             styles = data.STYLES if style == "all" else (style or "sunny",)
-            n = int(n) if n.isdigit() else 100 if split == "test" else 1000
+            n = int(n) if n.isdigit() else 50 if split == "test" else 500
             opened.append((spec, data.ToyStreets(styles, n, split)))
         else:
             opened.append((spec, data.open_data([spec], classes, args.seed)[0]))
@@ -1231,6 +1276,7 @@ TRAIN = {
     "resize_ratios": Flag([0.5, 0.75, 1.0, 1.25, 1.5, 2.0], "dreambooth, prior, vae: enlarge "
                           "pictures by one of these before cropping", type=float, many=True),
     "checkpointing": Flag(True, "recompute activations in the backward pass", False),
+    "cache": Flag(0, "encode this many samples once and train on their latents; 0: afresh", 8000),
     "kl": Flag(3e-5, "vae: weight of the KL term"),
     "guidance": Flag(7.5, "of the sample sheets", 3.0),
     "sample_steps": Flag(20, "DDIM steps of the sample sheets"),
@@ -1256,12 +1302,12 @@ SEGMENT = {
 RECIPES = {
     "vae": (dict(), dict(data=["toy:all:3500"], steps=4500, lr=1.2e-3, batch=8, warmup=100,
                          lr_schedule="cosine", precision="bf16")),
-    "prior": (dict(), dict(data=["toy:all:7000"], steps=6000, lr=1e-3, batch=32, warmup=200,
-                           lr_schedule="cosine", ema=0.999)),
+    "prior": (dict(), dict(data=["toy:all:3500"], steps=4200, lr=1.2e-3, batch=32, warmup=200,
+                           lr_schedule="cosine", ema=0.998, cache=14_000)),
     "dreambooth": (dict(steps=30_000, lr=2e-6, accumulate=2),
-                   dict(steps=1000, lr=2e-4, batch=32, ema=0.99)),
+                   dict(steps=500, lr=3e-4, batch=32, ema=0.99, cache=4000)),
     "controlnet": (dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
-                   dict(steps=2500, lr=5e-4, batch=32, ema=0.995, lr_schedule="cosine")),
+                   dict(steps=1600, lr=8e-4, batch=32, ema=0.995, lr_schedule="cosine")),
     "segment": (dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
                 dict(steps=1500, lr=6e-4, batch=16, warmup=100)),
 }

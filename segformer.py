@@ -4,8 +4,7 @@ Papers: SegFormer arXiv 2105.15203, DAFormer 2111.14887, HRDA 2204.13132; DGInSt
 trains all three on MiT-B5. `SegFormer.from_pretrained` reads nvidia/segformer-b*-finetuned-* (HF
 folder or file) and the .pth files of NVlabs, DAFormer, HRDA and DGInStyle (yurujaja/DGInStyle,
 Segmentation_Models/*/latest.pth); `load_backbone` reads nvidia/mit-b* and mit_b*.pth. Attributes
-are named like NVlabs' keys; every key and shape must match, and without config.json sizes are read
-off the shapes.
+are named like NVlabs' keys, all keys must match, and sizes are read off the shapes.
 
 Shapes: B batch, C channels, H W pixels, h w token grid, L = h·w, D width, N heads, E decoder
 width, K classes.
@@ -15,9 +14,8 @@ Use alone (needs torch and safetensors):
     logits = slide_inference(model, images, crop=512, stride=256)  # images: RGB in [0, 1]
     labels = logits.argmax(1)  # (B, H, W), trainIds
 
-Differences from the official code: plain BatchNorm, not SyncBN; Dropout2d before the classifier of
-every head (HF: plain Dropout); images are normalised in here; HRDA's detail crop is half of any
-input, not 512.
+Differences from the official code: images are normalised in here; BatchNorm, not SyncBN; Dropout2d
+in every head (HF: plain Dropout); HRDA's detail crop is half of any input, not 512.
 """
 
 import json

@@ -1,0 +1,2516 @@
+"""Tests of dginstyle. Run: pytest  (about 3 minutes on two cores; no network, no GPU).
+
+Order: networks against diffusers and transformers, sampler, the paper's parts against literal
+loops, data, segmenter, commands, bad input, the house rules. Oracles are skipped if not installed.
+
+`python test_dginstyle.py OUT` writes a folder of the true Stable Diffusion 1.5 size with random
+weights and a ControlNet with 20 hint channels, for timing and memory.
+"""
+
+import ast
+import colorsys
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import clip_text
+import data
+import dginstyle
+import segformer
+import unet as unet_module
+import vae as vae_module
+from clip_text import (
+    ALPHABET,
+    BOS,
+    EOS,
+    TextEncoder,
+    TextEncoderConfig,
+    Tokenizer,
+    public_keys,
+    split_words,
+)
+from controlnet import ControlNet, from_ldm_control
+from dginstyle import Models, Noise, Schedule, denoise, main, style_swap
+from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+HERE = Path(__file__).resolve().parent
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def randomise(model, seed, std=0.05):
+    """Fill a model, zero convolutions included, so that no term of a comparison vanishes."""
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=g) * std
+    return model.eval()
+
+
+def tiny_models(seed=0, window=8, **options):
+    """Everything `denoise` needs, with random weights: VAE factor 4, UNet factor 2."""
+    config = UNetConfig(sample_size=window, block_out_channels=(16, 32), layers_per_block=1,
+                        attention_head_dim=2, cross_attention_dim=24, norm_num_groups=8,
+                        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
+    net = randomise(UNet(config), seed)
+    control = randomise(ControlNet.from_unet(net, 20), seed + 1)
+    # one level more than the UNet's, for the VAE's factor of 4
+    control = randomise(ControlNet(config, 20, (8, 8, 16)), seed + 1)
+    auto = randomise(VAE(VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1,
+                                   norm_num_groups=4, scaling_factor=1.0)), seed + 2, 0.2)
+    tokenizer = Tokenizer.train(["a city street scene with road building sky car weather"], 40)
+    text = randomise(TextEncoder(TextEncoderConfig(
+        vocab_size=len(tokenizer.vocab), hidden_size=24, intermediate_size=48,
+        num_hidden_layers=1, num_attention_heads=2)), seed + 3)
+    return Models(net, control, auto, text, tokenizer, Schedule(**options))
+
+
+def write_sd_folder(out, models):
+    """Save Models in the layout of a Stable Diffusion folder, with the ControlNet beside it."""
+    models.unet.save_pretrained(out / "unet")
+    models.unet.save_pretrained(out / "unet_source")
+    models.controlnet.save_pretrained(out / "controlnet")
+    models.vae.save_pretrained(out / "vae")
+    models.text_encoder.save_pretrained(out / "text_encoder")
+    models.tokenizer.save(out / "tokenizer")
+    models.schedule.save_pretrained(out / "scheduler")
+    return out
+
+
+def relative(a, b):
+    """max |a - b| / max |b|."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---- unet.py, controlnet.py, vae.py ------------------------------------------------------------
+
+SD_LIKE = {
+    "sd1": dict(attention_head_dim=4, use_linear_projection=False),
+    "sd2": dict(attention_head_dim=[2, 4, 4, 8], use_linear_projection=True),
+}
+
+
+@pytest.fixture(scope="module", params=SD_LIKE)
+def oracle_pair(request):
+    """diffusers' UNet and ControlNet of one small architecture, random weights in every layer."""
+    diffusers = pytest.importorskip("diffusers")
+    net = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64, 64, 64), norm_num_groups=8, cross_attention_dim=24,
+        **SD_LIKE[request.param])
+    control = diffusers.ControlNetModel.from_unet(net, conditioning_channels=20)
+    return randomise(net, 0), randomise(control, 1)
+
+
+def test_unet_and_controlnet_equal_diffusers(oracle_pair, tmp_path):
+    """Same folders, same inputs, same residuals and same output, with and without control."""
+    net, control = oracle_pair
+    net.save_pretrained(tmp_path / "unet")
+    control.save_pretrained(tmp_path / "controlnet", variant="fp16")
+    ours, our_control = (UNet.from_pretrained(tmp_path / "unet"),
+                         ControlNet.from_pretrained(tmp_path / "controlnet"))
+    g = torch.Generator().manual_seed(2)
+    x, context = torch.randn(2, 4, 16, 24, generator=g), torch.randn(2, 7, 24, generator=g)
+    hint, t = torch.rand(2, 20, 128, 192, generator=g).round(), torch.tensor([3, 901])
+    with torch.no_grad():
+        assert relative(ours(x, t, context), net(x, t, context).sample) < 1e-5
+        want, want_mid = control(x, t, context, hint, 0.7, return_dict=False)
+        have, have_mid = our_control(x, t, context, hint, scale=0.7)
+        for a, b in zip([*have, have_mid], [*want, want_mid], strict=True):
+            assert relative(a, b) < 1e-5
+        full = net(x, t, context, down_block_additional_residuals=want,
+                   mid_block_additional_residual=want_mid).sample
+        assert relative(ours(x, t, context, (have, have_mid)), full) < 1e-5
+        encoded = our_control.encode_hint(hint)
+        again, _ = our_control(x, t, context, encoded, scale=0.7)
+        assert torch.equal(again[3], have[3])  # an encoded hint is as good as the hint itself
+
+
+def test_saved_models_load_in_diffusers(tmp_path):
+    """What we write, diffusers reads: same output from its UNet, ControlNet and AutoencoderKL."""
+    diffusers = pytest.importorskip("diffusers")
+    models = tiny_models()
+    write_sd_folder(tmp_path, models)
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
+    hint = torch.rand(1, 20, 32, 32).round()
+    net = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    control = diffusers.ControlNetModel.from_pretrained(tmp_path / "controlnet")
+    auto = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    with torch.no_grad():
+        residuals, mid = control(x, 5, context, hint, return_dict=False)
+        want = net(x, 5, context, down_block_additional_residuals=residuals,
+                   mid_block_additional_residual=mid).sample
+        have = models.unet(x, 5, context, models.controlnet(x, 5, context, hint))
+        assert relative(have, want) < 1e-5
+        assert relative(models.vae.decode(x), auto.decode(x).sample) < 1e-5
+
+
+def test_published_sizes():
+    """SD1.5, SD2.1 and the 20-channel ControlNet have exactly the keys and shapes of diffusers."""
+    diffusers = pytest.importorskip("diffusers")
+
+    def shapes(model):
+        return {k: tuple(v.shape) for k, v in model.state_dict().items()}
+
+    with torch.device("meta"):
+        for preset, total in (("sd1", 859_520_964), ("sd2", 865_910_724)):
+            config = UNetConfig(**unet_module.PRESETS[preset])
+            options = {k: list(v) if isinstance(v, tuple) else v
+                       for k, v in unet_module.PRESETS[preset].items()}
+            theirs = diffusers.UNet2DConditionModel(
+                cross_attention_dim=options.pop("cross_attention_dim", 768), sample_size=64,
+                **{"attention_head_dim": 8, **options})
+            assert shapes(UNet(config)) == shapes(theirs)
+            assert sum(p.numel() for p in UNet(config).parameters()) == total
+            control = diffusers.ControlNetModel.from_unet(theirs, conditioning_channels=20)
+            assert shapes(ControlNet(config)) == shapes(control)
+        assert sum(p.numel() for p in ControlNet(UNetConfig()).parameters()) == 361_281_568
+        theirs = diffusers.AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+        assert shapes(VAE()) == shapes(theirs)
+
+
+def test_vae_equals_diffusers(tmp_path):
+    """Encode (mean, and a sample with the same noise) and decode at a size that is not square."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = randomise(diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(16, 32, 32), layers_per_block=2, latent_channels=4,
+        norm_num_groups=8, scaling_factor=0.18215), 0, 0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = VAE.from_pretrained(tmp_path)
+    x = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        posterior = theirs.encode(x).latent_dist
+        assert relative(ours.encode(x), posterior.mode() * 0.18215) < 1e-5
+        sample = posterior.sample(torch.Generator().manual_seed(3)) * 0.18215
+        assert relative(ours.encode(x, torch.Generator().manual_seed(3)), sample) < 1e-5
+        assert relative(ours.decode(sample), theirs.decode(sample / 0.18215).sample) < 1e-5
+
+
+def ldm_resnet(prefix, emb=True):
+    parts = ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"]
+    return [f"{prefix}.{p}" for p in parts + ["emb_layers.1"] * emb + ["skip_connection"]]
+
+
+def ldm_transformer(prefix):
+    block = f"{prefix}.transformer_blocks.0"
+    attention = [f"{block}.attn{n}.{p}" for n in (1, 2) for p in ("to_q", "to_k", "to_v",
+                                                                  "to_out.0")]
+    rest = ["norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"]
+    return attention + [f"{block}.{p}" for p in rest] + [
+        f"{prefix}.{p}" for p in ("norm", "proj_in", "proj_out")]
+
+
+def ldm_unet_keys(decoder=True):
+    """The layer names of SD's UNet in an LDM checkpoint, written down from its numbering."""
+    keys = ["time_embed.0", "time_embed.2", "input_blocks.0.0"]
+    for n in range(1, 12):
+        if n % 3 == 0:
+            keys.append(f"input_blocks.{n}.0.op")
+        else:
+            keys += ldm_resnet(f"input_blocks.{n}.0")
+            keys += ldm_transformer(f"input_blocks.{n}.1") if n < 9 else []
+    keys += ldm_resnet("middle_block.0") + ldm_transformer("middle_block.1")
+    keys += ldm_resnet("middle_block.2")
+    for n in range(12 * decoder):
+        keys += ldm_resnet(f"output_blocks.{n}.0")
+        keys += ldm_transformer(f"output_blocks.{n}.1") if n > 2 else []
+        if n in (2, 5, 8):
+            keys.append(f"output_blocks.{n}.{1 if n == 2 else 2}.conv")
+    return keys + ["out.0", "out.2"] * decoder
+
+
+def made_up(names):
+    """Layer names -> {name.weight, name.bias: a small tensor that is like no other}."""
+    keys = [f"{n}.{kind}" for n in names for kind in ("weight", "bias")]
+    return {k: torch.full((2, 2), float(i)) for i, k in enumerate(keys)}
+
+
+def same(ours, theirs):
+    assert set(ours) == set(theirs), sorted(set(ours) ^ set(theirs))[:6]
+    assert all(torch.equal(ours[k].squeeze(), theirs[k].squeeze()) for k in ours)
+
+
+def test_ldm_unet_and_controlnet_names():
+    """An LDM checkpoint goes through diffusers' converter and ours to the same tensors."""
+    pytest.importorskip("diffusers")
+    from diffusers.loaders import single_file_utils as oracle
+
+    config = {"layers_per_block": 2, "down_block_types": [1] * 4, "up_block_types": [1] * 4,
+              "class_embed_type": None, "addition_embed_type": None, "use_linear_projection": False}
+    state = made_up(ldm_unet_keys())
+    theirs = oracle.convert_ldm_unet_checkpoint(
+        {f"model.diffusion_model.{k}": v for k, v in state.items()}, config)
+    same(unet_module.from_ldm(state), theirs)
+
+    names = ldm_unet_keys(decoder=False) + [f"input_hint_block.{i}" for i in range(0, 16, 2)]
+    names += [f"zero_convs.{i}.0" for i in range(12)] + ["middle_block_out.0"]
+    state = made_up(names)
+    theirs = oracle.convert_controlnet_checkpoint(
+        {f"control_model.{k}": v for k, v in state.items()},
+        {**config, "conditioning_embedding_out_channels": (16, 32, 96, 256)})
+    same(from_ldm_control(state), theirs)
+
+
+def test_ldm_vae_names():
+    """The autoencoder of an LDM checkpoint: reversed decoder levels, squeezed attention."""
+    pytest.importorskip("diffusers")
+    from diffusers.loaders import single_file_utils as oracle
+
+    names = []
+    for half, layers in (("encoder", 2), ("decoder", 3)):
+        names += [f"{half}.conv_in", f"{half}.conv_out", f"{half}.norm_out"]
+        names += [f"{half}.mid.attn_1.{p}" for p in ("norm", "q", "k", "v", "proj_out")]
+        parts = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
+        names += [f"{half}.mid.block_{i}.{p}" for i in (1, 2) for p in parts]
+        side, step = ("down", "downsample") if half == "encoder" else ("up", "upsample")
+        for i in range(4):
+            names += [f"{half}.{side}.{i}.block.{j}.{p}" for j in range(layers) for p in parts]
+            if i < 3 if half == "encoder" else i > 0:
+                names.append(f"{half}.{side}.{i}.{step}.conv")
+    state = made_up(names + ["quant_conv", "post_quant_conv"])
+    state = {k: v[:, :, None, None] if "attn_1" in k and "norm" not in k and "weight" in k else v
+             for k, v in state.items()}
+    theirs = oracle.convert_ldm_vae_checkpoint(
+        {f"first_stage_model.{k}": v for k, v in state.items()},
+        {"down_block_types": [1] * 4, "up_block_types": [1] * 4, "layers_per_block": 2})
+    same(vae_module.from_ldm({**state, "loss.logvar": torch.zeros(1)}), theirs)
+
+
+def test_single_files_load_like_folders(tmp_path):
+    """A file without config.json, in old and LDM-like spelling, gives the folder's model."""
+    config = UNetConfig(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24,
+                        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
+    net = randomise(UNet(config), 0)
+    for cls, model in ((UNet, net), (ControlNet, ControlNet.from_unet(net, 7))):
+        model.save_pretrained(tmp_path / "net")
+        folder = cls.from_pretrained(tmp_path / "net")
+        single = cls.from_pretrained(tmp_path / "net" / "diffusion_pytorch_model.safetensors")
+        assert folder.config == single.config == config
+        same(folder.state_dict(), single.state_dict())
+    auto = VAE(VAEConfig(block_out_channels=(32, 64), layers_per_block=1))
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = dict(auto.state_dict())
+    for new, legacy in names.items():
+        old = {k.replace(f".{new}.", f".{legacy}."): v for k, v in old.items()}
+    save_file({f"first_stage_model.{k}": v.contiguous() for k, v in old.items()},
+              tmp_path / "old.safetensors")
+    torch.save({"state_dict": auto.state_dict()}, tmp_path / "plain.bin")
+    for file in ("old.safetensors", "plain.bin"):
+        loaded = VAE.from_pretrained(tmp_path / file)
+        assert loaded.config == auto.config
+        same(loaded.state_dict(), auto.state_dict())
+
+
+def test_untrained_controlnet_changes_nothing():
+    """The zero convolutions make a fresh ControlNet a no-op, and it starts as the UNet's half."""
+    net = tiny_models().unet
+    control = ControlNet.from_unet(net, 20)
+    x, context, hint = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.rand(1, 20, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(net(x, 7, context), net(x, 7, context, control(x, 7, context, hint)))
+    assert torch.equal(control.mid_block.resnets[0].conv1.weight,
+                       net.mid_block.resnets[0].conv1.weight)
+
+
+def test_checkpointing_keeps_gradients():
+    """Recomputing activations changes memory, not gradients."""
+    net = tiny_models().unet.train()
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
+    gradients = []
+    for on in (False, True):
+        net.checkpointing = on
+        net.zero_grad()
+        net(x, 7, context).square().mean().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# ---- clip_text.py --------------------------------------------------------------------------------
+
+CLIP_TEXTS = [
+    "road sidewalk building wall fence pole traffic light traffic sign vegetation terrain sky",
+    "person rider car truck bus train motorcycle bicycle",
+    "A city street scene with road sky car, in snowy weather. It's the driver's 12th, isn't it",
+    "Äpfel und Öl, naïve café, 東京の道路, улица города, Οδός",
+]
+
+
+def clip_tokenizer(merges=300):
+    return Tokenizer.train(CLIP_TEXTS, merges)
+
+
+def clip_oracle(tokenizer, folder):
+    """The fast tokenizer of transformers with our files."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(folder)
+    return transformers.CLIPTokenizerFast.from_pretrained(str(folder))
+
+
+def clip_random_strings(count, seed=0):
+    """Strings that mix prompt words, contractions, specials, white space and all of Unicode."""
+    rng = random.Random(seed)
+    # The tokenizers library and Python may know different Unicode versions, but both know 3.2 and
+    # the properties of its characters.
+    known = [chr(c) for c in range(0x110000)
+             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs")]
+    spaces = [c for c in known if unicodedata.category(c)[0] == "Z"] + list("\t\n\v\f\r\x85\x1c")
+    words = "road car's we're it'll I'd 'tis they've I'm '' ' '; <| |> _ 12 ½ 3² ... a1b2".split()
+    words += [BOS, EOS, "İ", "ΑΣ ΟΔΟΣ", "e\u0301", "\u212a", "'\u017f", "\u1e9e", "<|start", "!"]
+    words += ["!<|\u017ftartoftext|>!"]
+    draws = [lambda: rng.choice(known), lambda: chr(rng.randrange(32, 127)),
+             lambda: rng.choice(words), lambda: rng.choice(spaces), lambda: " ",
+             lambda: rng.choice("ROADroadcarskythe"), lambda: known[rng.randrange(128, 1200)]]
+    return ["".join(rng.choice(draws)() for _ in range(rng.randrange(30))) for _ in range(count)]
+
+
+def clip_state(config, seed=0):
+    """Random tensors for every key of the config, in our spelling."""
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in TextEncoder(config).state_dict().items()}
+    g = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(s, generator=g) * 0.3 for k, s in shapes.items()}
+
+
+def clip_open_clip(config, seed=0):
+    """Random OpenCLIP text tensors as in an SD2.x checkpoint; the config counts all layers."""
+    V, D, M = config.vocab_size, config.hidden_size, config.intermediate_size
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"token_embedding.weight": (V, D), "ln_final.weight": (D,), "ln_final.bias": (D,),
+              "positional_embedding": (77, D), "text_projection": (D, D), "logit_scale": ()}
+    for n in range(config.num_hidden_layers):
+        block = {"ln_1.weight": (D,), "ln_1.bias": (D,), "ln_2.weight": (D,), "ln_2.bias": (D,),
+                 "attn.in_proj_weight": (3 * D, D), "attn.in_proj_bias": (3 * D,),
+                 "attn.out_proj.weight": (D, D), "attn.out_proj.bias": (D,),
+                 "mlp.c_fc.weight": (M, D), "mlp.c_fc.bias": (M,),
+                 "mlp.c_proj.weight": (D, M), "mlp.c_proj.bias": (D,)}
+        shapes |= {f"transformer.resblocks.{n}.{k}": s for k, s in block.items()}
+    return {f"cond_stage_model.model.{k}": torch.randn(s, generator=g) for k, s in shapes.items()}
+
+
+def clip_rest_of_checkpoint():
+    """Some other tensors of an LDM checkpoint."""
+    keys = ("model.diffusion_model.input_blocks.0.0.weight", "betas", "model_ema.num_updates",
+            "first_stage_model.encoder.conv_in.weight", "first_stage_model.quant_conv.bias")
+    return {key: torch.zeros(3) for key in keys}
+
+
+def clip_prefixed(state):
+    """Keys with the text_model. prefix, which transformers 5 drops in memory."""
+    return {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
+
+
+# ---------------------------------------------------------------------------------- tokenizer
+
+
+def test_clip_tokenizer_equals_transformers(tmp_path):
+    """Ids of 4,000 random Unicode strings equal those of transformers' fast CLIPTokenizer."""
+    ours = clip_tokenizer()
+    oracle = clip_oracle(ours, tmp_path)
+    texts = clip_random_strings(4000)
+    assert [ours.encode(t) for t in texts] == oracle(texts, add_special_tokens=False)["input_ids"]
+    padded = oracle(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    assert ours(texts).tolist() == padded
+
+
+def test_clip_tokenizer_classes_of_every_character(tmp_path):
+    """Each character of Unicode 3.2 alone between letters and digits gets transformers' ids."""
+    ours = clip_tokenizer(0)
+    oracle = clip_oracle(ours, tmp_path)
+    known = [chr(c) for c in range(0x110000)
+             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    known = [c for c in known if unicodedata.category(c) != "Lo"] + known[::37]
+    texts = [f"a{c}1{c}!{c}" for c in known]
+    got = [ours.encode(text) for text in texts]
+    assert got == oracle(texts, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("pad, pad_id_is_zero", [(EOS, False), ("!", True)])
+def test_clip_tokenizer_save_is_read_by_transformers(tmp_path, pad, pad_id_is_zero):
+    """A saved tokenizer gives the same ids here and in transformers, whichever the pad token."""
+    transformers = pytest.importorskip("transformers")
+    ours = clip_tokenizer()
+    ours = Tokenizer(ours.vocab, ours.merges, pad)
+    ours.save(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, pad)
+    assert (ours("")[0, -1] == 0).item() is pad_id_is_zero
+    texts = clip_random_strings(300, seed=1) + ["a!b ! c"]
+    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path))
+    padded = oracle(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    assert again(texts).tolist() == padded
+    if transformers.CLIPTokenizer is not transformers.CLIPTokenizerFast:  # the slow one, ASCII
+        slow = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
+        texts = [t for t in texts if t.isascii() and (t.isprintable() or not t)] + CLIP_TEXTS[:3]
+        padded = slow(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+        assert again(texts).tolist() == padded
+
+
+@pytest.mark.parametrize("pad, in_config", [(EOS, EOS), ("!", EOS), ({"content": "!"}, None)])
+def test_clip_tokenizer_reads_public_folders(tmp_path, pad, in_config):
+    """The pad token of special_tokens_map.json decides, and the root folder of SD is enough."""
+    ours = clip_tokenizer(20)
+    ours.save(tmp_path / "tokenizer")
+    config = {"pad_token": in_config, "tokenizer_class": "CLIPTokenizer"}
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer/special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
+    row = Tokenizer.from_pretrained(tmp_path)("a")[0].tolist()
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    assert row[3:] == [ours.vocab[pad]] * 74
+    transformers = pytest.importorskip("transformers")
+    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path / "tokenizer"))
+    assert row == oracle("a", padding="max_length", max_length=77)["input_ids"]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", []),
+    (" \t\n\u3000", []),
+    ("road, sky", ["road", ",", "sky"]),
+    ("12th 3", ["1", "2", "th", "3"]),
+    ("It's DON'T we'll", ["it", "'s", "don", "'t", "we", "'ll"]),
+    ("snake_case!?", ["snake", "_", "case", "!?"]),
+    ("!'s", ["!'", "s"]),
+])
+def test_clip_words_of_prompts(text, words):
+    """Prompts with comma, digit and apostrophe split as CLIP's pattern says."""
+    assert ["".join(word).removesuffix("</w>") for word in split_words(text)] == words
+
+
+def test_clip_tokenizer_layout():
+    """Rows are start, ids, end, padding; long prompts keep the end; one text is a batch of one."""
+    t = clip_tokenizer()
+    bos, eos = t.vocab[BOS], t.vocab[EOS]
+    assert t.vocab.keys() >= set(ALPHABET) and (bos, eos) == (len(t.vocab) - 2, len(t.vocab) - 1)
+    empty, long = t(["", "car " * 200])
+    assert empty.tolist() == [bos] + [eos] * 76
+    assert long.tolist() == [bos, *t.encode("car") * 75, eos]
+    assert t("car").shape == (1, 77) and t([]).shape == (0, 77) and t("car").dtype == torch.int64
+    assert t("car", length=3).tolist() == [[bos, *t.encode("car"), eos]]
+    assert t.encode(f"a {EOS}b") == [*t.encode("a"), eos, *t.encode("b")]
+    assert t.encode("a<|ENDOFTEXT|>") == [*t.encode("a"), eos]
+
+
+def test_clip_tokenizer_training():
+    """Training joins the most frequent pair first, is repeatable and stops when all is joined."""
+    t = Tokenizer.train(["abc abc abd", "ab"], 100)
+    assert t.merges[0] == ("a", "b") and t.merges[1] == ("ab", "c</w>")
+    assert t.merges == Tokenizer.train(["abc abc abd", "ab"], 100).merges and len(t.merges) == 4
+    assert len(t.vocab) == 512 + 4 + 2
+    assert t.encode("abc") == [t.vocab["abc</w>"]]
+    assert [t.vocab[s] for s in ("!", "~", "¡", "Ā", "!</w>")] == [0, 93, 94, 188, 256]
+
+
+def test_clip_tokenizer_errors(tmp_path):
+    """Missing files, malformed merges and foreign vocabularies are ValueErrors that name them."""
+    with pytest.raises(ValueError, match="vocab.json"):
+        Tokenizer.from_pretrained(tmp_path)
+    t = clip_tokenizer(5)
+    with pytest.raises(ValueError, match="lacks 1 symbols such as 'xy'"):
+        Tokenizer(t.vocab, [("x", "y")])
+    with pytest.raises(ValueError, match="'<pad>'"):
+        Tokenizer(t.vocab, t.merges, "<pad>")
+    t.save(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
+    with pytest.raises(ValueError, match="merges.txt"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------- text encoder
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_clip_encoder_equals_transformers(tmp_path, act):
+    """Outputs equal those of transformers' CLIPTextModel, and each loads the other's folder."""
+    transformers = pytest.importorskip("transformers")
+    tiny = clip_text.PRESETS["tiny"]
+    config = TextEncoderConfig(**tiny | {"hidden_act": act, "layer_norm_eps": 0.1})
+    model = TextEncoder(config).eval()
+    model.load_state_dict(clip_state(config))
+    model.save_pretrained(tmp_path / "ours")
+    oracle, info = transformers.CLIPTextModel.from_pretrained(
+        str(tmp_path / "ours"), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    oracle.eval().save_pretrained(str(tmp_path / "theirs"))
+    again = TextEncoder.from_pretrained(tmp_path / "theirs")
+    assert again.config == config
+    tokens = torch.randint(0, 1024, (3, 77), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = oracle(tokens).last_hidden_state
+        for ours in (model, again):
+            assert (ours(tokens) - want).abs().max() <= 1e-5 * want.abs().max()
+            assert (ours(tokens[:, :9]) - want[:, :9]).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("preset, tensors, parameters", [
+    ("sd1", 196, 123_060_480), ("sd2", 372, 340_387_840)])
+def test_clip_published_keys(preset, tensors, parameters):
+    """At the published sizes, keys and shapes are exactly those of transformers."""
+    config = TextEncoderConfig(**clip_text.PRESETS[preset])
+    with torch.device("meta"):
+        ours = {k: v.shape for k, v in TextEncoder(config).state_dict().items()}
+    assert len(ours) == tensors and sum(s.numel() for s in ours.values()) == parameters
+    transformers = pytest.importorskip("transformers")
+    names = {k: getattr(config, k) for k in config.__dataclass_fields__}
+    with torch.device("meta"):
+        oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
+    theirs = {k: v.shape for k, v in clip_prefixed(oracle.state_dict()).items()}
+    assert ours == theirs
+
+
+def test_clip_ldm_sd1_equals_diffusers(tmp_path):
+    """An SD1.x checkpoint gives the tensors of diffusers' converter, and loads."""
+    single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+    config = TextEncoderConfig(64, 128, 512, 2, 2)
+    prefix = "cond_stage_model.transformer."
+    ldm = {prefix + k: v for k, v in clip_state(config).items()} | clip_rest_of_checkpoint()
+    ldm[prefix + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    theirs = clip_prefixed(single_file.convert_ldm_clip_checkpoint(dict(ldm)))
+    theirs.pop("text_model.embeddings.position_ids")
+    ours = public_keys(ldm)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    torch.save({"state_dict": ldm, "global_step": 1}, tmp_path / "sd1.ckpt")
+    model = TextEncoder.from_pretrained(tmp_path / "sd1.ckpt")
+    assert model.config == config
+    assert all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items())
+
+
+def test_clip_ldm_sd2_equals_diffusers():
+    """An SD2.x checkpoint gives, without its 24th layer, the tensors of diffusers' converter."""
+    single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+    transformers = pytest.importorskip("transformers")
+    config = TextEncoderConfig(64, 64, 256, 24, 1, hidden_act="gelu")
+    ldm = clip_open_clip(config) | clip_rest_of_checkpoint()
+    names = {k: getattr(config, k) for k in config.__dataclass_fields__}
+    names |= {"num_hidden_layers": 23, "bos_token_id": 62, "eos_token_id": 63}
+    oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
+    theirs = single_file.convert_open_clip_checkpoint(oracle, dict(ldm))
+    theirs = clip_prefixed({k: v for k, v in theirs.items() if "text_projection" not in k})
+    theirs.pop("text_model.embeddings.position_ids", None)
+    ours = public_keys(ldm)
+    assert len(ours) == 372 and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_clip_ldm_sd2_file(tmp_path):
+    """An OpenCLIP file of width 1024 has heads of 64 and exact GELU, and loses its last layer."""
+    ldm = clip_open_clip(TextEncoderConfig(8, 1024, 4096, 2, 16))
+    ldm = {k: v.half() for k, v in (ldm | clip_rest_of_checkpoint()).items()}
+    save_file(ldm, tmp_path / "sd2.safetensors")
+    model = TextEncoder.from_pretrained(tmp_path / "sd2.safetensors", torch.float16)
+    assert model.config == TextEncoderConfig(8, 1024, 4096, 1, 16, hidden_act="gelu")
+    rows = ldm["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
+    q, k, v = (model.text_model.encoder.layers[0].self_attn[f"{n}_proj"].weight for n in "qkv")
+    assert torch.equal(torch.cat([q, k, v]), rows) and q.dtype == torch.float16
+    model.save_pretrained(tmp_path / "folder")
+    assert TextEncoder.from_pretrained(tmp_path / "folder").config == model.config
+
+
+@pytest.mark.parametrize("spelling", ["public", "no_prefix", "position_ids", "projection", "bin"])
+def test_clip_single_files(tmp_path, spelling):
+    """A bare weight file in any Hugging Face spelling loads, its config inferred from shapes."""
+    config = TextEncoderConfig(64, 128, 512, 2, 2)
+    want = clip_state(config)
+    state, file = dict(want), tmp_path / "model.safetensors"
+    if spelling == "no_prefix":
+        state = {k.removeprefix("text_model."): v for k, v in want.items()}
+    elif spelling == "position_ids":
+        state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    elif spelling == "projection":
+        state["text_projection.weight"] = torch.zeros(128, 128)
+    if spelling == "bin":
+        file = tmp_path / "pytorch_model.bin"
+        torch.save(state, file)
+    else:
+        save_file(state, file)
+    model = TextEncoder.from_pretrained(file)
+    assert model.config == config and not model.training
+    assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
+
+
+def test_clip_round_trip(tmp_path):
+    """Saving and loading changes nothing; `dtype` casts the file; all tensors stay trainable."""
+    torch.manual_seed(0)
+    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"])).eval()
+    model.save_pretrained(tmp_path / "a")
+    again = TextEncoder.from_pretrained(tmp_path / "a")
+    assert again.config == model.config and all(p.requires_grad for p in again.parameters())
+    tokens = clip_tokenizer()(CLIP_TEXTS)
+    assert torch.equal(again(tokens), model(tokens))
+    assert torch.isfinite(model(tokens)).all()
+    model.save_pretrained(tmp_path / "b", torch.bfloat16)
+    kinds = {v.dtype for v in load_file(tmp_path / "b/model.safetensors").values()}
+    assert kinds == {torch.bfloat16}
+    assert TextEncoder.from_pretrained(tmp_path / "b").text_model.final_layer_norm.bias.dtype == (
+        torch.float32)
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert config["architectures"] == ["CLIPTextModel"]
+
+
+def test_clip_encoder_is_causal():
+    """A token changes its own and later outputs, never earlier ones."""
+    torch.manual_seed(0)
+    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"])).eval()
+    tokens = torch.randint(0, 1024, (1, 77))
+    other = tokens.clone()
+    other[0, 40] = (tokens[0, 40] + 1) % 1024
+    delta = (model(tokens) - model(other)).abs().amax(-1)[0]
+    assert delta[:40].max() <= 1e-6 and delta[40:].min() > 1e-5
+    with pytest.raises(AssertionError, match="78 tokens"):
+        model(torch.zeros(1, 78, dtype=torch.long))
+
+
+def test_clip_encoder_errors(tmp_path):
+    """Truncated files, other architectures and odd configs are ValueErrors in one sentence."""
+    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"]))
+    model.save_pretrained(tmp_path / "cut")
+    file = tmp_path / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors: no readable tensor file"):
+        TextEncoder.from_pretrained(tmp_path / "cut")
+    file = tmp_path / "vae.safetensors"
+    save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, file)
+    with pytest.raises(ValueError, match="vae.safetensors: not the weights of this TextEncoder"):
+        TextEncoder.from_pretrained(file)
+    (tmp_path / "unet").mkdir()
+    file.rename(tmp_path / "unet/model.safetensors")
+    (tmp_path / "unet/config.json").write_text('{"layer_norm_eps": 1e-5}')
+    with pytest.raises(ValueError, match="unet: config.json .* has no vocab_size, hidden_size"):
+        TextEncoder.from_pretrained(tmp_path / "unet")
+    save_file(clip_state(TextEncoderConfig(64, 96, 384, 1, 3)), tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="odd.safetensors: width 96 is no multiple of 64"):
+        TextEncoder.from_pretrained(tmp_path / "odd.safetensors")
+    state = clip_state(TextEncoderConfig(64, 64, 256, 2, 1))
+    state["text_model.extra"] = state.pop("text_model.encoder.layers.1.mlp.fc1.bias")
+    save_file(state, tmp_path / "torn.safetensors")
+    with pytest.raises(ValueError, match="2 faults: missing .*fc1.bias; unknown text_model.extra"):
+        TextEncoder.from_pretrained(tmp_path / "torn.safetensors")
+    with pytest.raises(ValueError, match="swish"):
+        TextEncoderConfig(hidden_act="swish")
+    with pytest.raises(ValueError, match="num_attention_heads=7"):
+        TextEncoderConfig(num_attention_heads=7)
+
+
+# ---- schedule, Style Swap, fusion --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing,offset", [("leading", 1), ("leading", 0), ("trailing", 0)])
+@pytest.mark.parametrize("to_one", [False, True])
+def test_ddim_equals_diffusers(prediction, spacing, offset, to_one, tmp_path):
+    """Timesteps and every step agree with DDIMScheduler, read from the same config file."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        prediction_type=prediction, timestep_spacing=spacing, steps_offset=offset,
+        set_alpha_to_one=to_one)
+    theirs.save_pretrained(tmp_path)
+    ours = Schedule.from_pretrained(tmp_path)
+    for n in (20, 7):
+        theirs.set_timesteps(n)
+        pairs = ours.timesteps(n)
+        assert [t for t, _ in pairs] == theirs.timesteps.tolist()
+        g = torch.Generator().manual_seed(n)
+        x = y = torch.randn(1, 4, 8, 8, generator=g)
+        for t, t_prev in pairs:
+            out = torch.randn(x.shape, generator=g)
+            x, y = ours.step(out, x, t, t_prev), theirs.step(out, t, y).prev_sample
+            assert relative(x, y) < 1e-6
+    eps, t = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
+    x0 = torch.randn(3, 4, 8, 8)
+    assert relative(ours.add_noise(x0, eps, t), theirs.add_noise(x0, eps, t)) < 1e-6
+    want = eps if prediction == "epsilon" else theirs.get_velocity(x0, eps, t)
+    assert relative(ours.target(x0, eps, t), want) < 1e-6
+
+
+def test_ddim_with_the_true_noise_recovers_the_picture():
+    """If the network knew the noise, DDIM would end at x_0 with the last level's noise."""
+    schedule, g = Schedule(), torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 4, 8, 8, generator=g)
+    x = schedule.add_noise(x0, eps, 951)
+    for t, t_prev in schedule.timesteps(20):
+        x = schedule.step(eps, x, t, t_prev)
+    assert relative(x, schedule.add_noise(x0, eps, -1)) < 1e-4
+    for t, value in ((0, 0.99915), (501, 0.274999), (951, 0.008155), (999, 0.004660)):
+        assert abs(schedule.abar_at(t) - value) < 1e-5
+
+
+def test_style_swap():
+    """1 is the prior itself, 0 the source itself, between them the weights are mixed linearly."""
+    source, prior = tiny_models(0).unet, tiny_models(9).unet
+    assert style_swap(source, prior) is prior and style_swap(source, prior, 0.0) is source
+    mixed = style_swap(source, prior, 0.25)
+    a, b, c = (m.mid_block.resnets[0].conv1.weight for m in (source, prior, mixed))
+    assert torch.allclose(c, 0.75 * a + 0.25 * b, atol=1e-7)
+    other = UNet(replace(source.config, cross_attention_dim=32))
+    with pytest.raises(ValueError, match="one architecture"):
+        style_swap(source, other)
+
+
+def test_tiles_cover():
+    """Every position is covered, windows stay inside; 5 x 5 and 9 x 9 as in the released code."""
+    assert len(dginstyle.tiles((128, 128), (64, 64), (16, 16))) == 25
+    assert len(dginstyle.tiles((128, 128), (64, 64), (8, 8))) == 81
+    for size, window, stride in (((10, 33), (8, 16), (3, 7)), ((8, 8), (8, 8), (8, 8))):
+        cover = np.zeros(size)
+        for i, j in dginstyle.tiles(size, window, stride):
+            assert i + window[0] <= size[0] and j + window[1] <= size[1]
+            cover[i : i + window[0], j : j + window[1]] += 1
+        assert cover.min() >= 1
+    with pytest.raises(ValueError, match="cannot cover"):
+        dginstyle.tiles((16, 16), (8, 8), (9, 8))
+
+
+def literal_second_pass(models, latents, mask, hint, text, noise, steps, stride, official):
+    """MRLF written out as in the released code: one tile at a time, everything every step."""
+    s, f = models.schedule, models.vae.factor
+    image = ((models.vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    image = Image.fromarray(image[0].permute(1, 2, 0).numpy())
+    image = image.resize((image.width * 2, image.height * 2), Image.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    z = models.vae.encode(pixels)
+    x, (h, w), (wh, ww) = noise(z.shape), z.shape[2:], models.window
+    hint = hint.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    m = mask[:, :, :: mask.shape[2] // h, :: mask.shape[3] // w]
+    for k in range(steps):
+        t = (steps - 1 - k) * (1000 // steps) + 1
+        value, count = torch.zeros_like(x), torch.zeros_like(x)
+        for i in range(0, h - wh + 1, stride):
+            for j in range(0, w - ww + 1, stride):
+                part = x[:, :, i : i + wh, j : j + ww]
+                piece = hint[:, :, f * i : f * (i + wh), f * j : f * (j + ww)]
+                eps = [models.unet(part, t, c, models.controlnet(part, t, c, piece)) for c in text]
+                eps = eps[0] + 5.0 * (eps[1] - eps[0])
+                a = s.abar[t]
+                b = s.abar[max(t - 1000 // steps, 0)]
+                x0 = (part - (1 - a).sqrt() * eps) / a.sqrt()
+                value[:, :, i : i + wh, j : j + ww] += b.sqrt() * x0 + (1 - b).sqrt() * eps
+                count[:, :, i : i + wh, j : j + ww] += 1
+        x = value / count
+        level = s.abar[t - 1] if official else s.abar[max(t - 1000 // steps, 0)]
+        x = m * (level.sqrt() * z + (1 - level).sqrt() * noise(z.shape)) + (1 - m) * x
+    return x
+
+
+def playback(record):
+    """A source of noise that returns recorded tensors in their order."""
+    tensors = iter(record)
+    return lambda shape: next(tensors)
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (32, 48)])
+def test_second_pass_equals_the_literal_loop(size, official):
+    """Batched windows, skipped windows and cached hints change nothing; same noise, same result."""
+    models, g = tiny_models(), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        latents = torch.randn(1, 4, size[0] // 4, size[1] // 4, generator=g)
+        label = torch.randint(0, 20, (1, *size), generator=g)
+        hint = F.one_hot(label, 20).permute(0, 3, 1, 2).float()
+        mask = torch.zeros(1, 1, *size)
+        mask[..., : size[0] // 2, :] = 1  # the upper windows lie wholly inside
+        text = models.encode_prompts(["road sky car"])
+        shape = (1, 4, size[0] // 2, size[1] // 2)
+        record = [torch.randn(shape, generator=g) for _ in range(4)]
+        want = literal_second_pass(models, latents, mask, hint, text,
+                                   playback(record), 3, 4, official)
+        have = dginstyle.second_pass(
+            models, latents, mask, hint, text, playback(record), stride=(4, 4), steps=3,
+            guidance=5.0, tile_batch=3, official_renoise=official)
+    assert relative(have, want) < 1e-5
+
+
+def test_kept_segments_end_as_in_the_first_pass():
+    """Where the mask is 1 the latents end as the re-encoded first pass plus the last level."""
+    models = tiny_models()
+    latents, text = torch.randn(1, 4, 8, 8), models.encode_prompts(["road"])
+    hint, mask = torch.zeros(1, 20, 32, 32), torch.ones(1, 1, 32, 32)
+    zeros = lambda shape: torch.zeros(shape)  # noqa: E731
+    out = dginstyle.second_pass(models, latents, mask, hint, text, zeros, steps=2)
+    z = dginstyle.enlarge(models.vae, latents)
+    assert relative(out, z * models.schedule.abar_at(-1) ** 0.5) < 1e-6
+
+
+def test_guidance_one_is_the_conditional_output():
+    """Guidance 1 ignores the negative prompt, 0 ignores the prompt."""
+    models = tiny_models()
+    x, text = torch.randn(1, 4, 8, 8), models.encode_prompts(["road sky"], "car")
+    with torch.no_grad():
+        for scale, row in ((1.0, 1), (0.0, 0)):
+            want = models.unet(x, 9, text[row])
+            assert relative(models.predict(x, 9, text, guidance=scale), want) < 1e-5
+
+
+def test_image_noise_is_its_own():
+    """Image k draws the same noise alone and in a batch, and its result is the same."""
+    models = tiny_models()
+    prompts, seeds = ["road", "sky car", "building"], [5, 6, 7]
+    hint = torch.rand(3, 20, 32, 32, generator=torch.Generator().manual_seed(0)).round()
+
+    def run(rows):
+        text = models.encode_prompts([prompts[k] for k in rows])
+        return dginstyle.first_pass(models, (32, 32), text, hint[rows],
+                                    Noise([seeds[k] for k in rows]), steps=2)
+
+    together = run([0, 1, 2])
+    for k in range(3):
+        assert relative(together[k : k + 1], run([k])) < 1e-5
+
+
+def test_denoise_yields_every_step_and_writes_no_argument():
+    """One latent per step; the caller's tensors are left as they were."""
+    models = tiny_models()
+    x, hint = torch.randn(1, 4, 8, 8), torch.ones(1, 20, 32, 32)
+    before = x.clone()
+    states = list(denoise(models, x, models.encode_prompts([""]), hint, steps=3))
+    assert len(states) == 3 and not torch.equal(states[0], states[1])
+    assert torch.equal(x, before) and torch.equal(hint, torch.ones_like(hint))
+
+
+def test_latents_can_be_normalised_inside_the_vae():
+    """The folded statistics give latents of mean 0 and deviation 1, and the same pictures."""
+    auto = tiny_models().vae
+    images = list(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    folded = dginstyle.normalise_latents(auto, images)
+    with torch.no_grad():
+        z = folded.encode(torch.stack(images))
+        assert z.mean((0, 2, 3)).abs().max() < 1e-4
+        assert (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
+        want = auto.decode(auto.encode(torch.stack(images)))
+        assert relative(folded.decode(z), want) < 1e-4
+
+
+# ---- data.py -------------------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------------------------
+# helpers
+
+TRAIN = np.array([[0, 1, 2, 10], [13, 255, 11, 18], [0, 0, 8, 8]], np.uint8)  # 3 x 4 pixels
+CITY = np.array([[7, 8, 11, 23], [26, 4, 24, 33], [7, 7, 21, 21]], np.uint8)  # the same as ids
+VISTAS = np.array([[13, 15, 17, 27], [55, 65, 19, 52], [24, 41, 30, 30]], np.uint8)
+
+
+def data_png(path, array, palette=True):
+    """Write a label (palette PNG unless told otherwise) or an RGB image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    if array.ndim == 2 and palette:  # grey levels of the palette differ from the indices
+        image.putpalette([(37 * i + 11) % 256 for i in range(768)])
+    image.save(path)
+
+
+def data_photo(path, seed=0):
+    data_png(path, np.random.default_rng(seed).integers(0, 256, (3, 4, 3)).astype(np.uint8))
+
+
+def data_plain(root, names, label=TRAIN, end="_labelTrainIds", palette=True):
+    for k, name in enumerate(names):
+        data_photo(root / "images" / f"{name}.png", k)
+        data_png(root / "labels" / f"{name}{end}.png", label, palette)
+    return root
+
+
+def data_flood(label, skip):
+    """8-connected components, one pixel after the other."""
+    out, n = np.zeros(label.shape, int), 0
+    for y, x in np.ndindex(*label.shape):
+        if out[y, x] or label[y, x] == skip:
+            continue
+        n += 1
+        out[y, x], stack = n, [(y, x)]
+        while stack:
+            i, j = stack.pop()
+            for u in range(max(i - 1, 0), min(i + 2, label.shape[0])):
+                for v in range(max(j - 1, 0), min(j + 2, label.shape[1])):
+                    if not out[u, v] and label[u, v] == label[i, j]:
+                        out[u, v] = n
+                        stack.append((u, v))
+    return out, n
+
+
+def data_blocks(seed, size=(40, 50), classes=19):
+    """A label of random blocks with some ignore."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros(size, np.uint8)
+    for _ in range(30):
+        y, x, h, w = rng.integers(0, [*size, 15, 15])
+        label[y:y + h + 1, x:x + w + 1] = rng.integers(0, classes)
+    label[rng.random(size) < 0.05] = data.IGNORE
+    return label
+
+
+# ---------------------------------------------------------------------------------------------
+# classes and label files
+
+
+def test_data_class_tables():
+    """The id tables reach each of the 19 classes and drop what the published mapping drops."""
+    assert len(data.CITYSCAPES) == len(set(data.CITYSCAPES.names)) == 19
+    assert len(set(data.CITYSCAPES.colours)) == 19
+    for table, size in ((data.CITYSCAPES_IDS, 35), (data.MAPILLARY_IDS, 66)):
+        assert sorted(table) == list(range(size))
+        assert set(table.values()) == {None, *range(19)}
+    assert [data.CITYSCAPES_IDS[i] for i in (7, 19, 28, 29, 30, 31, 34)] == [
+        0, 6, 15, None, None, 16, None]
+    assert [data.MAPILLARY_IDS[i] for i in (8, 23, 44, 49, 56, 59, 63, 65)] == [None] * 8
+    assert sum(t is not None for t in data.MAPILLARY_IDS.values()) == 25
+
+
+def test_data_classes_from_json(tmp_path):
+    """A JSON file makes a domain of other classes, a wrong one names the file."""
+    path = tmp_path / "classes.json"
+    path.write_text(json.dumps({"names": ["sea", "ship"], "colours": [[0, 0, 9], [9, 0, 0]],
+                                "ids": {"5": 0, "7": 1, "8": None}}))
+    classes = data.Classes.from_json(path)
+    assert classes == data.Classes(("sea", "ship"), ((0, 0, 9), (9, 0, 0)), {5: 0, 7: 1, 8: None})
+    label = np.array([[7, 5], [8, 255]], np.uint8)
+    pairs = data.Pairs(data_plain(tmp_path / "set", ["a"], label, ""), classes)
+    assert pairs.label(0).tolist() == [[1, 0], [255, 255]]
+    for text in ("{", "[]", '{"names": ["a"]}', '{"names": ["a"], "colours": [[1, 2]]}',
+                 '{"names": ["a", "b"], "colours": [[1, 2, 3]]}',
+                 '{"names": ["a"], "colours": [[1, 2, 3]], "ids": {"4": 1}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="classes.json is no class file"):
+            data.Classes.from_json(path)
+
+
+@pytest.mark.parametrize("palette", [True, False])
+def test_data_label_round_trip(tmp_path, palette):
+    """Raw indices come back from palette and grey files, as written and as saved by save_label."""
+    data_png(tmp_path / "a.png", TRAIN, palette)
+    assert Image.open(tmp_path / "a.png").mode == ("P" if palette else "L")
+    assert np.array_equal(data.read_label(tmp_path / "a.png"), TRAIN)
+    before = TRAIN.copy()
+    data.save_label(tmp_path / "b.png", TRAIN)
+    saved = Image.open(tmp_path / "b.png")
+    assert saved.mode == "P" and np.array_equal(np.array(saved), TRAIN)
+    assert np.array_equal(np.array(saved.convert("RGB")), data.colourise(TRAIN))
+    assert np.array_equal(TRAIN, before)
+    sixteen = tmp_path / "c.png"
+    Image.fromarray(CITY.astype(np.uint16)).save(sixteen)
+    assert np.array_equal(data.read_label(sixteen, ids=data.CITYSCAPES_IDS), TRAIN)
+
+
+def test_data_bad_labels(tmp_path):
+    """Colour labels, values outside the classes and broken files are named in one sentence."""
+    data_photo(tmp_path / "rgb.png")
+    with pytest.raises(ValueError, match="rgb.png has mode RGB"):
+        data.read_label(tmp_path / "rgb.png")
+    data_png(tmp_path / "ids.png", np.array([[19, 3], [77, 255]], np.uint8))
+    with pytest.raises(ValueError, match=r"ids.png holds \[19, 77\], .* trainIds \(0..18\)"):
+        data.read_label(tmp_path / "ids.png")
+    with pytest.raises(ValueError, match=r"ids.png holds \[77\], .* raw ids \(0..34\)"):
+        data.read_label(tmp_path / "ids.png", ids=data.CITYSCAPES_IDS)
+    with pytest.raises(ValueError, match=r"holds \[77\]"):
+        data.read_label(tmp_path / "ids.png", also_ignore=(19,))
+    Image.fromarray(np.array([[300]], np.uint16)).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match=r"holds \[300\]"):
+        data.read_label(tmp_path / "wide.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "ids.png").read_bytes()[:50])
+    for name in ("broken.png", "absent.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
+            data.read_label(tmp_path / name)
+    with pytest.raises(ValueError, match=r"x.png was not written: the label holds \[19\]"):
+        data.save_label(tmp_path / "x.png", np.full((2, 2), 19))
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_data_colours():
+    """Colours are those of the classes, ignore is black, and alpha 0 and 1 are the two ends."""
+    colour = data.colourise(TRAIN)
+    assert colour.dtype == np.uint8 and colour.shape == (3, 4, 3)
+    assert tuple(colour[1, 0]) == (0, 0, 142) and tuple(colour[1, 1]) == (0, 0, 0)
+    image = np.random.default_rng(0).integers(0, 256, (3, 4, 3)).astype(np.uint8)
+    assert np.array_equal(data.overlay(image, TRAIN, alpha=0), image)
+    assert np.array_equal(data.overlay(image, TRAIN, alpha=1), colour)
+    middle = data.overlay(image, TRAIN).astype(float)
+    assert np.abs(middle - (image / 2 + colour / 2)).max() <= 0.5
+
+
+# ---------------------------------------------------------------------------------------------
+# data set folders: a small fake of every layout
+
+
+def data_fake(root, kind):
+    """Write two pairs in the layout `kind` → keyword arguments for Pairs, layout, first name."""
+    def both(image, label, array, palette=True):
+        data_photo(root / image)
+        data_png(root / label, array, palette)
+
+    if kind.startswith("cityscapes"):
+        end, array = ("TrainIds", TRAIN) if kind.endswith("train ids") else ("Ids", CITY)
+        for city in ("bonn", "aachen"):
+            both(f"leftImg8bit/train/{city}/{city}_1_2_leftImg8bit.png",
+                 f"gtFine/train/{city}/{city}_1_2_gtFine_label{end}.png", array, False)
+            both(f"leftImg8bit/val/{city}/v_leftImg8bit.png",
+                 f"gtFine/val/{city}/v_gtFine_label{end}.png", np.zeros((3, 4), np.uint8), False)
+            data_png(root / f"gtFine/train/{city}/{city}_1_2_gtFine_instanceIds.png", CITY)
+        return {}, "cityscapes", "aachen_1_2"
+    if kind == "bdd100k":
+        for split in ("val", "train"):
+            for name in ("b", "a"):
+                both(f"images/10k/{split}/{split}{name}.jpg",
+                     f"labels/sem_seg/masks/{split}/{split}{name}.png", TRAIN, False)
+        return {}, "bdd100k", "vala"
+    if kind.startswith("mapillary"):
+        for split in ("training", "validation"):
+            for name in ("y", "x"):
+                both(f"{split}/images/{split}{name}.jpg", f"{split}/labels/{split}{name}.png",
+                     VISTAS)
+                if kind.endswith("converted"):
+                    data_png(root / f"{split}/labels/{split}{name}_labelTrainIds.png", TRAIN)
+        split = {"split": "training"} if kind.endswith("training") else {}
+        return split, "mapillary", f"{split.get('split', 'validation')}x"
+    if kind == "acdc":
+        for name in ("q", "p"):
+            both(f"rgb_anon/val/{name}_rgb_anon.png", f"gt/val/{name}_gt_labelTrainIds.png", TRAIN)
+        return {}, "acdc", "p"
+    if kind.startswith("acdc original"):
+        for c in ("fog", "night"):
+            for split in ("train", "val"):
+                both(f"rgb_anon/{c}/{split}/G1/{c}{split}_rgb_anon.png",
+                     f"gt/{c}/{split}/G1/{c}{split}_gt_labelIds.png", CITY, False)
+            data_photo(root / f"rgb_anon/{c}/val_ref/G1/{c}_rgb_ref_anon.png")
+        if kind.endswith("night"):
+            both("rgb_anon/night/val/G2/z_rgb_anon.png", "gt/night/val/G2/z_gt_labelTrainIds.png",
+                 TRAIN)
+            return {"condition": "night"}, "acdc", "nightval"
+        return {}, "acdc", "fogval"
+    if kind == "dark zurich":
+        for name in ("h", "g"):
+            both(f"rgb_anon/val/night/G/{name}_rgb_anon.png",
+                 f"gt/val/night/G/{name}_gt_labelTrainIds.png", TRAIN)
+        data_photo(root / "rgb_anon/val_ref/day/G_ref/r_rgb_anon.png")
+        return {}, "dark_zurich", "g"
+    names, layout, label, end = {
+        "plain": (["s1", "s0"], "plain", TRAIN, "_labelTrainIds"),
+        "plain names": (["s1", "s0"], "plain", TRAIN, ""),
+        "gta": (["00002", "00001"], "gta", CITY, ""),
+        "gta converted": (["00002", "00001"], "plain", TRAIN, "_labelTrainIds"),
+        "generated": (["n_00002", "a_00001"], "generated", TRAIN, "_labelTrainIds"),
+        "generated ids": (["7_genid3", "5_genid3"], "generated", TRAIN, "_labelTrainIds"),
+        "rcs subset": (["16_00002", "6_00001"], "rcs_subset", TRAIN, "_labelTrainIds"),
+        "rcs subset ids": (["16_00002", "16_00001"], "rcs_subset", CITY, "")}[kind]
+    if layout == "generated":
+        label = np.where(label == 255, 19, label).astype(np.uint8)
+    data_plain(root, names, label, end)
+    if kind == "gta converted":  # the palette ids lie beside the converted files
+        data_plain(root, names, CITY, "")
+    return {}, layout, min(names)
+
+
+@pytest.mark.parametrize("kind", [
+    "plain", "plain names", "gta", "gta converted", "cityscapes", "cityscapes train ids",
+    "bdd100k", "mapillary", "mapillary training", "mapillary converted", "acdc", "acdc original",
+    "acdc original night", "dark zurich", "generated", "generated ids", "rcs subset",
+    "rcs subset ids"])
+def test_data_layouts(tmp_path, kind):
+    """Every published folder is recognised and delivers the same trainIds without conversion."""
+    options, layout, first = data_fake(tmp_path / "set", kind)
+    pairs = data.Pairs(tmp_path / "set", **options)
+    assert (len(pairs), pairs.layout, pairs.name(0), pairs.skipped) == (2, layout, first, [])
+    assert pairs.images == sorted(pairs.images) and len(pairs.labels) == 2
+    for i in range(2):
+        image, label = pairs.pair(i)
+        assert np.array_equal(label, TRAIN) and label.dtype == np.uint8, pairs.labels[i]
+        assert image.shape == (3, 4, 3) and image.dtype == np.uint8
+    mapped = {"gta": 2, "cityscapes": 2, "mapillary": 2, "mapillary training": 2,
+              "rcs subset ids": 2, "acdc original": 2, "acdc original night": 1}.get(kind, 0)
+    text = pairs.report()
+    assert "\n" not in text and layout in text
+    assert f"2 pairs, {mapped} with labels mapped from raw ids" in text
+    assert ("19 read as ignore" in text) == (layout == "generated")
+
+
+def test_data_split_and_condition(tmp_path):
+    """Split and condition choose sub-folders; where there are none they are refused."""
+    data_fake(tmp_path / "cs", "cityscapes")
+    assert data.Pairs(tmp_path / "cs", split="val").label(0).max() == 255
+    assert {p.parent.parent.name for p in data.Pairs(tmp_path / "cs").images} == {"train"}
+    data_fake(tmp_path / "acdc", "acdc original")
+    assert len(data.Pairs(tmp_path / "acdc", condition="fog")) == 1
+    assert data.Pairs(tmp_path / "acdc", split="train").name(1) == "nighttrain"
+    data_fake(tmp_path / "plain", "plain")
+    for root, options in (("plain", {"split": "val"}), ("plain", {"condition": "fog"}),
+                          ("acdc", {"condition": "rain"}), ("cs", {"split": "test"})):
+        with pytest.raises(ValueError, match=f"{root} is no data set folder with"):
+            data.Pairs(tmp_path / root, **options)
+
+
+def test_data_generated_by_us(tmp_path):
+    """A folder with our manifest is a generated set, in which 19 stays an error."""
+    data_plain(tmp_path, ["000000_x"], np.full((3, 4), 19, np.uint8))
+    (tmp_path / "manifest.jsonl").write_text("")
+    pairs = data.Pairs(tmp_path)
+    assert pairs.layout == "generated" and "read as ignore" not in pairs.report()
+    with pytest.raises(ValueError, match=r"holds \[19\]"):
+        pairs.label(0)
+
+
+def test_data_nineteen_alone(tmp_path):
+    """labels/NAME.png whose only strange value is 19 is refused, never guessed."""
+    data_plain(tmp_path, ["s"], np.array([[0, 19, 18]] * 3, np.uint8), "")
+    with pytest.raises(ValueError, match=r"s.png holds \[19\]"):
+        data.Pairs(tmp_path).label(0)
+
+
+def test_data_other_classes_on_public_folder(tmp_path):
+    """For other classes the raw ids of a public set are mapped, its trainIds are not mistaken."""
+    data_fake(tmp_path, "cityscapes")
+    data_png(tmp_path / "gtFine/train/aachen/aachen_1_2_gtFine_labelTrainIds.png", TRAIN)
+    classes = data.Classes(("flat", "rest"), ((1, 1, 1), (2, 2, 2)),
+                           {i: 1 - (i in (7, 8)) for i in range(34)})
+    expected = np.where(np.isin(CITY, (7, 8)), 0, 1)
+    assert np.array_equal(data.Pairs(tmp_path, classes).label(0), expected)
+
+
+def test_data_missing_parts(tmp_path):
+    """Images without label are skipped and reported; nothing at all is an error that says so."""
+    with pytest.raises(ValueError, match="absent is no data set folder"):
+        data.Pairs(tmp_path / "absent")
+    (tmp_path / "set/images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="there are no .png or .jpg images in .*images"):
+        data.Pairs(tmp_path / "set")
+    data_photo(tmp_path / "set/images/z.png")
+    with pytest.raises(ValueError, match="none of the 1 images .* z.png has no NAME_labelTrainIds"):
+        data.Pairs(tmp_path / "set")
+    data_plain(tmp_path / "set", ["a"])
+    (tmp_path / "set/images/.hidden.png").write_text("")
+    pairs = data.Pairs(tmp_path / "set")
+    assert len(pairs) == 1 and [p.name for p, _ in pairs.skipped] == ["z.png"]
+    assert "1 images left out: no NAME_labelTrainIds.png or NAME.png in labels" in pairs.report()
+    data_png(tmp_path / "set/labels/a_labelTrainIds.png", TRAIN[:2])
+    with pytest.raises(ValueError, match=r"a.png and label .*a_labelTrainIds.png differ in size"):
+        data.Pairs(tmp_path / "set").pair(0)
+
+
+def test_data_open(tmp_path):
+    """root:N takes N pairs, the same for the same seed, others for another, never more."""
+    root = data_plain(tmp_path / "a:7", [f"s{i}" for i in range(9)])
+    whole, some = data.open_data([root, f"{root}:3"], seed=1)
+    assert (len(whole), len(some)) == (9, 3)
+    assert set(some.images) < set(whole.images) and some.images == sorted(some.images)
+    assert "6 pairs not chosen" in some.report()
+    for image, label in zip(some.images, some.labels, strict=True):
+        assert label.name == f"{image.stem}_labelTrainIds.png"
+    assert data.open_data([f"{root}:3"], seed=1)[0].images == some.images
+    assert len({tuple(data.open_data([f"{root}:3"], seed=s)[0].images) for s in range(9)}) > 1
+    for n in (10, 0):
+        with pytest.raises(ValueError, match=f"asks for {n} pairs: .* holds 9"):
+            data.open_data([f"{root}:{n}"])
+
+
+# ---------------------------------------------------------------------------------------------
+# counts and rare class sampling
+
+
+def test_data_counts_and_cache(tmp_path, monkeypatch):
+    """Counts are pixel counts; a second call reads no file, a changed file is read again alone."""
+    pairs = data.Pairs(data_plain(tmp_path, ["a", "b"]))
+    expected = np.bincount(TRAIN.ravel(), minlength=256)[:19]
+    counts = data.class_counts(pairs)
+    assert counts.dtype == np.int64 and np.array_equal(counts, [expected, expected])
+    read, original = [], data.read_label
+    monkeypatch.setattr(data, "read_label", lambda *a: read.append(a[0].name) or original(*a))
+    assert np.array_equal(data.class_counts(data.Pairs(tmp_path)), counts) and not read
+    sizes = set()
+    for k in (6, 5):  # two files of one size: only the time tells them apart
+        data_png(pairs.labels[1], np.full((3, 4), k, np.uint8))
+        os.utime(pairs.labels[1], ns=(k, k))
+        sizes.add(pairs.labels[1].stat().st_size)
+        assert data.class_counts(pairs)[1, k] == 12 and len(sizes) == 1
+    read.clear()
+    os.utime(pairs.labels[1], ns=(1, 1))
+    changed = data.class_counts(data.Pairs(tmp_path))
+    assert read == ["b_labelTrainIds.png"]
+    assert np.array_equal(changed[0], expected) and changed[1, 5] == changed[1].sum() == 12
+    read.clear()
+    twin = data.Classes(tuple(data.CITYSCAPES.names[::-1]), data.CITYSCAPES.colours)
+    data.class_counts(data.Pairs(tmp_path, twin))
+    assert len(read) == 2, "other classes must not get these counts"
+
+
+def test_data_counts_on_processes(tmp_path):
+    """Several processes count the same as one, in the order of the files."""
+    for i in range(40):
+        data_photo(tmp_path / f"images/s{i:02}.png")
+        data_png(tmp_path / f"labels/s{i:02}_labelTrainIds.png", np.full((3, 4), i % 19, np.uint8))
+    counts = data.class_counts(data.Pairs(tmp_path), workers=2)
+    assert np.array_equal(counts, 12 * np.eye(19, dtype=int)[np.arange(40) % 19])
+    assert sorted(p.name for p in tmp_path.glob(".*")) == [".class_counts.json"]
+
+
+def test_data_counts_of_the_authors(tmp_path):
+    """sample_class_stats.json is matched by base name; files it does not know are counted."""
+    pairs = data.Pairs(data_plain(tmp_path, ["a", "b"]))
+    (tmp_path / "sample_class_stats.json").write_text(json.dumps(
+        [{"3": 5, "18": 7, "file": "data/gta/labels/b_labelTrainIds.png"}]))
+    counts = data.class_counts(pairs)
+    assert np.array_equal(counts[0], np.bincount(TRAIN.ravel(), minlength=256)[:19])
+    assert (counts[1, 3], counts[1, 18], counts[1].sum()) == (5, 7, 12)
+
+
+def test_data_counts_of_other_objects(tmp_path):
+    """Anything with label(i) and a length is counted, joined sets one after the other."""
+    class Toy(list):
+        def label(self, i):
+            return self[i]
+
+    class Both:
+        sets = [Toy([TRAIN]), data.Pairs(data_plain(tmp_path, ["a"]))]
+
+    toy = data.class_counts(Toy([TRAIN, np.full((2, 2), 255, np.uint8)]))
+    assert np.array_equal(toy[0], np.bincount(TRAIN.ravel(), minlength=256)[:19])
+    assert toy.shape == (2, 19) and not toy[1].any()
+    assert np.array_equal(data.class_counts(Both()), toy[[0, 0]])
+
+
+def test_data_rcs_probabilities():
+    """P(c) is the softmax of (1 - f)/T over the classes that occur."""
+    counts = np.zeros((2, 19), int)
+    counts[0, [0, 4]], counts[1, [0, 7]] = (600, 10), (385, 5)
+    e = [np.exp((1 - f) / 0.01 - 100) for f in (0.985, 0.010, 0.005)]
+    p = data.rcs_probabilities(counts)
+    assert np.allclose(p[[0, 4, 7]], np.array(e) / sum(e), rtol=1e-9) and np.isclose(p.sum(), 1)
+    assert np.count_nonzero(p) == 3 and p[7] > p[4] > p[0]
+    flat = data.rcs_probabilities(counts, temperature=1e6)
+    assert np.allclose(flat[[0, 4, 7]], 1 / 3)
+    with pytest.raises(ValueError, match="no class at all"):
+        data.rcs_probabilities(np.zeros((2, 19), int))
+
+
+def test_data_rcs_draw():
+    """Classes come as often as P(c), files only with enough pixels, or the best there are."""
+    counts = np.zeros((4, 3), int)
+    counts[:, 0], counts[:, 1], counts[:, 2] = (9e5, 9e5, 9e5, 3000), (0, 3001, 9000, 3000), (
+        10, 40, 0, 20)
+    sampler = data.RareClassSampler(counts, temperature=0.5)
+    assert [f.tolist() for f in sampler.files.values()] == [[0, 1, 2], [1, 2], [1, 3]]
+    rng = np.random.default_rng(0)
+    draws = [sampler.draw(rng) for _ in range(4000)]
+    share = np.bincount([c for c, _ in draws], minlength=3) / 4000
+    assert np.abs(share - sampler.p).max() < 0.03
+    assert {i for c, i in draws if c == 1} == {1, 2} and {i for c, i in draws if c == 2} == {1, 3}
+    again = np.random.default_rng(0)
+    assert [sampler.draw(again) for _ in range(9)] == draws[:9]
+
+
+def test_data_rcs_distinct():
+    """Distinct draws follow the law of draws with repeats thrown away, and cannot run for ever."""
+    rng = np.random.default_rng(0)
+    counts = (rng.random((6, 3)) < 0.6) * [50000, 9000, 4000]
+    sampler = data.RareClassSampler(counts, temperature=0.2)
+
+    def rejected():
+        first = {}
+        while len(first) < 3:
+            c, i = sampler.draw(rng)
+            first.setdefault(i, c)
+        return tuple((c, i) for i, c in first.items())
+
+    n, freq = 1500, [{}, {}]
+    for _ in range(n):
+        for table, chosen in zip(freq, (rejected(), sampler.draw_distinct(3, rng)), strict=True):
+            for pair in chosen:
+                table[pair] = table.get(pair, 0) + 1 / n
+    assert max(abs(freq[0].get(k, 0) - freq[1].get(k, 0)) for k in {**freq[0], **freq[1]}) < 0.06
+    reach = len({i for files in sampler.files.values() for i in files})
+    assert len({i for _, i in sampler.draw_distinct(reach, rng)}) == reach
+    with pytest.raises(ValueError, match=f"{reach + 1} files were asked for: only {reach}"):
+        sampler.draw_distinct(reach + 1, rng)
+
+
+# ---------------------------------------------------------------------------------------------
+# crop, one-hot, prompts, components
+
+
+def test_data_crop_box():
+    """A crop lies inside, shows its class, and its share is that of the crop."""
+    rng = np.random.default_rng(0)
+    for seed in range(40):
+        label = data_blocks(seed)
+        h, w = (int(v) for v in rng.integers(1, (41, 51)))
+        before = label.copy()
+        for cls in np.unique(label[label != 255]):
+            top, left, share = data.crop_box(label, (h, w), rng, cls)
+            box = label[top:top + h, left:left + w]
+            assert box.shape == (h, w) and top >= 0 and left >= 0
+            assert share == (box == cls).mean() > 0
+        top, left, _ = data.crop_box(label, (h, w), rng)
+        assert label[top:top + h, left:left + w].shape == (h, w)
+        assert np.array_equal(label, before)
+
+
+def test_data_crop_centres():
+    """Crops are centred on the pixel of the class, the last one and a lone one included."""
+    rng = np.random.default_rng(0)
+    label = np.zeros((21, 31), np.uint8)
+    label[10, 12] = 4
+    assert data.crop_box(label, 5, rng, 4) == (8, 10, 0.04)
+    label[20, 30] = 6
+    assert data.crop_box(label, 6, rng, 6) == (15, 25, 1 / 36)
+    label[0, 0] = 6
+    seen = {data.crop_box(label, 6, rng, 6)[:2] for _ in range(50)}
+    assert seen == {(0, 0), (15, 25)}
+
+
+def test_data_crop_tries():
+    """A poor crop is drawn again until the share is above the limit, or the tries are used up."""
+    label = np.zeros((60, 60), np.uint8)
+    label[:20, :20] = 3
+    label[59, ::3] = 3  # specks that fill no crop
+    rng = np.random.default_rng(0)
+    shares = [[data.crop_box(label, 20, rng, 3, min_share=0.15, tries=n)[2] for _ in range(400)]
+              for n in (1, 2)]
+    low = [np.mean(np.array(s) <= 0.15) for s in shares]
+    assert 0.02 < low[0] < 0.09 and low[1] < low[0] / 3
+    with pytest.raises(ValueError, match="class 9 does not occur"):
+        data.crop_box(label, 20, rng, 9)
+    with pytest.raises(ValueError, match="60x60 pixels is smaller than the crop of 64x32"):
+        data.crop_box(label, (32, 64), rng, 3)
+
+
+def test_data_one_hot():
+    """One channel is 1 at each pixel: its class, or the last one for ignore; the label stays."""
+    label = TRAIN.copy()
+    hint = data.one_hot(label, 19)
+    assert hint.dtype == torch.float32 and hint.shape == (20, 3, 4)
+    assert torch.equal(hint.sum(0), torch.ones(3, 4))
+    expected = np.where(TRAIN == 255, 19, TRAIN)
+    assert np.array_equal(hint.argmax(0).numpy(), expected) and np.array_equal(label, TRAIN)
+    assert torch.equal(data.one_hot(label[:, ::-1], 19), hint.flip(2))
+    with pytest.raises(AssertionError, match="label value 18"):
+        data.one_hot(label, 17)
+
+
+def test_data_prompts():
+    """The caption names the classes of the crop in trainId order, as in the official prompts."""
+    names = data.caption(TRAIN)
+    assert names == "road sidewalk building vegetation sky person car bicycle"
+    assert data.caption(np.full((2, 2), 255, np.uint8)) == ""
+    assert data.weather_prompt("road sky", data.WEATHERS[4]) == (
+        "A city street scene with road sky, in night weather.")
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 19])
+def test_data_components(classes):
+    """Components equal those of a flood fill, numbered in reading order, on blocks and noise."""
+    rng = np.random.default_rng(classes)
+    for k in range(25):
+        size = tuple(rng.integers(1, 30, 2))
+        label = rng.integers(0, classes, size).astype(np.uint8)
+        if k % 3 == 0:
+            label = data_blocks(k, size, classes)
+        before = label.copy()
+        expected, n = data_flood(label, data.IGNORE)
+        got, count = data.connected_components(label)
+        assert count == n and got.dtype == np.int32 and np.array_equal(got, expected)
+        assert np.array_equal(label, before)
+        mask = label == 0
+        expected, n = data_flood(mask, False)
+        got, count = data.connected_components(mask)
+        assert count == n and np.array_equal(got, expected)
+
+
+def test_data_components_of_long_paths():
+    """A spiral of one pixel width and a comb, the worst cases of union-find, are one component."""
+    spiral = np.zeros((41, 41), bool)
+    y, x, (dy, dx) = 0, 0, (0, 1)
+    spiral[0, 0] = True
+    for length in [40] + [n for k in range(40, 0, -2) for n in (k, k)]:
+        for _ in range(length):
+            y, x = y + dy, x + dx
+            spiral[y, x] = True
+        dy, dx = dx, -dy
+    assert data.connected_components(spiral)[1] == data_flood(spiral, False)[1] == 1
+    comb = np.zeros((99, 99), bool)
+    comb[:, ::2] = comb[98] = True
+    assert data.connected_components(comb)[1] == 1
+    assert data.connected_components(comb[:98])[1] == 50
+
+
+def test_data_large_segments():
+    """Large segments are counted per segment of one class, strictly above the threshold."""
+    label = np.zeros((10, 10), np.uint8)
+    label[:, 5] = 255  # 10 ignored pixels part 50 road pixels from 40
+    label[0:2, 0:2] = label[2:4, 2:4] = 7  # 8 pixels, joined at a corner
+    label[6:8, 7:9] = 7  # 4 pixels
+    road, ignore, sign = 42, 10, 8
+    assert data.large_segments(label, road - 1).sum() == road
+    assert data.large_segments(label, road).sum() == 0
+    mask = data.large_segments(label, sign - 1)
+    assert mask.dtype == bool and mask.sum() == road + 36 + sign
+    assert not mask[label == 255].any() and ignore > sign - 1 and not mask[6:8, 7:9].any()
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 3, (40, 40)).astype(np.uint8)
+    component, n = data_flood(noise, data.IGNORE)
+    for limit in (0, 3, 20):
+        large = [k for k in range(1, n + 1) if (component == k).sum() > limit]
+        expected = np.isin(component, large)
+        assert np.array_equal(data.large_segments(noise, limit), expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# augmentation
+
+
+class DataScript:
+    """Stands for a Generator: hands out the given draws in order."""
+
+    def __init__(self, *draws):
+        self.draws = list(draws)
+
+    def random(self):
+        return self.draws.pop(0)
+
+    uniform = integers = lambda self, low, high: self.draws.pop(0)
+
+
+def test_data_distortion_steps():
+    """Each step of the colour distortion does what its name says, in the published order."""
+    image = np.random.default_rng(0).integers(0, 256, (6, 7, 3)).astype(np.uint8)
+    off, on = 0.9, 0.1
+    values = image.astype(float)
+
+    def run(*draws):
+        script = DataScript(*draws)
+        out = data.photometric_distortion(image, script)
+        assert not script.draws and out.dtype == np.uint8 and out.shape == image.shape
+        return out
+
+    assert np.array_equal(run(off, off, off, off, off), image)
+    bright = run(on, 20.4, off, off, off, off)
+    assert np.array_equal(bright, np.floor((values + np.float32(20.4)).clip(0, 255)))
+    for draws in ((off, on, on, 1.25, off, off), (off, off, off, off, on, 1.25)):
+        assert np.array_equal(run(*draws), np.floor((values * 1.25).clip(0, 255)))
+    early = run(on, -30.0, on, on, 0.5, off, off)
+    assert np.array_equal(early, np.floor((values - 30).clip(0, 255) * 0.5))
+    for draws, change in (
+            ((off, off, on, 0.6, off, off), lambda h, s, v: (h, s * 0.6, v)),
+            ((off, off, on, 1.4, off, off), lambda h, s, v: (h, min(s * 1.4, 1), v)),
+            ((off, off, off, on, 13, off), lambda h, s, v: ((h + 13 / 180) % 1, s, v))):
+        expected = [np.array(colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*p)))) * 255
+                    for p in image.reshape(-1, 3) / 255]
+        assert np.abs(run(*draws).reshape(-1, 3) - expected).max() <= 1.01
+
+
+def test_data_distortion_is_seeded():
+    """The colour distortion repeats with its seed, leaves its input and the global RNG alone."""
+    image = np.random.default_rng(0).integers(0, 256, (6, 7, 3)).astype(np.uint8)
+    before, state = image.copy(), np.random.get_state()[1].copy()
+    outs = [[data.photometric_distortion(image, np.random.default_rng(s)) for s in range(20)]
+            for _ in range(2)]
+    assert all(np.array_equal(a, b) for a, b in zip(*outs, strict=True))
+    assert len({a.tobytes() for a in outs[0]}) > 10
+    assert np.array_equal(image, before) and np.array_equal(np.random.get_state()[1], state)
+    assert not any(np.shares_memory(a, image) for a in outs[0])
+
+
+def test_data_random_crop():
+    """The crop is taken at one place of image and label, and avoids crops of a single class."""
+    label = np.zeros((40, 40), np.uint8)
+    label[::4, ::4] = label[:, 21::2] = 8  # both classes everywhere, balanced on the right only
+    label[:, 39] = 255
+    image = np.stack(np.broadcast_arrays(*np.indices((40, 40)), label), axis=2).astype(np.uint8)
+    rng, good = np.random.default_rng(0), {0: [], 10: []}
+    for tries in (0, 10) * 100:
+        crop, crop_label = data.random_crop_cat_max(image, label, (8, 10), rng, tries=tries)
+        assert crop.shape == (8, 10, 3) and np.array_equal(crop[..., 2], crop_label)
+        assert (np.diff(crop[..., 0].astype(int), axis=0) == 1).all()
+        n = np.bincount(crop_label.ravel(), minlength=256)[:255]
+        good[tries].append(n.max() < 0.75 * n.sum())
+    assert np.mean(good[10]) > 0.95 and 0.2 < np.mean(good[0]) < 0.8
+    whole, _ = data.random_crop_cat_max(image, np.zeros((40, 40), np.uint8), 40, rng)
+    assert np.array_equal(whole, image)
+    with pytest.raises(ValueError, match="smaller than the crop"):
+        data.random_crop_cat_max(image, label, 41, rng)
+
+
+@pytest.mark.parametrize("size, fit, expected", [
+    ((1052, 1914), (1280, 720), (704, 1280)), ((720, 1280), (1024, 512), (512, 910)),
+    ((1024, 2048), (1024, 512), (512, 1024)), ((1080, 1920), (960, 540), (540, 960)),
+    ((400, 300), (200, 100), (133, 100))])
+def test_data_resize_to_fit(size, fit, expected):
+    """The published sizes come out, labels keep their values, and the input stays."""
+    rng = np.random.default_rng(0)
+    label = rng.choice(np.array([0, 18, 255], np.uint8), size)
+    image = np.repeat(np.arange(size[1]) / size[1] * 255, 3).reshape(1, -1, 3).repeat(size[0], 0)
+    image = image.astype(np.uint8)
+    before = image.copy(), label.copy()
+    small, small_label = data.resize_to_fit(image, label, fit)
+    assert small.shape == (*expected, 3) and small_label.shape == expected
+    assert small.dtype == small_label.dtype == np.uint8
+    assert set(np.unique(small_label)) <= {0, 18, 255}
+    y, x = np.arange(expected[0]) * size[0] // expected[0], np.arange(expected[1]) * size[1]
+    rows = label[y][:, x // expected[1]]
+    assert (small_label == rows).mean() > 0.99
+    assert np.abs(small[0, :, 0] - np.arange(0.5, expected[1]) / expected[1] * 255).max() < 2
+    assert np.array_equal(image, before[0]) and np.array_equal(label, before[1])
+    assert data.resize_to_fit(image, None, fit)[1] is None
+
+
+def test_data_resize_is_not_antialiased():
+    """A picture shrunk threefold keeps the middle one of three columns (no antialiasing)."""
+    image = np.zeros((30, 60, 3), np.uint8)
+    image[:, 1::3] = 255
+    assert (data.resize_to_fit(image, None, (20, 10))[0] == 255).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# command line
+
+
+def test_data_stats_command(tmp_path, capsys):
+    """stats prints one row per class with its pixels and files."""
+    data_plain(tmp_path, ["a", "b"])
+    assert data.main(["stats", str(tmp_path)]) == 0
+    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["road"][0] == "6" and rows["road"][1] == "27.273%" and rows["road"][3] == "2"
+    assert rows["train"] == ["0", "0.000%", "0.0000", "0"]
+
+
+def test_data_rcs_subset_command(tmp_path, capsys):
+    """rcs-subset copies distinct pairs with the class in the name, and reads back as a subset."""
+    root = data_plain(tmp_path / "gta", [f"{i:05}" for i in range(8)], CITY, "")
+    out = tmp_path / "o"
+    command = ["rcs-subset", str(root), str(out), "--num", "5", "--seed", "3"]
+    assert data.main(command) == 0
+    pairs = data.Pairs(out)
+    assert pairs.layout == "rcs_subset" and len(pairs) == 5
+    originals = [pairs.name(i).split("_")[1] for i in range(5)]
+    assert len(set(originals)) == 5
+    for i, name in enumerate(originals):
+        assert np.array_equal(pairs.label(i), TRAIN)
+        assert pairs.images[i].read_bytes() == (root / f"images/{name}.png").read_bytes()
+        assert int(pairs.name(i).split("_")[0]) in TRAIN
+    assert data.main([*command[:2], str(tmp_path / "again"), *command[3:]]) == 0
+    assert [p.name for p in data.Pairs(tmp_path / "again").images] == [p.name for p in pairs.images]
+    capsys.readouterr()
+    for bad, sentence in ((command, "is not empty"),
+                          ([*command[:2], str(tmp_path / "n"), "--num", "9"], "9 files were asked"),
+                          (["stats", str(tmp_path / "none")], "none is no data set folder")):
+        assert data.main(bad) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("data.py: ") and sentence in error
+    assert not (tmp_path / "n").exists()
+
+
+# ---- segformer.py --------------------------------------------------------------------------------
+
+SEG_HEADS = ("segformer", "daformer", "hrda")
+SEG_MEAN = torch.tensor((123.675, 116.28, 103.53)).view(3, 1, 1)
+SEG_STD = torch.tensor((58.395, 57.12, 57.375)).view(3, 1, 1)
+
+
+def seg_config(**fields):
+    return SegFormerConfig(**{**segformer.PRESETS["tiny"], "num_classes": 5, **fields})
+
+
+def seg_randomise(model, seed=0):
+    """Draw every tensor, norms and running statistics too, so that no swap of two can hide."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, v in model.state_dict().items():
+            if v.is_floating_point():
+                v.copy_(torch.randn(v.shape, generator=g) * 0.15)
+                if "norm" in name or "bn." in name or "var" in name:
+                    v.abs_().add_(0.5)
+    return model.eval()
+
+
+def seg_model(seed=0, **fields):
+    return seg_randomise(SegFormer(seg_config(**fields)), seed)
+
+
+def seg_images(*shape, seed=1):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seg_close(a, b, tolerance=1e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def seg_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def seg_hf_config(**fields):
+    transformers = pytest.importorskip("transformers")
+    return transformers.SegformerConfig(**fields)
+
+
+def seg_hf_tiny(name, **fields):
+    """A random transformers model of the tiny sizes, in eval."""
+    transformers = pytest.importorskip("transformers")
+    tiny = segformer.PRESETS["tiny"]
+    config = seg_hf_config(
+        hidden_sizes=list(tiny["hidden_sizes"]), depths=list(tiny["depths"]), num_labels=5,
+        num_attention_heads=list(tiny["num_heads"]), decoder_hidden_size=32, **fields,
+    )  # fmt: skip
+    return seg_randomise(getattr(transformers, name)(config))
+
+
+def seg_hf_file_keys(model):
+    """{key in a file saved by transformers: tensor}; version 5 has other names in memory."""
+    state = model.state_dict()
+    if any(k.startswith("segformer.encoder.") for k in state):
+        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def seg_fork(state):
+    """Rewrite a SegFormer-head state the way DGInStyle's fork writes it: linear_c.0-3, c1..c4."""
+    out = {}
+    for key, v in state.items():
+        for k in "1234":
+            key = key.replace(f"linear_c{k}.", f"linear_c.{int(k) - 1}.")
+        if key.endswith("linear_fuse.conv.weight"):
+            c4, c3, c2, c1 = v.chunk(4, dim=1)
+            v = torch.cat([c1, c2, c3, c4], dim=1)
+        out[key] = v
+    return out
+
+
+# ------------------------------------------------------------------ sizes and keys
+
+
+@pytest.mark.parametrize("name, encoder, total, dim", [
+    ("b0", 3_319_392, 3_719_027, 256), ("b1", 13_151_424, 13_682_131, 256),
+    ("b2", 24_196_288, 27_361_235, 768), ("b3", 44_072_128, 47_237_075, 768),
+    ("b4", 60_842_688, 64_007_635, 768), ("b5", 81_443_008, 84_607_955, 768),
+])  # fmt: skip
+def test_segformer_presets_have_the_published_keys_and_sizes(name, encoder, total, dim):
+    """B0 to B5 count the published parameters, and HF's keys and shapes convert to ours exactly."""
+    sizes = segformer.PRESETS[name]
+    with torch.device("meta"):
+        model = SegFormer(SegFormerConfig(**sizes, head="segformer", decoder_dim=dim))
+    assert sum(p.numel() for p in model.backbone.parameters()) == encoder
+    assert sum(p.numel() for p in model.parameters()) == total
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    config = seg_hf_config(
+        hidden_sizes=list(c.hidden_sizes), depths=list(c.depths), num_labels=19,
+        num_attention_heads=list(c.num_heads), decoder_hidden_size=dim,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = transformers.SegformerForSemanticSegmentation(config)
+    theirs = {k: tuple(v.shape) for k, v in segformer.public_keys(seg_hf_file_keys(theirs)).items()}
+    assert theirs == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+
+
+def test_segformer_daformer_and_hrda_have_the_published_size_and_keys():
+    """B5 + DAFormer has 85,155,283 parameters, HRDA 85,685,990, under the authors' key names."""
+    with torch.device("meta"):
+        daformer, hrda = SegFormer(), SegFormer(SegFormerConfig(head="hrda"))
+    assert sum(p.numel() for p in daformer.parameters()) == 85_155_283
+    assert sum(p.numel() for p in daformer.decode_head.parameters()) == 3_712_275
+    assert sum(p.numel() for p in hrda.parameters()) == 85_685_990
+    bn = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    convs = {"bottleneck": (256, 1024, 3, 3), "aspp_modules.0": (256, 1024, 1, 1)}
+    for i in (1, 2, 3):
+        convs[f"aspp_modules.{i}.depthwise_conv"] = (1024, 1, 3, 3)
+        convs[f"aspp_modules.{i}.pointwise_conv"] = (256, 1024, 1, 1)
+    shared = {"conv_seg.weight": (19, 256, 1, 1), "conv_seg.bias": (19,)}
+    for i, width in enumerate((64, 128, 320, 512)):
+        shared[f"embed_layers.{i}.proj.weight"] = (256, width)
+        shared[f"embed_layers.{i}.proj.bias"] = (256,)
+    head, attention = dict(shared), {**shared, "fuse_layer.conv.weight": (256, 1024, 1, 1)}
+    for name, shape in convs.items():
+        head[f"fuse_layer.{name}.conv.weight"] = shape
+        head |= {f"fuse_layer.{name}.bn.{b}": (shape[0],) for b in bn[:4]}
+        head[f"fuse_layer.{name}.bn.{bn[4]}"] = ()
+    attention |= {f"fuse_layer.bn.{b}": (256,) for b in bn[:4]} | {f"fuse_layer.bn.{bn[4]}": ()}
+    shapes = {k: tuple(v.shape) for k, v in daformer.decode_head.state_dict().items()}
+    assert shapes == head
+    shapes = {k: tuple(v.shape) for k, v in hrda.decode_head.state_dict().items()}
+    both = {f"head.{k}": v for k, v in head.items()}
+    assert shapes == both | {f"scale_attention.{k}": v for k, v in attention.items()}
+
+
+def test_segformer_tiny_is_tiny():
+    """The tiny preset has at most 500,000 parameters with any head."""
+    for head in SEG_HEADS:
+        assert sum(p.numel() for p in SegFormer(seg_config(head=head)).parameters()) < 500_000
+
+
+def test_segformer_norm_eps_is_only_for_block_and_stage_norms():
+    """norm_eps reaches norm1, norm2 and norm{k}; patch and reduction norms stay at 1e-5."""
+    eps = {}
+    for name, m in SegFormer(seg_config(norm_eps=3e-4)).backbone.named_modules():
+        if isinstance(m, torch.nn.LayerNorm):
+            fixed = name.startswith("patch_embed") or name.endswith("attn.norm")
+            eps.setdefault(fixed, set()).add(m.eps)
+    assert eps == {True: {1e-5}, False: {3e-4}}
+    assert SegFormerConfig().norm_eps == 1e-6
+
+
+def test_segformer_init_follows_the_recipe():
+    """Linears start at std .02, depthwise convs sqrt(2/9), ConvBN sqrt(2/fan_out), logits .01."""
+    torch.manual_seed(0)
+    state = SegFormer(seg_config(num_classes=19)).state_dict()
+    for key, std in {
+        "backbone.block4.0.attn.kv.weight": 0.02,
+        "backbone.block4.0.mlp.dwconv.dwconv.weight": math.sqrt(2 / 9),
+        "backbone.patch_embed4.proj.weight": math.sqrt(2 / (9 * 96)),
+        "decode_head.fuse_layer.bottleneck.conv.weight": math.sqrt(2 / (9 * 32)),
+        "decode_head.conv_seg.weight": 0.01,
+    }.items():
+        assert state[key].std().item() == pytest.approx(std, rel=0.1), key
+    zero = ("q.bias", "kv.bias", "dwconv.bias", "fc1.bias", "conv_seg.bias", "sr.bias")
+    assert all(not v.any() for k, v in state.items() if k.endswith(zero))
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("single_file", (False, True))
+def test_segformer_equals_transformers_through_a_file(tmp_path, single_file):
+    """A model saved by transformers and loaded here gives the same logits and stage maps."""
+    theirs = seg_hf_tiny("SegformerForSemanticSegmentation")
+    theirs.save_pretrained(tmp_path)
+    ours = SegFormer.from_pretrained(tmp_path / ("model.safetensors" if single_file else ""))
+    assert ours.config == seg_config(head="segformer", norm_eps=1e-5)
+    assert not ours.training
+    images = seg_images(2, 3, 64, 96)
+    with torch.no_grad():
+        ref = theirs((images * 255 - SEG_MEAN) / SEG_STD, output_hidden_states=True)
+        seg_close(ours(images), ref.logits)
+        for mine, their in zip(ours.features(images), ref.hidden_states[-4:], strict=True):
+            seg_close(mine, their)
+
+
+def test_segformer_normalises_with_the_imagenet_statistics():
+    """features() feeds the encoder (255 x - mean) / std of the recipe and leaves x unchanged."""
+    model, images = seg_model(), seg_images(1, 3, 32, 64)
+    before = images.clone()
+    with torch.no_grad():
+        maps = model.features(images)
+        for a, b in zip(maps, model.backbone((images * 255 - SEG_MEAN) / SEG_STD), strict=True):
+            seg_close(a, b)
+    assert torch.equal(images, before)
+    assert [tuple(m.shape) for m in maps] == [
+        (1, 16, 8, 16), (1, 32, 4, 8), (1, 64, 2, 4), (1, 96, 1, 2)
+    ]  # fmt: skip
+
+
+def test_segformer_daformer_head_equals_a_literal_computation():
+    """The DAFormer head is embed, concat c1..c4, ASPP 1/6/12/18, 3x3 bottleneck, classifier."""
+    model = seg_model(head="daformer")
+    s = {k[12:]: v for k, v in model.state_dict().items() if k.startswith("decode_head.")}
+    g = torch.Generator().manual_seed(3)
+    sizes = ((16, 40, 48), (32, 20, 24), (64, 10, 12), (96, 5, 6))
+    maps = [torch.randn(2, *size, generator=g) for size in sizes]
+
+    def conv_bn_relu(x, name, **kw):
+        x = F.conv2d(x, s[f"{name}.conv.weight"], **kw)
+        mean, var = s[f"{name}.bn.running_mean"], s[f"{name}.bn.running_var"]
+        w, b = s[f"{name}.bn.weight"], s[f"{name}.bn.bias"]
+        return F.relu(F.batch_norm(x, mean, var, w, b, training=False, eps=1e-5))
+
+    x = []
+    for i, c in enumerate(maps):
+        c = torch.einsum("bdhw,ed->behw", c, s[f"embed_layers.{i}.proj.weight"])
+        c = c + s[f"embed_layers.{i}.proj.bias"].view(-1, 1, 1)
+        x.append(F.interpolate(c, size=(40, 48), mode="bilinear", align_corners=False))
+    x = torch.cat(x, 1)
+    y = [conv_bn_relu(x, "fuse_layer.aspp_modules.0")]
+    for i, d in ((1, 6), (2, 12), (3, 18)):
+        name = f"fuse_layer.aspp_modules.{i}"
+        z = conv_bn_relu(x, f"{name}.depthwise_conv", padding=d, dilation=d, groups=128)
+        y.append(conv_bn_relu(z, f"{name}.pointwise_conv"))
+    y = conv_bn_relu(torch.cat(y, 1), "fuse_layer.bottleneck", padding=1)
+    y = F.conv2d(y, s["conv_seg.weight"], s["conv_seg.bias"])
+    with torch.no_grad():
+        seg_close(model.decode_head(maps), y)
+
+
+@pytest.mark.parametrize("head", ("segformer", "daformer"))
+def test_segformer_logits_have_a_quarter_of_the_sides_rounded_up(head):
+    """Logits are ceil(H/4) x ceil(W/4) for any sides, and equal decode_head(features(images))."""
+    model, images = seg_model(head=head), seg_images(2, 3, 33, 46)
+    with torch.no_grad():
+        logits = model(images)
+        assert logits.shape == (2, 5, 9, 12)
+        assert torch.equal(model.decode_head(model.features(images)), logits)
+
+
+def test_segformer_drop_path_drops_whole_samples():
+    """In training each sample's branch is 0 or scaled by 1/(1-p); rates grow linearly from 0."""
+    torch.manual_seed(0)
+    block = segformer.Block(8, 2, 1, 4, drop_path=0.25, eps=1e-6)
+    torch.nn.init.zeros_(block.mlp.fc2.weight)
+    torch.nn.init.zeros_(block.mlp.fc2.bias)  # leaves the attention branch alone
+    x = torch.randn(400, 6, 8)
+    with torch.no_grad():
+        branch = block.eval()(x, 2, 3) - x
+        change = block.train()(x, 2, 3) - x
+    dropped = change.abs().amax((1, 2)) == 0
+    assert 60 <= dropped.sum() <= 140
+    seg_close(change[~dropped], branch[~dropped] / 0.75)
+    model = SegFormer(seg_config(drop_path=0.4))
+    blocks = [b for k in "1234" for b in getattr(model.backbone, f"block{k}")]
+    assert [b.drop_path.p for b in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("head", SEG_HEADS)
+def test_segformer_every_parameter_learns(head):
+    """In training mode the loss reaches every parameter of encoder and head."""
+    torch.manual_seed(0)
+    model = seg_model(head=head, drop_path=0.0).train()
+    fused = model(seg_images(2, 3, 64, 64))
+    F.cross_entropy(fused, torch.randint(0, 5, fused.shape[:1] + fused.shape[2:])).backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+
+
+# ------------------------------------------------------------------ HRDA
+
+
+def seg_hrda_attend(model, value):
+    """Make the scale attention say `value` everywhere (0 or 1) through its classifier."""
+    last = model.decode_head["scale_attention"].conv_seg
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.constant_(last.bias, 1e4 if value else -1e4)
+    return model
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_segformer_hrda_attention_chooses_between_context_and_detail(training):
+    """Attention 0 gives the upsampled context; attention 1 gives the detail wherever it covers."""
+    images = seg_images(1, 3, 64, 96)
+    model = seg_model(head="hrda", dropout=0.0, drop_path=0.0).train(training)
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.eval()  # so that the context can be computed again
+    with torch.no_grad():
+        ctx = model.decode_head["head"](model.features(F.avg_pool2d(images, 2)))
+        up = F.interpolate(ctx, scale_factor=2, mode="bilinear", align_corners=False)
+        assert up.shape == (1, 5, 16, 24)
+        fused, *_ = seg_hrda_attend(model, 0).forward_hrda(images)
+        seg_close(fused, up)
+        g = torch.Generator().manual_seed(0)
+        fused, detail, (y, x, h, w), _ = seg_hrda_attend(model, 1).forward_hrda(images, g)
+    assert (h, w) == ((32, 48) if training else (64, 96))
+    assert detail.shape == (1, 5, h // 4, w // 4)
+    # up2 of the 0/1 mask blurs one cell at the rim of the crop, so compare one cell inside/outside
+    rim = 1 if training else 0
+    rows = slice(y // 4 + rim, (y + h) // 4 - rim)
+    cols = slice(x // 4 + rim, (x + w) // 4 - rim)
+    inner = detail[:, :, rim : h // 4 - rim, rim : w // 4 - rim]
+    seg_close(fused[:, :, rows, cols], inner)
+    outside = torch.ones(16, 24, dtype=torch.bool)
+    outside[max(0, y // 4 - 2) : (y + h) // 4 + 2, max(0, x // 4 - 2) : (x + w) // 4 + 2] = False
+    assert outside.any() == training
+    if training:
+        seg_close(fused[:, :, outside], up[:, :, outside])
+
+
+def test_segformer_hrda_equals_a_literal_computation():
+    """In eval, fused = up2((1-a) ctx) + up2(a) det with det averaged over half-size windows."""
+    model, images = seg_model(head="hrda"), seg_images(2, 3, 64, 64)
+    head, attention = model.decode_head["head"], model.decode_head["scale_attention"]
+    with torch.no_grad():
+        context = model.features(F.avg_pool2d(images, 2))
+        ctx, a = head(context), torch.sigmoid(attention(context))
+        assert 0.01 < a.mean() < 0.99
+        det, count = torch.zeros(2, 5, 16, 16), torch.zeros(16, 16)
+        for y in (0, 16, 32):
+            for x in (0, 16, 32):
+                z = head(model.features(images[:, :, y : y + 32, x : x + 32]))
+                det[:, :, y // 4 : y // 4 + 8, x // 4 : x // 4 + 8] += z
+                count[y // 4 : y // 4 + 8, x // 4 : x // 4 + 8] += 1
+        det = det / count
+        up = torch.nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        fused, detail, box, maps = model.forward_hrda(images)
+        seg_close(fused, up((1 - a) * ctx) + up(a) * det)
+        seg_close(detail, det)
+        assert box == (0, 0, 64, 64)
+        assert all(torch.equal(m, c) for m, c in zip(maps, context, strict=True))
+        assert torch.equal(model(images), fused)
+
+
+def test_segformer_hrda_training_crop_is_random_aligned_and_seeded():
+    """Training crops lie inside at multiples of 8, reach both ends, and repeat with the seed."""
+    model, images = seg_model(head="hrda").train(), seg_images(1, 3, 72, 88)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        boxes = [model.forward_hrda(images, g)[2] for _ in range(40)]
+        first = model.forward_hrda(images, torch.Generator().manual_seed(0))[2]
+    assert first == boxes[0]
+    assert {b[2:] for b in boxes} == {(40, 48)}
+    assert {b[0] for b in boxes} == {0, 8, 16, 24, 32}
+    assert {b[1] for b in boxes} == {0, 8, 16, 24, 32, 40}
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("head", SEG_HEADS)
+def test_segformer_own_folder_and_file_round_trip(tmp_path, head):
+    """save_pretrained then from_pretrained gives back config and weights, folder and file alike."""
+    model = seg_model(head=head, dropout=0.3, norm_eps=1e-5)
+    model.save_pretrained(tmp_path / "new" / "folder")
+    back = SegFormer.from_pretrained(tmp_path / "new" / "folder")
+    assert back.config == model.config
+    assert not back.training
+    seg_same_weights(back, model)
+    file = tmp_path / "new" / "folder" / "model.safetensors"
+    back = SegFormer.from_pretrained(file, dropout=0.3, norm_eps=1e-5)
+    assert back.config == model.config
+    seg_same_weights(back, model)
+
+
+def test_segformer_dtypes_of_saving_and_loading(tmp_path):
+    """Files keep the asked dtype for floats only, and loading brings float32 or what is asked."""
+    model = seg_model()
+    model.save_pretrained(tmp_path, dtype=torch.float16)
+    state = load_file(tmp_path / "model.safetensors")
+    assert {v.dtype for v in state.values()} == {torch.float16, torch.int64}
+    assert {p.dtype for p in SegFormer.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    half = SegFormer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half(seg_images(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_segformer_fork_and_nvlabs_files_give_the_same_output(tmp_path):
+    """The fork's c1..c4 fusion and NVlabs' c4..c1 one are told apart by their key names."""
+    model, images = seg_model(head="segformer"), seg_images(1, 3, 64, 64)
+    nvlabs = dict(model.state_dict())
+    nvlabs["decode_head.conv_seg.weight"] = torch.ones(5, 128, 1, 1)  # mmseg's unused layer
+    nvlabs["decode_head.conv_seg.bias"] = torch.ones(5)
+    fork = seg_fork(nvlabs)
+    assert not torch.equal(
+        fork["decode_head.linear_fuse.conv.weight"], nvlabs["decode_head.linear_fuse.conv.weight"]
+    )
+    for name, state in (("nvlabs", nvlabs), ("fork", fork)):
+        torch.save({"meta": {"epoch": 1}, "state_dict": state}, tmp_path / f"{name}.pth")
+        back = SegFormer.from_pretrained(tmp_path / f"{name}.pth")
+        assert back.config == model.config
+        seg_same_weights(back, model)
+        with torch.no_grad():
+            assert torch.equal(back(images), model(images))
+
+
+@pytest.mark.parametrize("head", SEG_HEADS)
+@pytest.mark.parametrize("prefix", ("model.", "module.", "module.model.", ""))
+def test_segformer_uda_checkpoints_load_the_student(tmp_path, head, prefix):
+    """Student weights load; FD model, teacher, SHADE and auxiliary tensors are dropped."""
+    model, other = seg_model(head=head), seg_model(head=head, seed=9).state_dict()
+    state = dict(model.state_dict())
+    if head == "segformer":
+        state = seg_fork(state)
+        state["decode_head.conv_seg.weight"] = torch.ones(5, 128, 1, 1)
+    state["backbone.style_hallucination.proto_mean"] = torch.ones(64, 64)
+    state["backbone.style_hallucination.proto_std"] = torch.ones(64, 64)
+    state["auxiliary_head.conv_seg.weight"] = torch.ones(5, 8, 1, 1)
+    state = {prefix + k: v for k, v in state.items()}
+    outer = "module." if prefix.startswith("module.") else ""
+    state |= {f"{outer}imnet_model.{k}": v for k, v in other.items() if k.startswith("backbone.")}
+    state |= {f"{outer}ema_model.{k}": v for k, v in other.items()}
+    torch.save({"meta": {}, "state_dict": state, "optimizer": {"lr": 1.0}}, tmp_path / "latest.pth")
+    before = set(state)
+    back = SegFormer.from_pretrained(tmp_path / "latest.pth")
+    assert back.config == model.config
+    seg_same_weights(back, model)
+    segformer.public_keys(state)
+    assert set(state) == before
+
+
+def test_segformer_load_backbone_reads_every_encoder_file(tmp_path):
+    """HF mit folders, bare mit_b*.pth files and whole segmenters fill the encoder, not the head."""
+    source = seg_model(seed=5)
+    bare = dict(source.backbone.state_dict())
+    bare["head.weight"], bare["head.bias"] = torch.ones(1000, 96), torch.ones(1000)
+    torch.save(bare, tmp_path / "mit_tiny.pth")
+    source.save_pretrained(tmp_path / "whole")
+    for path in (tmp_path / "mit_tiny.pth", tmp_path / "whole"):
+        model = seg_model(head="hrda").double()
+        kept = {k: v.clone() for k, v in model.decode_head.state_dict().items()}
+        assert model.load_backbone(path) is model
+        seg_same_weights(model.backbone, source.double().backbone)
+        assert all(torch.equal(v, kept[k]) for k, v in model.decode_head.state_dict().items())
+        assert all(p.requires_grad for p in model.parameters())
+        source.float()
+
+
+def test_segformer_load_backbone_equals_transformers(tmp_path):
+    """An nvidia/mit-b* style folder gives the stage maps that transformers computes from it."""
+    theirs = seg_hf_tiny("SegformerForImageClassification")
+    theirs.save_pretrained(tmp_path)
+    assert "classifier.weight" in load_file(tmp_path / "model.safetensors")
+    ours = seg_model(norm_eps=1e-5).load_backbone(tmp_path)
+    images = seg_images(1, 3, 64, 32)
+    with torch.no_grad():
+        ref = theirs((images * 255 - SEG_MEAN) / SEG_STD, output_hidden_states=True).hidden_states
+        for mine, their in zip(ours.features(images), ref[-4:], strict=True):
+            seg_close(mine, their)
+
+
+def test_segformer_unusual_sizes_are_read_off_the_shapes(tmp_path):
+    """Widths, depths, sr, heads, E and K come from shapes; num_heads can be overridden."""
+    fields = dict(depths=(1, 2, 1, 3), sr_ratios=(4, 4, 2, 1), decoder_dim=24, num_classes=7)
+    for widths, heads in (((32, 64, 160, 256), (1, 2, 5, 8)), ((16, 32, 48, 64), (2, 2, 3, 4))):
+        model = seg_model(hidden_sizes=widths, num_heads=heads, **fields)
+        save_file(model.state_dict(), tmp_path / "any.safetensors")
+        given = {} if heads[0] == 1 else {"num_heads": heads}
+        back = SegFormer.from_pretrained(tmp_path / "any.safetensors", **given)
+        assert back.config == model.config
+        seg_same_weights(back, model)
+
+
+def test_segformer_errors_name_the_fault(tmp_path):
+    """Wrong, partial, truncated or foreign files and values raise a ValueError that says so."""
+    model = seg_model()
+    model.save_pretrained(tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    state = load_file(file)
+
+    def refuses(match, path=tmp_path, load=SegFormer.from_pretrained, **kw):
+        with pytest.raises(ValueError, match=match):
+            load(path, **kw)
+
+    refuses("no such weight file", tmp_path / "absent.pth")
+    save_file({k: v for k, v in state.items() if "block3.1.norm2" not in k}, file)
+    refuses(r"2 faults: missing backbone.block3.1.norm2.bias", file)
+    save_file({**state, "backbone.extra": torch.ones(1)}, file)
+    refuses("1 faults: unknown backbone.extra", file)
+    save_file({**state, "backbone.norm2.bias": torch.ones(33)}, file)
+    refuses(r"backbone.norm2.bias is \(33,\), not \(32,\)", file)
+    save_file({k: v for k, v in state.items() if k.startswith("backbone.")}, file)
+    refuses("no whole segmenter.*load_backbone", file)
+    save_file({k: v for k, v in state.items() if k.startswith("decode_head.")}, file)
+    refuses("no whole segmenter", file)
+    teacher = seg_fork(seg_model(head="segformer").state_dict())
+    save_file({f"ema_model.{k}": v for k, v in teacher.items()}, file)
+    refuses("no whole segmenter", file)
+    save_file({"unet.conv_in.weight": torch.ones(1)}, file)
+    refuses("no whole segmenter", file)
+    refuses("missing block1", file, load=seg_model().load_backbone)
+    save_file(state, file)
+    file.write_bytes(file.read_bytes()[:-1000])
+    refuses("readable tensor file")
+    save_file(state, file)
+    other = {"architectures": ["SegformerForImageClassification"], "depths": [1, 1, 2, 1]}
+    config.write_text(json.dumps(other))
+    refuses("SegformerForImageClassification.*load_backbone")
+    config.write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    refuses("UNet2DConditionModel")
+    with pytest.raises(ValueError, match="'fcn' is not one of segformer, daformer, hrda"):
+        SegFormerConfig(head="fcn")
+    with pytest.raises(ValueError, match=r"\(1, 2, 7, 8\)"):
+        SegFormerConfig(num_heads=(1, 2, 7, 8))
+    with pytest.raises(ValueError, match="uint8"):
+        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="32 x 32"):
+        model(torch.zeros(1, 3, 64, 31))
+    with pytest.raises(ValueError, match="divisible by 8, not 64 x 68"):
+        seg_model(head="hrda")(torch.zeros(1, 3, 64, 68))
+
+
+# ------------------------------------------------------------------ windows and metric
+
+
+def test_segformer_slide_of_one_window_is_the_model():
+    """An image no larger than the crop is one window: the upsampled logits of the whole image."""
+    model, images = seg_model(), seg_images(2, 3, 40, 52)
+    with torch.no_grad():
+        whole = F.interpolate(model(images), size=(40, 52), mode="bilinear", align_corners=False)
+    for crop, stride in ((64, 32), ((40, 52), 7), ((40, 99), (40, 52))):
+        assert torch.equal(slide_inference(model, images, crop, stride), whole)
+
+
+@pytest.mark.parametrize("batch", (1, 3, 100))
+def test_segformer_slide_equals_a_naive_loop(batch):
+    """Several windows equal a loop over hand-listed corners; the last ones are shifted inside."""
+    model, images = seg_model(head="segformer"), seg_images(2, 3, 70, 90)
+    before = images.clone()
+    total, count = torch.zeros(2, 5, 70, 90), torch.zeros(70, 90)
+    with torch.no_grad():
+        for y in (0, 20, 30):  # 20 + 20 = 40 would end at 80 > 70
+            for x in (0, 24, 42):  # 24 + 24 = 48 would end at 96 > 90
+                z = model(images[:, :, y : y + 40, x : x + 48])
+                z = F.interpolate(z, size=(40, 48), mode="bilinear", align_corners=False)
+                total[:, :, y : y + 40, x : x + 48] += z
+                count[y : y + 40, x : x + 48] += 1
+    out = slide_inference(model, images, (40, 48), (20, 24), batch=batch)
+    seg_close(out, total / count, 1e-6)
+    assert torch.equal(images, before)
+    assert not out.requires_grad
+
+
+def test_segformer_slide_batches_windows_and_averages():
+    """predict sees `batch` windows at most, 3 for 1024 x 512 at 512/256; constants stay so."""
+    sizes = []
+
+    def predict(windows):
+        sizes.append(tuple(windows.shape))
+        return windows[:, :1, ::4, ::4]
+
+    images = torch.full((1, 3, 512, 1024), 2.0)
+    out = segformer.slide(predict, images, 512, 256, batch=2, cell=4)
+    assert sizes == [(2, 3, 512, 512), (1, 3, 512, 512)]
+    assert torch.equal(out, torch.full((1, 1, 128, 256), 2.0))
+    ramp = torch.arange(96.0).expand(1, 3, 64, 96)
+    assert torch.equal(segformer.slide(lambda v: v, ramp, (32, 40), (8, 40)), ramp)
+    for stride in (0, 33):
+        with pytest.raises(ValueError, match=f"stride {stride}"):
+            segformer.slide(predict, images, 32, stride)
+
+
+def test_segformer_confusion_and_iou_by_hand():
+    """Counts and scores equal a hand count; 255 is skipped and absent classes are nan."""
+    label = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 1, 1, 1], [2, 3, 0, 3]])
+    confusion = confusion_matrix(prediction, label, 5)
+    assert confusion.dtype == torch.int64
+    hand = [[1, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 1, 1, 0], [0] * 5, [0] * 5]
+    assert confusion.tolist() == hand
+    score = mean_iou(confusion)
+    nan = float("nan")
+    assert score["IoU"].tolist() == pytest.approx([1 / 2, 2 / 3, 1 / 2, 0, nan], nan_ok=True)
+    assert score["Acc"].tolist() == pytest.approx([1 / 2, 1, 1 / 2, nan, nan], nan_ok=True)
+    assert score["mIoU"] == pytest.approx((1 / 2 + 2 / 3 + 1 / 2 + 0) / 4)
+    assert score["mAcc"] == pytest.approx(2 / 3)
+    assert score["aAcc"] == pytest.approx(4 / 6)
+    assert confusion_matrix(prediction, torch.full_like(prediction, 255), 5).sum() == 0
+
+
+def test_segformer_confusion_refuses_unknown_classes():
+    """Labels that hold 19 for ignore, or predictions out of range, are an error, not a count."""
+    ok = torch.zeros(2, 2, dtype=torch.long)
+    for bad in (19, -1):
+        with pytest.raises(ValueError, match=f"{bad}"):
+            confusion_matrix(ok, torch.tensor([[0, 1], [bad, 255]]), 19)
+        with pytest.raises(ValueError, match=f"{bad}"):
+            confusion_matrix(torch.tensor([[0, 1], [bad, 2]]), ok, 19)
+
+
+# ---- toy streets ---------------------------------------------------------------------------------
+
+
+def test_toy_streets_repeat_and_share_scenes():
+    """A scene is a function of its seed; every style shows it with the same label."""
+    image, label = data.toy_street(3, "sunny")
+    again, _ = data.toy_street(3, "sunny")
+    assert np.array_equal(image, again) and image.shape == (128, 256, 3)
+    for style in data.STYLES[1:]:
+        other, same_label = data.toy_street(3, style)
+        assert np.array_equal(label, same_label) and np.abs(other - image.astype(int)).mean() > 10
+    with pytest.raises(ValueError, match="no toy style"):
+        data.toy_street(0, "sandstorm")
+
+
+def test_toy_streets_show_every_class():
+    """All 19 classes and ignore occur, and train, val and test scenes differ."""
+    streets = data.ToyStreets(n=60)
+    seen = set().union(*(np.unique(streets.label(i)).tolist() for i in range(60)))
+    assert seen == {*range(19), 255}
+    labels = [data.ToyStreets(n=1, split=s).label(0) for s in ("train", "val", "test")]
+    assert not np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[1], labels[2])
+
+
+def test_scaled_crop_keeps_image_and_label_together():
+    """A picture painted from its label is still that after any crop at any ratio."""
+    label = data.toy_street(1)[1]
+    image = np.repeat(np.minimum(label, 20)[..., None] * 10, 3, 2)
+    rng = np.random.default_rng(0)
+    for ratio in (0.5, 1, 2.0):
+        crop, part = data.scaled_crop(image, label, (64, 128), rng, [ratio])
+        assert crop.shape == (64, 128, 3) and part.shape == (64, 128)
+        equal = crop[..., 0] == np.minimum(part, 20) * 10
+        assert equal.mean() == 1 if ratio == 1 else equal.mean() > 0.8
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+QUICK = ["--steps", "2", "--num", "2"]
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    out = tmp_path_factory.mktemp("generate") / "run"
+    assert main(["generate", *QUICK, "--out", str(out)]) == 0
+    return out
+
+
+def test_generate_writes_all_it_promises(generated):
+    """Images, labels that data.py reads back, previews, a manifest and a contact sheet."""
+    rows = [json.loads(line) for line in open(generated / "manifest.jsonl")]
+    assert len(rows) == 2 and (generated / "grid.png").is_file()
+    for row in rows:
+        assert {"prompt", "seed", "class", "crop", "weather"} <= set(row)
+        image = np.asarray(Image.open(generated / row["image"]))
+        label = data.read_label(generated / row["label"])
+        assert image.shape == (64, 128, 3) and label.shape == (64, 128)
+        assert 19 not in label
+        assert data.caption(label, data.CITYSCAPES) in row["prompt"]
+        assert row["class"] is None or row["class"] in row["prompt"]
+    pairs = data.Pairs(generated)
+    assert len(pairs) == 2 and pairs.layout == "generated"
+
+
+def test_generate_again_finishes_what_is_missing(generated, tmp_path):
+    """A run that lost an image gets the same image back; one that is complete is left alone."""
+    out = tmp_path / "run"
+    shutil.copytree(generated, out)
+    before = files(out)
+    lost = sorted((out / "vis").iterdir())[1]
+    lost.unlink()
+    assert main(["generate", *QUICK, "--out", str(out), "--batch", "1"]) == 0
+    after = files(out)
+    for name, content in before.items():
+        if name.endswith("_labelTrainIds.png") or "manifest" in name:
+            assert after[name] == content
+    a, b = (np.asarray(Image.open(f / "vis" / lost.name)).astype(int) for f in (generated, out))
+    assert np.abs(a - b).max() <= 1  # rounding differs with the batch, nothing else
+    stamp = lost.stat().st_mtime_ns
+    assert main(["generate", *QUICK, "--out", str(out)]) == 0
+    assert lost.stat().st_mtime_ns == stamp
+
+
+def test_generate_takes_label_maps_of_any_kind(tmp_path):
+    """Folders of large maps, other sizes than the window, without MRLF and with a mixed swap."""
+    for k in range(2):
+        image, label = data.toy_street(k, size=(256, 512))
+        (tmp_path / "set" / "images").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / "labels").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "set" / "images" / f"{k}.png")
+        data.save_label(tmp_path / "set" / "labels" / f"{k}_labelTrainIds.png", label)
+    for k, flags in enumerate((["--size", "80x144", "--label-height", "128"],
+                               ["--no-mrlf", "--swap", "0.5", "--no-rcs"],
+                               ["--renoise", "official", "--stride", "8x16"])):
+        out = tmp_path / f"out{k}"
+        argv = ["generate", "--data", str(tmp_path / "set"), *QUICK, "--out", str(out), *flags]
+        assert main(argv) == 0
+        size = (144, 80) if k == 0 else (128, 64)
+        assert all(Image.open(f).size == size for f in (out / "images").iterdir())
+
+
+@pytest.mark.parametrize("stage", ["vae", "prior", "dreambooth", "controlnet"])
+def test_training_stages_learn_and_resume_exactly(stage, tmp_path):
+    """3 + 3 updates give bit for bit the weights of 6, and the loss is finite."""
+    flags = ["train", stage, "--batch", "2", "--cache", "0", "--lr-schedule", "constant",
+             "--data", "toy:all:4", "--sample-steps", "1", "--seed", "3"]
+    parts = {"vae": "vae", "prior": "unet", "dreambooth": "unet_source", "controlnet": "controlnet"}
+    for name, steps in (("whole", ["6"]), ("parts", ["3", "6"])):
+        for n in steps:
+            assert main([*flags, "--steps", n, "--out", str(tmp_path / name)]) == 0
+    weights = [load_file(next((tmp_path / name / parts[stage]).glob("*.safetensors")))
+               for name in ("whole", "parts")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    start = load_file(next((HERE / "toy" / parts[stage]).glob("*.safetensors")))
+    assert any(not torch.equal(weights[0][k], start[k]) for k in start)
+    log = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
+    assert log[-1]["step"] == 6 and np.isfinite(log[-1]["loss"])
+
+
+def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path, capsys):
+    """Both sets are joined, the table has a row for every set, predictions are label maps."""
+    out = str(tmp_path)
+    flags = ["--data", "toy:sunny:4", str(generated), "--out", out, "--eval-data", "toy:sunny:2",
+             "toy:night:2"]
+    assert main(["segment", *flags, "--steps", "3", "--batch", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "toy:night:2" in text and "2 pairs" in text
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert 0 <= results["toy:sunny:2"]["mIoU"] <= 1
+    assert np.sum(results["toy:sunny:2"]["confusion"]) > 2 * 128 * 256 * 0.9
+    picture = next((generated / "images").iterdir())
+    assert main(["segment", "predict", str(picture), *flags]) == 0
+    label = data.read_label(tmp_path / "predictions" / f"{picture.stem}_labelTrainIds.png")
+    assert label.shape == (64, 128)
+
+
+def test_joined_sets_are_all_used():
+    """Concatenation reaches every picture of every set (the released code loses the second)."""
+    joined = data.Joined([data.ToyStreets(("sunny",), 3), data.ToyStreets(("night",), 2)])
+    names = [joined.name(i) for i in range(len(joined))]
+    assert len(names) == 5 and sum("night" in n for n in names) == 2
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def refuses(capsys, argv, *words):
+    """The command ends with 2 and one sentence on stderr that holds these words."""
+    try:
+        code = main(argv)
+    except SystemExit as error:  # argparse
+        code = error.code
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert code == 2, said
+    assert all(w in said for w in words), said
+    assert "Traceback" not in said
+
+
+def test_bad_flags(capsys, tmp_path):
+    """Sizes that do not fit, unknown words and impossible numbers are named."""
+    out = ["--out", str(tmp_path / "out")]
+    refuses(capsys, ["generate", "--size", "60x100", *out], "60x100", "multiples of")
+    refuses(capsys, ["generate", "--size", "1000x2000", *out], "1000")
+    refuses(capsys, ["generate", "--weather", "sandstorm", *out], "sandstorm", "snowy")
+    refuses(capsys, ["generate", "--steps", "0", *out], "--steps 0")
+    refuses(capsys, ["generate", "--swap", "1.5", *out], "--swap 1.5")
+    refuses(capsys, ["generate", "--num", "0", *out], "--num 0")
+    refuses(capsys, ["generate", "--stride", "40x40", *out], "stride")
+    refuses(capsys, ["generate", "--size", "huge", *out], "huge")
+    refuses(capsys, ["segment", "--data", "toy:sandstorm", *out], "sandstorm")
+    refuses(capsys, ["segment", "predict", "nowhere.png", *out], "nowhere.png")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_data(capsys, tmp_path):
+    """Folders without data, lonely or unequal files and labels that are no labels are named."""
+    def attempt(*words):
+        refuses(capsys, ["generate", "--data", str(tmp_path / "set"), "--no-rcs", *QUICK,
+                         "--out", str(tmp_path / "out")], *words)
+        assert not (tmp_path / "out").exists()
+
+    attempt("set")
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    (tmp_path / "set" / "labels").mkdir()
+    attempt("set")
+    Image.new("RGB", (256, 128)).save(tmp_path / "set" / "images" / "a.png")
+    attempt("label")
+    label = tmp_path / "set" / "labels" / "a_labelTrainIds.png"
+    Image.new("RGB", (256, 128)).save(label)
+    attempt("a_labelTrainIds.png")
+    Image.fromarray(np.full((128, 256), 77, np.uint8)).save(label)
+    attempt("a_labelTrainIds.png", "77")
+    Image.fromarray(np.zeros((32, 64), np.uint8)).save(label)
+    attempt("smaller")
+    refuses(capsys, ["segment", "train", "--data", str(tmp_path / "set"), "--backbone", "tiny",
+                     "--crop", "64x128", "--steps", "1", "--no-rcs", "--workers", "0", "--out",
+                     str(tmp_path / "seg")], "a.png", "size")
+
+
+def test_bad_weights(capsys, tmp_path):
+    """Truncated files, pickles of code, other architectures and channel counts are named."""
+    out = ["--out", str(tmp_path / "out"), *QUICK]
+    sd = tmp_path / "sd"
+    shutil.copytree(HERE / "toy", sd, ignore=shutil.ignore_patterns("checkpoints", "*.md", "*.png"))
+    common = ["generate", "--sd", str(sd), "--data", "toy:sunny", *out, "--size", "64x128"]
+    refuses(capsys, common[:-2], "--controlnet")
+    common += ["--controlnet", str(sd / "controlnet")]
+
+    control = ControlNet.from_pretrained(sd / "controlnet")
+    ControlNet(control.config, 7, control.hint_widths).save_pretrained(tmp_path / "seven")
+    refuses(capsys, [*common[:-1], str(tmp_path / "seven")], "7 channels", "19 classes")
+    other = tiny_models()
+    other.controlnet.save_pretrained(tmp_path / "other")
+    refuses(capsys, [*common[:-1], str(tmp_path / "other")], "ControlNet", "UNet")
+    refuses(capsys, [*common[:-1], str(sd / "unet")], "ControlNet")
+    refuses(capsys, [*common, "--unet", str(sd / "vae")], "UNet")
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"x": Evil()}, tmp_path / "evil.bin")
+    refuses(capsys, [*common, "--unet", str(tmp_path / "evil.bin")], "evil.bin")
+    weights = sd / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    refuses(capsys, common, "diffusion_pytorch_model.safetensors")
+    weights.unlink()
+    refuses(capsys, common, "unet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_runs_folder_is_refused(capsys, generated, tmp_path):
+    """A folder with other settings, or with files of other origin, is not written to."""
+    out = tmp_path / "run"
+    shutil.copytree(generated, out)
+    before = files(out)
+    refuses(capsys, ["generate", *QUICK, "--seed", "5", "--out", str(out)], "seed", str(out))
+    assert files(out) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "mine")], "not empty")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+# ---- the house -----------------------------------------------------------------------------------
+
+ALLOWED = {
+    "unet.py": {"torch", "safetensors"}, "vae.py": {"torch", "safetensors"},
+    "clip_text.py": {"torch", "safetensors"}, "segformer.py": {"torch", "safetensors"},
+    "controlnet.py": {"torch", "unet"}, "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
+}
+
+
+@pytest.mark.parametrize("file", ALLOWED)
+def test_files_can_be_copied_out(file, tmp_path):
+    """Each file imports only what the README promises, and imports from an empty folder."""
+    tree = ast.parse((HERE / file).read_text())
+    used = {n.name.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.Import)
+            for n in x.names}
+    used |= {x.module.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
+    assert used - set(sys.stdlib_module_names) <= ALLOWED[file]
+    for name in {file} | ({"unet.py"} if file == "controlnet.py" else set()):
+        shutil.copy(HERE / name, tmp_path)
+    code = f"import {file[:-3]}"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_loader_copies_are_equal():
+    """The block that reads weights is the same text in all four files."""
+    texts = [(HERE / f"{f}.py").read_text() for f in ("unet", "vae", "clip_text", "segformer")]
+    blocks = [t[t.index("# Reading weights. The same text") :].strip() for t in texts]
+    assert len(set(blocks)) == 1 and "def load_strict" in blocks[0]
+
+
+def test_every_flag_is_read():
+    """No flag that nobody looks at: each name of a table occurs as args.NAME or ours.NAME."""
+    source = (HERE / "dginstyle.py").read_text()
+    for table in (dginstyle.GENERATE, dginstyle.TRAIN, dginstyle.SEGMENT):
+        for name in table:
+            assert f"args.{name}" in source or f"ours.{name}" in source, name
+
+
+def test_readme_names_real_flags_and_files():
+    """Every command line in the README parses, and every file it names exists."""
+    text = (HERE / "README.md").read_text()
+    lines = [line for block in text.split("```")[1::2] for line in block.split("\n")]
+    commands = [line.split("#")[0].split() for line in lines if "dginstyle.py " in line]
+    parser = dginstyle.build_parser()
+    assert len(commands) >= 8
+    for words in commands:
+        words = words[words.index("dginstyle.py") + 1 :]
+        parser.parse_args(words)
+    for name in ("toy/README.md", "requirements.txt", "requirements-dev.txt", "LICENSE"):
+        assert (HERE / name).is_file()
+
+
+if __name__ == "__main__":
+    torch.set_default_dtype(torch.bfloat16)  # 2.5 GB instead of 5
+    base = UNet(UNetConfig())
+    full = Models(base, ControlNet.from_unet(base, 20), VAE(), TextEncoder(),
+                  Tokenizer.train(["a city street scene"], 10), Schedule())
+    print("written to", write_sd_folder(Path(sys.argv[1]), full))
