@@ -65,6 +65,8 @@ def zero(conv):
 
 
 class ControlNet(nn.Module):
+    """The UNet's first half, the hint encoder, and a zero convolution for every skip."""
+
     def __init__(self, config, hint_channels=20, hint_widths=HINT_WIDTHS):
         """config: the UNetConfig of the UNet under control."""
         super().__init__()

@@ -42,6 +42,7 @@ from tqdm import tqdm
 # Classes and label files
 
 IGNORE = 255
+THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's thing classes of Cityscapes
 # raw id → trainId (None = ignore) of Cityscapes and GTA, where 34 is the licence plate
 CITYSCAPES_IDS = dict.fromkeys(range(35)) | {
     7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12,
@@ -597,7 +598,6 @@ def resize_to_fit(image, label, size):
 # are table look-ups, the label is exact by construction, and one scene can be lit in every style.
 
 STYLES = ("sunny", "night", "foggy", "rainy", "snowy", "dusk", "overcast")  # sunny = the source
-SMALL = (5, 6, 7, 11, 12, 17, 18)  # pole, light, sign, person, rider, motorcycle, bicycle
 WARM, WHITE, RED = (255, 214, 130), (255, 250, 225), (255, 40, 30)  # what shines in the dark
 
 
@@ -708,6 +708,7 @@ class Street:
         return things
 
     def house(self, x, s, a, b):
+        """Front and flank with a row of windows a storey; some have a shop below."""
         rng = self.rng
         walls = ((168, 84, 62), (205, 180, 140), (222, 214, 198), (150, 150, 158), (196, 150, 96))
         colour = np.array(walls[rng.integers(len(walls))]) + rng.integers(-14, 15)
@@ -729,12 +730,14 @@ class Street:
             self.side(x, (y, y + 1.5), (z, z + 1.3), 2, glass, lit)
 
     def fence(self, x, a, b):
+        """A fence along the street, its slats drawn while they are near enough to see."""
         tall, colour = self.rng.uniform(1.0, 1.7), np.array((122, 98, 78))
         self.side(x, (0, tall), (a, b), 4, colour, snow=0.1)
         for z in np.arange(a, min(b, 45), 0.9):
             self.side(x, (0.1, tall - 0.15), (z, z + 0.4), 4, colour * 0.62)
 
     def tree(self, x, z):
+        """A trunk with four overlapping discs of leaves, or a bush."""
         rng = self.rng
         green = np.array((52, 110, 42)) + rng.integers(-18, 30, 3) * (1, 1, 0.5)
         if rng.random() < 0.3:  # a bush
@@ -759,12 +762,14 @@ class Street:
         return things
 
     def lamp(self, x, z):
+        """A lamp post: pole (5) with an arm over the street."""
         tall, s = self.rng.uniform(5, 8), -np.sign(x)
         self.face((x - 0.1, x + 0.1), (0, tall), z, 5, (108, 112, 116))
         self.face(sorted((x, x + s * 1.6)), (tall - 0.15, tall), z, 5, (108, 112, 116), snow=0.5)
         self.face(sorted((x + s, x + s * 1.7)), (tall - 0.4, tall - 0.15), z, 5, WHITE, WARM)
 
     def light(self, x, z):
+        """A traffic light (6) on a pole (5), one of its three lamps on."""
         low, lamp = self.rng.uniform(2.4, 3.4), self.rng.integers(3)
         self.face((x - 0.09, x + 0.09), (0, low), z, 5, (82, 86, 92))
         self.face((x - 0.34, x + 0.34), (low, low + 1.6), z, 6, (32, 34, 36), snow=0.1)
@@ -774,6 +779,7 @@ class Street:
             self.disc(x, low + 0.28 + 0.52 * k, z, 0.2, 0.2, 6, dim, on)
 
     def sign(self, x, z):
+        """A traffic sign (7) on a pole (5): round, square or triangular."""
         rng, y, r = self.rng, self.rng.uniform(2.2, 3.2), self.rng.uniform(0.4, 0.65)
         self.face((x - 0.07, x + 0.07), (0, y), z, 5, (140, 144, 148))
         kind = rng.integers(3)
@@ -792,9 +798,11 @@ class Street:
                 )
 
     def bin(self, x, z):
+        """A waste bin, which no class covers: ignored."""
         self.box((x - 0.4, x + 0.4), (0, 1.1), (z, z + 0.8), IGNORE, (70, 88, 76), snow=0.2)
 
     def person(self, x, z, cls=11, lift=0.0):
+        """Legs, coat and head; a rider sits `lift` metres above the ground."""
         rng = self.rng
         coat, legs = rng.integers(30, 225, 3), rng.integers(25, 90, 3)
         tall, w = rng.uniform(1.55, 1.9), rng.uniform(0.24, 0.3)
@@ -839,6 +847,7 @@ class Street:
         self.ground((x - w, x + w), (z - 0.35, z + 1.5), 0, (48, 49, 52))
 
     def car(self, x, z):
+        """Cabin, body, wheels, plate; red lamps when it drives away, white when it comes."""
         rng, w, away = self.rng, self.rng.uniform(0.85, 1.0), self.rng.random() < 0.6
         paint = np.array(((190, 30, 32), (36, 78, 170), (225, 225, 228), (40, 42, 46),
                           (150, 154, 160), (215, 175, 60), (60, 110, 70))[rng.integers(7)])
@@ -855,6 +864,7 @@ class Street:
         self.face((x - 0.24, x + 0.24), (0.42, 0.56), z, 13, (235, 235, 225))
 
     def truck(self, x, z):
+        """A tall cargo box seen from behind."""
         rng, w = self.rng, 1.25
         cargo = np.array(((230, 230, 225), (70, 110, 160), (190, 120, 60))[rng.integers(3)])
         self.shadow(x, z, w)
@@ -895,6 +905,25 @@ def smooth_noise(rng, size, cell):
     """Uniform noise on a grid of `cell` pixels, enlarged smoothly -> float32 (H,W) in [-1,1]."""
     grid = rng.uniform(-1, 1, (size[0] // cell + 2, size[1] // cell + 2)).astype(np.float32)
     return np.asarray(Image.fromarray(grid).resize(size[::-1], Image.BICUBIC))
+
+
+def rain(rng, size):
+    """Slanted streaks -> what they add to the picture, float (H,W,1)."""
+    picture = Image.new("L", size[::-1])
+    pen, slant = ImageDraw.Draw(picture), rng.uniform(-0.35, 0.35)
+    for x, y, n in rng.uniform((0, -8, 5), (size[1], size[0], 13), (70, 3)):
+        pen.line((x, y, x + slant * n, y + n), fill=75)
+    return np.asarray(picture, np.float32)[..., None]
+
+
+def snowfall(rng, size):
+    """Flakes of one or two pixels -> how much they hide, float (H,W,1) in [0,1]."""
+    picture = Image.new("L", size[::-1])
+    pen = ImageDraw.Draw(picture)
+    for x, y in rng.uniform((0, 0), size[::-1], (90, 2)):
+        r = rng.choice([0, 0, 1])
+        pen.ellipse((x, y, x + r, y + r), fill=200)
+    return np.asarray(picture, np.float32)[..., None] / 255
 
 
 def light_street(street, style, rng):
@@ -938,24 +967,14 @@ def light_street(street, style, rng):
         image = dull * np.array((0.46, 0.5, 0.56), high) * wet * dim + glow * 0.25
         image = haze(image, (96, 102, 110), 90)
         image = np.where(sky, paint_sky((96, 102, 110), (66, 70, 80), 18), image)
-        streaks = Image.new("L", size[::-1])
-        pen, slant = ImageDraw.Draw(streaks), rng.uniform(-0.35, 0.35)
-        for x, y, n in zip(rng.uniform(0, street.w, 70), rng.uniform(-8, street.h, 70),
-                           rng.uniform(5, 13, 70), strict=True):
-            pen.line((x, y, x + slant * n, y + n), fill=75)
-        image = image + np.asarray(streaks, high)[..., None]
+        image = image + rain(rng, size)
     elif style == "snowy":
         lies = snow[index] + 0.3 * texture * (snow[index] > 0.15)
         lies = np.clip(lies * 1.5 - 0.2, 0, 1)[..., None]
         image = (dull * 0.8 * (1 - lies) + np.array((232, 236, 242), high) * lies) * dim
         image = haze(image, (212, 215, 220), 80)
         image = np.where(sky, paint_sky((214, 217, 222), (190, 194, 202), 8), image)
-        flakes = Image.new("L", size[::-1])
-        pen = ImageDraw.Draw(flakes)
-        for x, y, r in zip(rng.uniform(0, street.w, 90), rng.uniform(0, street.h, 90),
-                           rng.choice([0, 0, 1], 90), strict=True):
-            pen.ellipse((x, y, x + r, y + r), fill=200)
-        fall = np.asarray(flakes, high)[..., None] / 255
+        fall = snowfall(rng, size)
         image = image * (1 - fall) + 250 * fall
     elif style == "dusk":
         tint = np.array((0.78, 0.5, 0.5), high) * dim

@@ -21,6 +21,8 @@ L text tokens, D text width. Images in [-1, 1], label maps trainIds with 255 = i
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import math
 import os
@@ -511,10 +513,15 @@ def generate(args):
                 for k in range(start, min(start + args.batch, args.num))]
 
     conditions(0)  # what is wrong with the labels shows before anything is written
+    rank, world = ranks(args.device)
+    if rank:
+        barrier(world)  # the first process makes the folder
     out = open_run(args.out, args, ("num", "batch", "tile_batch", "device"))
-    with (tqdm(total=args.num, unit="image") as bar,
-          open(out / "manifest.jsonl", "w") as manifest):
-        for start in range(0, args.num, args.batch):
+    if not rank:
+        barrier(world)
+    with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
+          open(out / f"manifest.{rank}.part", "w") as manifest):
+        for start in range(rank * args.batch, args.num, world * args.batch):
             batch = conditions(start)
             todo = [c for c in batch if not (out / "vis" / f"{c.name}.png").is_file()]
             if todo:
@@ -523,8 +530,16 @@ def generate(args):
                     save_generated(out, c, image, classes)
             for c in batch:
                 manifest.write(json.dumps(c.manifest_row()) + "\n")
-            manifest.flush()
-            bar.update(len(batch))
+            bar.update(len(batch) * world)
+    barrier(world)
+    if rank:
+        return
+    parts = [out / f"manifest.{r}.part" for r in range(world)]
+    rows = sorted(line for part in parts for line in part.read_text().splitlines(keepends=True))
+    parts[0].write_text("".join(rows))
+    os.replace(parts[0], out / "manifest.jsonl")
+    for part in parts[1:]:
+        part.unlink()
     pictures = [np.asarray(Image.open(f)) for f in sorted((out / "vis").iterdir())[:32]]
     write_image(out / "grid.png", contact_sheet(pictures))
     print(f"{args.num} images with labels in {out}; look at {out / 'grid.png'}")
@@ -629,6 +644,19 @@ class Objective(torch.nn.Module):
         return self.loss(batch)
 
 
+def ranks(device):
+    """(rank, number of processes); under torchrun this joins the process group."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world
+
+
+def barrier(world):
+    if world > 1:
+        torch.distributed.barrier()
+
+
 def lr_factor(args, step):
     """Learning rate of a step as a fraction of --lr."""
     warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
@@ -642,34 +670,23 @@ def fit(stage, objective, draw, args, save, groups=None):
 
     objective(batch) -> loss; draw(rng) -> one sample; save() writes the nets in their final form,
     with the averaged weights in place when --ema is on. Restarting continues from the last
-    checkpoint, exactly as if there had been no stop.
+    checkpoint, exactly as if there had been no stop. Under torchrun every process takes its share
+    of each batch. ValueError when the loss is no longer a number.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, out = torch.device(args.device), Path(args.out)
+    rank, world = ranks(args.device)
+    device = torch.device(args.device)
     objective.to(device, memory_format=torch.channels_last).train()
     parameters = [p for p in objective.parameters() if p.requires_grad]
     groups = groups or [{"params": parameters, "lr": args.lr, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-    base = [g["lr"] for g in optimizer.param_groups]
+    rates = [g["lr"] for g in optimizer.param_groups]
     precision = choose_precision(args)
     autocast = torch.autocast(device.type, DTYPES[precision], precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    average = [p.detach().clone() for p in parameters] if args.ema else None
-
-    checkpoint, first = out / "checkpoints" / f"{stage}.pt", 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        objective.nets.load_state_dict(state["nets"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if average:
-            for a, b in zip(average, state["average"], strict=True):
-                a.copy_(b)
-        first = state["step"]
-        print(f"{stage}: going on from step {first}")
-    module = objective
-    if world > 1:
-        module = torch.nn.parallel.DistributedDataParallel(objective)
+    average = [p.detach().clone() for p in parameters] if args.ema else []
+    state = {"nets": objective.nets, "optimizer": optimizer, "scaler": scaler}
+    first = resume(stage, state, average, args)
+    parallel = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
 
     per_step = args.batch * args.accumulate * world  # samples in one update
     order = [n for step in range(first, args.steps) for n in
@@ -677,18 +694,18 @@ def fit(stage, objective, draw, args, save, groups=None):
     loader = iter(torch.utils.data.DataLoader(
         Samples(draw, args.seed), args.batch, sampler=order, num_workers=args.workers,
         persistent_workers=args.workers > 0))
-    log, mean = out / "log.jsonl", None
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=stage,
                disable=rank > 0, mininterval=1)
+    mean = None
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # noise, t, dropout
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * lr_factor(args, step)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * lr_factor(args, step)
         value = 0.0
         for _ in range(args.accumulate):
-            batch = [b.to(device) if torch.is_tensor(b) else b for b in next(loader)]
+            batch = [part.to(device) for part in next(loader)]
             with autocast:
-                loss = module(batch) / args.accumulate
+                loss = parallel(batch) / args.accumulate
             scaler.scale(loss).backward()
             value += loss.item()
         if not math.isfinite(value):
@@ -702,28 +719,55 @@ def fit(stage, objective, draw, args, save, groups=None):
         if average:
             decay = min(args.ema, (step + 1) / (step + 10))  # short memory at the start
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+
         mean = value if mean is None else 0.98 * mean + 0.02 * value
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        last = step + 1 == args.steps
-        if rank == 0 and ((step + 1) % 50 == 0 or last):
-            row = {"stage": stage, "step": step + 1, "loss": round(mean, 6),
-                   "lr": optimizer.param_groups[0]["lr"], "time": round(time.time())}
-            with open(log, "a") as file:
+        done = step + 1
+        if rank == 0 and (done % 50 == 0 or done == args.steps):
+            row = {"stage": stage, "step": done, "loss": round(mean, 6), "time": round(time.time())}
+            with open(Path(args.out) / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-        if rank == 0 and ((step + 1) % args.save_every == 0 or last):
-            checkpoint.parent.mkdir(exist_ok=True)
-            state = {"step": step + 1, "nets": objective.nets.state_dict(), "average": average,
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            torch.save(state, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
-            trained = [p.detach().clone() for p in parameters]
-            for p, a in zip(parameters, average or trained, strict=True):
-                p.data.copy_(a)
-            objective.eval()
-            save()
-            objective.train()
-            for p, q in zip(parameters, trained, strict=True):
-                p.data.copy_(q)
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+            write_checkpoint(stage, state, average, done, args)
+            with averaged(objective, parameters, average):
+                save()
+    barrier(world)  # the next stage reads what the first process wrote
+
+
+def resume(stage, state, average, args):
+    """Load OUT/checkpoints/STAGE.pt into nets, optimizer and average -> the step to go on from."""
+    file = Path(args.out) / "checkpoints" / f"{stage}.pt"
+    if not file.is_file():
+        return 0
+    saved = torch.load(file, map_location=args.device, weights_only=True)
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    for mine, theirs in zip(average, saved["average"], strict=True):
+        mine.copy_(theirs)
+    print(f"{stage}: going on from step {saved['step']}")
+    return saved["step"]
+
+
+def write_checkpoint(stage, state, average, step, args):
+    """All that `resume` needs; written beside and renamed, so that a stop cannot spoil it."""
+    file = Path(args.out) / "checkpoints" / f"{stage}.pt"
+    file.parent.mkdir(exist_ok=True)
+    saved = {name: part.state_dict() for name, part in state.items()}
+    torch.save({"step": step, "average": average, **saved}, file.with_suffix(".part"))
+    os.replace(file.with_suffix(".part"), file)
+
+
+@contextlib.contextmanager
+def averaged(objective, parameters, average):
+    """Put the averaged weights, if any, into the nets for a while, in eval mode."""
+    trained = [p.detach().clone() for p in parameters]
+    for p, a in zip(parameters, average or trained, strict=True):
+        p.data.copy_(a)
+    objective.eval()
+    yield
+    objective.train()
+    for p, t in zip(parameters, trained, strict=True):
+        p.data.copy_(t)
 
 
 def diffusion_loss(models, z, text, control=None):
@@ -986,13 +1030,28 @@ def train_segmenter(args):
     crop, which the generated ones are, are taken whole.
     """
     classes, pairs = open_training_data(args)
-    K, size = len(classes.names), args.crop
-    config = SegFormerConfig(**{**segformer.PRESETS[args.backbone], "head": args.arch,
-                                "num_classes": K})
     torch.manual_seed(args.seed)
-    model = SegFormer(config)
+    model = SegFormer(SegFormerConfig(**{**segformer.PRESETS[args.backbone], "head": args.arch,
+                                         "num_classes": len(classes.names)}))
+    teacher = None
     if args.pretrained:
         model.load_backbone(args.pretrained)
+        if args.fd and classes is data.CITYSCAPES:  # a copy that keeps what ImageNet taught it
+            teacher = copy.deepcopy(model).to(args.device).eval().requires_grad_(False)
+    loss = segmenter_loss(model, teacher, args)
+    open_run(args.out, args, ("steps", "workers", "save_every", "device", "stage", "eval_data",
+                              "eval_fit", "weights", "save", "images"), "segformer.json")
+
+    def save():
+        model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
+
+    fit("segformer", Objective(loss, model=model), segmenter_draw(pairs, args), args, save,
+        segmenter_groups(model, args))
+    print(f"segmenter is in {Path(args.out) / 'segformer'}")
+
+
+def segmenter_draw(pairs, args):
+    """-> draw(rng): one training crop, image uint8 (3,h,w) and label int64 (h,w)."""
     samplers = {}
     if args.rcs:
         samplers = {id(part): data.RareClassSampler(data.class_counts(part), args.rcs_temperature,
@@ -1008,7 +1067,7 @@ def train_segmenter(args):
         if args.fit and part.layout != "generated":
             image, label = data.resize_to_fit(image, label, args.fit[::-1])
         for _ in range(10):  # until the crop shows enough of the rare class
-            crop, crop_label = data.random_crop_cat_max(image, label, size, rng)
+            crop, crop_label = data.random_crop_cat_max(image, label, args.crop, rng)
             if cls is None or (crop_label == cls).sum() > args.rcs_min_pixels / 2:
                 break
         if rng.random() < 0.5:
@@ -1018,21 +1077,48 @@ def train_segmenter(args):
         image = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
         return image, torch.from_numpy(crop_label.astype(np.int64))
 
+    return draw
+
+
+def segmenter_loss(model, teacher, args):
+    """-> loss(batch): cross-entropy, for HRDA on both scales, plus the feature distance (FD)."""
+    def cross_entropy(logits, labels):
+        logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
+        ce = F.cross_entropy(logits, labels, ignore_index=data.IGNORE, reduction="sum")
+        return ce / labels.numel()  # over all pixels, ignored ones included, as mmseg 0.16 did
+
     def loss(batch):
         images, labels = batch
-        logits = model(images.float() / 255)
-        logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
-        # the mean over all pixels, ignored ones included, as mmseg 0.16 took it
-        ce = F.cross_entropy(logits, labels, ignore_index=data.IGNORE, reduction="sum")
-        return ce / labels.numel()
+        images = images.float() / 255
+        if args.arch == "hrda":
+            fused, detail, (y, x, h, w), maps = model.forward_hrda(images)
+            value = 0.9 * cross_entropy(fused, labels)
+            value = value + 0.1 * cross_entropy(detail, labels[:, y : y + h, x : x + w])
+            images = F.interpolate(images, scale_factor=0.5, mode="bilinear")  # the context's view
+        else:
+            maps = model.features(images)
+            value = cross_entropy(model.decode_head(maps), labels)
+        if teacher is not None:
+            with torch.no_grad():
+                taught = teacher.features(images)[-1]
+            value = value + args.fd * feature_distance(maps[-1], taught, labels)
+        return value
 
-    def save():
-        model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
+    return loss
 
-    open_run(args.out, args, ("steps", "workers", "save_every", "device", "stage", "eval_data",
-                              "weights", "save", "images"), "segformer.json")
-    fit("segformer", Objective(loss, model=model), draw, args, save, segmenter_groups(model, args))
-    print(f"segmenter is in {Path(args.out) / 'segformer'}")
+
+def feature_distance(features, taught, labels):
+    """Thing-class feature distance (DAFormer, arXiv 2111.14887, section 3.2), a number.
+
+    features, taught (B,C,h,w) of the last stage; the mean L2 distance over the positions that show
+    a thing class over at least three quarters of their area. 0 if there is none.
+    """
+    share = F.adaptive_avg_pool2d(data.one_hot(labels.cpu(), 19).to(features), features.shape[2:])
+    share, cls = share.max(1)
+    things = torch.tensor(data.THINGS, device=cls.device)
+    mask = (share >= 0.75) & torch.isin(cls, things)
+    distance = (features - taught).float().norm(dim=1)
+    return (distance * mask).sum() / mask.sum().clamp(min=1)
 
 
 def segmenter_groups(model, args):
@@ -1046,22 +1132,29 @@ def segmenter_groups(model, args):
 
 
 def load_segmenter(args, K):
-    """--weights, or what this folder's training left; ValueError if it knows other classes."""
-    model = SegFormer.from_pretrained(args.weights or Path(args.out) / "segformer")
+    """--weights, what training left in --out, or the toy pack's, in this order."""
+    own = Path(args.out) / "segformer"
+    path = args.weights or (own if own.exists() else TOY / "segformer")
+    print(f"segmenter: {path}")
+    model = SegFormer.from_pretrained(path)
     if model.config.num_classes != K:
         raise ValueError(f"the segmenter knows {model.config.num_classes} classes, the data {K}")
     return model.to(args.device)
 
 
 @torch.no_grad()
-def predict_logits(model, image, args):
-    """uint8 (H,W,3) -> logits (K,H,W) at the picture's size: scaled, slid over, scaled back."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    x = x.to(args.device).float() / 255
-    if args.fit:
-        scale = min(args.fit[0] / x.shape[2], args.fit[1] / x.shape[3])
-        new = [round(n * scale) for n in x.shape[2:]]
-        x = F.interpolate(x, new, mode="bilinear", antialias=True)
+def predict_logits(model, image, args, layout=None):
+    """uint8 (H,W,3) -> logits (K,H,W): scaled, in sliding windows, scaled back (section 4.1).
+
+    The published scales: pictures fit within 1024 x 512, ACDC and Dark Zurich within 960 x 540,
+    both doubled for HRDA; other sets at their own size, or all at --eval-fit.
+    """
+    fit = args.eval_fit
+    if fit is None and layout in ("cityscapes", "bdd100k", "mapillary", "acdc", "dark_zurich"):
+        fit = (540, 960) if layout in ("acdc", "dark_zurich") else (512, 1024)
+        fit = tuple((1 + (model.config.head == "hrda")) * n for n in fit)
+    small = data.resize_to_fit(image, None, fit[::-1])[0] if fit else image
+    x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(args.device).float() / 255
     crop = tuple(min(a, b) for a, b in zip(args.crop, x.shape[2:], strict=True))
     stride = tuple(max(1, n // 2) for n in crop)
     logits = segformer.slide_inference(model, x, crop, stride)
@@ -1081,7 +1174,7 @@ def evaluate(args):
         confusion = torch.zeros(K, K, dtype=torch.int64)
         for i in tqdm(range(len(pairs)), desc=spec, unit="image"):
             image, label = pairs.pair(i)
-            prediction = predict_logits(model, image, args).argmax(0).cpu()
+            prediction = predict_logits(model, image, args, pairs.layout).argmax(0).cpu()
             confusion += segformer.confusion_matrix(prediction, torch.from_numpy(label), K)
             if args.save:
                 folder = Path(args.out) / "predictions" / pairs.name(i)
@@ -1191,6 +1284,8 @@ def choose_precision(args):
 
 def size_pair(text):
     """'512' or '512x1024' (height x width) -> (512, 1024)."""
+    if text == "none":
+        return ()
     h, _, w = text.partition("x")
     try:
         return int(h), int(w or h)
@@ -1291,8 +1386,11 @@ SEGMENT = {
     "backbone": Flag("b5", "MiT size: b0 to b5, tiny", "tiny", choices=tuple(segformer.PRESETS)),
     "arch": Flag("daformer", "decode head", choices=("segformer", "daformer", "hrda")),
     "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", type=Path),
-    "fit": Flag(None, "scale pictures to fit within HxW before cropping or predicting",
-                type=size_pair),
+    "fit": Flag((720, 1280), "train: scale pictures, not generated ones, to fit within HxW before "
+                             "cropping; none: leave them", (), size_pair),
+    "eval_fit": Flag(None, "eval, predict: scale to fit within HxW; default: the published scale "
+                           "of a known data set, else none", type=size_pair),
+    "fd": Flag(0.005, "weight of the feature distance to the --pretrained backbone"),
     "crop": Flag((512, 512), "training crop and sliding window, HxW pixels", (64, 128), size_pair),
     "distort": Flag(True, "photometric distortion"),
     "save": Flag(False, "eval: write label, colour and overlay pictures"),
@@ -1309,7 +1407,7 @@ RECIPES = {
     "controlnet": (dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
                    dict(steps=1600, lr=8e-4, batch=32, ema=0.995, lr_schedule="cosine")),
     "segment": (dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
-                dict(steps=1500, lr=6e-4, batch=16, warmup=100)),
+                dict(steps=1500, lr=4e-4, batch=16, warmup=100)),
 }
 
 
@@ -1331,8 +1429,9 @@ def fill_defaults(args, table, recipe, toy):
         if getattr(filled, name) is None:
             setattr(filled, name, default_of(name, flag, recipe, toy))
     if filled.device == "auto":
-        filled.device = ("cuda" if torch.cuda.is_available() else
-                         "mps" if torch.backends.mps.is_available() else "cpu")
+        filled.device = ("mps" if torch.backends.mps.is_available() else "cpu")
+        if torch.cuda.is_available():
+            filled.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if filled.data is None:
         raise ValueError("--data is missing: name one or more data set folders")
     return filled
@@ -1384,6 +1483,7 @@ def build_parser():
 
 
 def main(argv=None):
+    """Run one command; user errors become one sentence on stderr and exit code 2."""
     args = build_parser().parse_args(argv)
     try:
         args.run(args)

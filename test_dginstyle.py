@@ -2347,6 +2347,51 @@ def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path
     assert label.shape == (64, 128)
 
 
+@pytest.mark.parametrize("arch", ["segformer", "hrda"])
+def test_segmenter_loss_falls(arch, tmp_path):
+    """Both kinds of head learn one picture by heart, HRDA through its two losses."""
+    args = dginstyle.build_parser().parse_args(["segment", "--arch", arch])
+    args = dginstyle.fill_defaults(args, dginstyle.SEGMENT, "segment", toy=True)
+    torch.manual_seed(0)
+    model = SegFormer(SegFormerConfig(**{**segformer.PRESETS["tiny"], "head": arch})).train()
+    loss = dginstyle.segmenter_loss(model, None, args)
+    image, label = data.toy_street(0)
+    batch = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None],
+             torch.from_numpy(label.astype(np.int64))[None])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    values = []
+    for _ in range(30):
+        value = loss(batch)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < 0.6 * values[0]
+
+
+def test_feature_distance_counts_thing_positions_only():
+    """Distance where at least three quarters of a cell show a thing class; elsewhere nothing."""
+    features, taught = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    labels = torch.zeros(1, 64, 64, dtype=torch.int64)
+    assert dginstyle.feature_distance(features, taught, labels) == 0
+    labels[:, :32, :32] = 13  # one whole cell of car: the norm of four ones
+    labels[:, 32:, 32:44] = 11  # less than three quarters of a cell
+    assert abs(dginstyle.feature_distance(features, taught, labels) - 2) < 1e-6
+
+
+def test_two_processes_make_the_images_of_one(generated, tmp_path):
+    """torchrun shards the list: same files, same labels, images equal up to rounding."""
+    out = tmp_path / "run"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--",
+                    str(HERE / "dginstyle.py"), "generate", *QUICK, "--batch", "1", "--out",
+                    str(out)], check=True, capture_output=True)
+    assert set(files(out)) == set(files(generated))
+    assert (out / "manifest.jsonl").read_text() == (generated / "manifest.jsonl").read_text()
+    for name in (p.name for p in (generated / "images").iterdir()):
+        a, b = (np.asarray(Image.open(f / "images" / name)).astype(int) for f in (generated, out))
+        assert np.abs(a - b).max() <= 2
+
+
 def test_joined_sets_are_all_used():
     """Concatenation reaches every picture of every set (the released code loses the second)."""
     joined = data.Joined([data.ToyStreets(("sunny",), 3), data.ToyStreets(("night",), 2)])

@@ -75,6 +75,8 @@ def timestep_embedding(t, dim):
 
 
 class TimeEmbedding(nn.Module):
+    """Sinusoids of the timestep through a two-layer MLP."""
+
     def __init__(self, c, dim):
         super().__init__()
         self.linear_1 = nn.Linear(c, dim)
@@ -129,6 +131,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """(…,C) -> (…,inner): one half of a projection, gated by the exact GELU of the other."""
+
     def __init__(self, c, inner):
         super().__init__()
         self.proj = nn.Linear(c, 2 * inner)
@@ -139,6 +143,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """(…,C) -> (…,C) with an inner width of 4C."""
+
     def __init__(self, c):
         super().__init__()
         # net.1 is a dropout in the public files' code; it has no weights and p = 0
@@ -250,6 +256,8 @@ class DownBlock(Level):
 
 
 class MidBlock(nn.Module):
+    """Resnet, transformer, resnet at the lowest resolution; SD always has the transformer here."""
+
     def __init__(self, c, heads, cfg):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c, c, cfg) for _ in range(2)])

@@ -88,6 +88,8 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Resnet, attention, resnet at the lowest resolution."""
+
     def __init__(self, c, groups):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(c, c, groups) for _ in range(2)])
@@ -191,6 +193,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
+    """Encoder, decoder and the 1x1 convolutions on both sides of the latents."""
+
     def __init__(self, config=None):
         super().__init__()
         self.config = cfg = config or VAEConfig()
