@@ -119,10 +119,12 @@ class ControlNet(nn.Module):
         return residuals, self.controlnet_mid_block(x) * scale
 
     @classmethod
-    def from_unet(cls, unet, hint_channels=20):
-        """A ControlNet that starts as a copy of the UNet's first half (DGInStyle: of U^S)."""
-        levels = len(unet.config.block_out_channels)
-        model = cls(unet.config, hint_channels, HINT_WIDTHS[:levels])
+    def from_unet(cls, unet, hint_channels=20, factor=8):
+        """A ControlNet that starts as a copy of the UNet's first half (DGInStyle: of U^S).
+
+        factor: pixels per latent position, which the hint encoder has to bridge; at most 8.
+        """
+        model = cls(unet.config, hint_channels, HINT_WIDTHS[: factor.bit_length()])
         own = model.state_dict()
         copied = {k: v for k, v in unet.state_dict().items() if k in own}
         model.load_state_dict({**own, **copied})
@@ -141,7 +143,7 @@ class ControlNet(nn.Module):
         if "input_hint_block.0.weight" in state:
             state = from_ldm_control(state)
         stem = "controlnet_cond_embedding."
-        if stem + "conv_in.weight" not in state:
+        if not {stem + "conv_in.weight", stem + "conv_out.weight"} <= set(state):
             raise ValueError(f"{file}: no hint encoder in it; this is not a ControlNet")
         hint_channels = state[stem + "conv_in.weight"].shape[1]
         convs = [k for k in state if k.startswith(stem + "blocks.") and k.endswith("weight")]

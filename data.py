@@ -104,6 +104,11 @@ def _decode(path, label=False):  # → uint8 (H, W, 3), or the (H, W) raw indice
         raise ValueError(f"{path} cannot be read as an image: {e}") from e
 
 
+def read_image(path):
+    """Picture file → (H, W, 3) uint8 RGB. ValueError for what is no picture."""
+    return _decode(path)
+
+
 def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
     """Label file → (H, W) uint8, 0..K-1 and 255.
 
@@ -460,7 +465,7 @@ def one_hot(label, num_classes):
 
     The argument is left as it is. ValueError for values above K - 1 other than 255.
     """
-    index = torch.as_tensor(np.array(label)).long()
+    index = (label if torch.is_tensor(label) else torch.from_numpy(np.array(label))).long()
     index = index.masked_fill(index == IGNORE, num_classes)
     if index.max() > num_classes:
         raise ValueError(f"label value {int(index.max())} is above the {num_classes} classes")
@@ -589,6 +594,17 @@ def resize_to_fit(image, label, size):
     if label is not None:
         label = TF.resize(torch.tensor(label)[None], to, InterpolationMode.NEAREST)[0].numpy()
     return image.permute(1, 2, 0).contiguous().numpy(), label
+
+
+def cover(image, label, size, exact=False):
+    """Enlarge a pair that is smaller than (h, w); with exact also shrink it, to just cover it."""
+    H, W = label.shape
+    scale = max(size[0] / H, size[1] / W)
+    if scale == 1 or (scale < 1 and not exact):
+        return image, label
+    to = max(size[1], round(W * scale)), max(size[0], round(H * scale))
+    image = Image.fromarray(image).resize(to, Image.BILINEAR)
+    return np.asarray(image), np.asarray(Image.fromarray(label).resize(to, Image.NEAREST))
 
 
 # --------------------------------------------------------------------------------------------
@@ -1047,6 +1063,29 @@ class ToyStreets:
     def report(self):
         h, w = self.size
         return f"toy streets: {self.n} pairs of {h}x{w} ({self.split}; {', '.join(self.styles)})"
+
+
+class LabelMaps:
+    """A folder of NAME_labelTrainIds.png without pictures: enough to generate from."""
+
+    layout = "label maps"
+
+    def __init__(self, root, classes=CITYSCAPES):
+        self.classes, self.root = classes, Path(root)
+        self.labels = sorted(self.root.glob("*_labelTrainIds.png"))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        return self.labels[i].stem.removesuffix("_labelTrainIds")
+
+    def label(self, i):
+        """(H, W) uint8, 0..K-1 and 255 = ignore."""
+        return read_label(self.labels[i], self.classes)
+
+    def report(self):
+        return f"{self.root} (label maps): {len(self)} labels without pictures"
 
 
 class Joined:

@@ -23,6 +23,7 @@ L text tokens, D text width. Images in [-1, 1], label maps trainIds with 255 = i
 import argparse
 import contextlib
 import copy
+import datetime
 import json
 import math
 import os
@@ -114,10 +115,10 @@ class Schedule:
         return float(self.abar[max(t, 0)])
 
     def timesteps(self, steps):
-        """[(t, t_prev), …] from noise to image; the last t_prev is negative."""
+        """[(t, t_prev), …] from noise to image; t_prev < 0 is the level after the last step."""
         n = self.num_train_timesteps
-        if not 1 <= steps <= n:
-            raise ValueError(f"--steps {steps}: choose 1 to {n}")
+        if not 1 <= steps <= n - self.steps_offset:
+            raise ValueError(f"--steps {steps}: choose 1 to {n - self.steps_offset}")
         if self.timestep_spacing == "leading":
             ts = [k * (n // steps) + self.steps_offset for k in reversed(range(steps))]
         else:
@@ -164,13 +165,15 @@ def style_swap(source, prior, ratio=1.0):
     prior itself), 0.0 returns the source, in between the weights are mixed linearly. ValueError
     if the two are not of one architecture.
     """
-    if source.config != prior.config:
-        raise ValueError("Style Swap needs two UNets of one architecture; their configs differ")
+    shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (source, prior)]
+    if shapes[0] != shapes[1] or source.config.heads != prior.config.heads:
+        raise ValueError("Style Swap needs two UNets of one architecture; these two differ")
     if not 0 <= ratio <= 1:
         raise ValueError(f"--swap {ratio}: choose a ratio from 0 (source) to 1 (prior)")
     if ratio in (0, 1):
         return prior if ratio else source
-    mixed = {k: torch.lerp(v, prior.state_dict()[k], ratio) for k, v in source.state_dict().items()}
+    weights = prior.state_dict()
+    mixed = {k: torch.lerp(v, weights[k], ratio) for k, v in source.state_dict().items()}
     with torch.device("meta"):
         model = UNet(source.config)
     model.load_state_dict(mixed, assign=True)
@@ -206,7 +209,8 @@ class Models:
             raise ValueError(f"--sd {sd}: no such Stable Diffusion folder or file")
         prior = UNet.from_pretrained(unet or part("unet"), dtype)
         if swap != 1:
-            if source_unet is None or not Path(source_unet).exists():
+            source_unet = source_unet or sd / "unet_source"
+            if not Path(source_unet).exists():
                 raise ValueError(f"--swap {swap} needs the source UNet: give --source-unet")
             prior = style_swap(UNet.from_pretrained(source_unet, dtype), prior, swap)
         beside = sd if sd.is_dir() else sd.parent  # a single file has no tokenizer in it
@@ -219,6 +223,9 @@ class Models:
             tokenizer=Tokenizer.from_pretrained(beside / "tokenizer"),
             schedule=Schedule.from_pretrained(scheduler) if scheduler.is_dir() else Schedule(),
         )
+        if not scheduler.is_dir() and prior.config.cross_attention_dim == 1024:
+            raise ValueError(f"{scheduler} is missing: without it nothing tells whether this SD 2 "
+                             "model predicts the noise or v")
         self.check()
         for net in (self.unet, self.controlnet, self.vae, self.text_encoder):
             if net is not None:
@@ -235,12 +242,18 @@ class Models:
                 if a != b:
                     raise ValueError(f"the ControlNet's {name} is {a}, the UNet's {b}: "
                                      "it was made for another Stable Diffusion")
+            if 2 ** (len(c.hint_widths) - 1) != self.vae.factor:
+                raise ValueError(f"the ControlNet's hint encoder has {len(c.hint_widths)} levels, "
+                                 f"which does not fit the VAE's factor {self.vae.factor}")
         if self.vae.config.latent_channels != u.in_channels:
             raise ValueError(f"the VAE has {self.vae.config.latent_channels} latent channels, "
                              f"the UNet expects {u.in_channels}")
         if self.text_encoder.config.hidden_size != u.cross_attention_dim:
             raise ValueError(f"the text encoder is {self.text_encoder.config.hidden_size} wide, "
                              f"the UNet expects {u.cross_attention_dim}")
+        if max(self.tokenizer.vocab.values()) >= self.text_encoder.config.vocab_size:
+            raise ValueError(f"the tokenizer has more tokens than the text encoder's "
+                             f"{self.text_encoder.config.vocab_size}: they belong to two models")
 
     @property
     def device(self):
@@ -250,6 +263,11 @@ class Models:
     def window(self):
         """The training window (h, w) in latent pixels."""
         return self.unet.config.window
+
+    @property
+    def size(self):
+        """The training window (H, W) in pixels."""
+        return tuple(n * self.vae.factor for n in self.window)
 
     @property
     def multiple(self):
@@ -361,12 +379,16 @@ def denoise(models, x, text, hint=None, *, steps=20, guidance=7.5, control_scale
         yield x
 
 
-def first_pass(models, size, text, hint, noise, **options):
-    """Plain sampling at the training resolution: (H, W) pixels -> latents (B,C,h,w)."""
-    f, (wh, ww) = models.vae.factor, models.window
+def first_pass(models, size, text, hint, noise, *, window=None, **options):
+    """Plain sampling at the training resolution: (H, W) pixels -> latents (B,C,h,w).
+
+    A size above the window (default: the training window) is sampled in windows, half a window
+    apart.
+    """
+    f, (wh, ww) = models.vae.factor, window or models.window
     h, w = size[0] // f, size[1] // f
     window = min(wh, h), min(ww, w)
-    stride = max(1, window[0] // 2), max(1, window[1] // 2)  # of use for sizes above the window
+    stride = max(1, window[0] // 2), max(1, window[1] // 2)
     x = noise((text.shape[1], models.unet.config.in_channels, h, w))
     for latents in denoise(models, x, text, hint, window=window, stride=stride, **options):
         pass
@@ -380,24 +402,24 @@ def enlarge(vae, latents):
     The posterior's mean is encoded where the released code draws a sample: the only random tensors
     of the second pass are then its initial noise and one per step.
     """
-    images = to_uint8(vae.decode(latents.to(vae.quant_conv.weight)))
+    images = decode(vae, latents)
     size = images.shape[2] * 2, images.shape[1] * 2
     large = np.stack([np.asarray(Image.fromarray(i).resize(size, Image.LANCZOS)) for i in images])
     return vae.encode(from_uint8(large).to(vae.quant_conv.weight)).float()
 
 
-def second_pass(models, latents, mask, hint, text, noise, *, stride=None, **options):
+def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride=None, **options):
     """MRLF (section 3.3): sample again at twice the size, in windows, keeping large segments.
 
     latents (B,C,h,w) of the first pass; mask (B,1,H,W), 1 = belongs to a large segment and is
     taken from the first pass; hint (B,K+1,H,W); text (2,B,L,D); noise: see Noise, called for the
-    initial noise and then once per step. stride defaults to a quarter of the window (16 for SD,
-    as in the released demo). Small segments get the network's whole resolution, large ones keep
-    the layout they had. -> latents (B,C,2h,2w)
+    initial noise and then once per step. window defaults to the training window, stride to a
+    quarter of it (16 for SD, as in the released demo). Small segments get the network's whole
+    resolution, large ones keep the layout they had. -> latents (B,C,2h,2w)
     """
     z = enlarge(models.vae, latents)
     x = noise(z.shape)
-    window = tuple(min(a, b) for a, b in zip(models.window, z.shape[2:], strict=True))
+    window = tuple(min(a, b) for a, b in zip(window or models.window, z.shape[2:], strict=True))
     stride = stride or tuple(max(1, n // 4) for n in window)
     hint = F.interpolate(hint, scale_factor=2.0, mode="nearest")
     mask = F.interpolate(mask, size=z.shape[2:], mode="nearest")
@@ -405,6 +427,13 @@ def second_pass(models, latents, mask, hint, text, noise, *, stride=None, **opti
                            noise=noise, **options):
         pass
     return latents
+
+
+@torch.no_grad()
+def decode(vae, latents):
+    """Latents (B,C,h,w) -> uint8 (B,H,W,3) numpy, one by one: a decoder's maps are large."""
+    latents = latents.to(vae.quant_conv.weight)
+    return np.concatenate([to_uint8(vae.decode(z[None])) for z in latents])
 
 
 def to_uint8(images):
@@ -434,18 +463,22 @@ class Condition:
     crop: tuple[int, int]  # top, left in the (resized) label map
     seed: int
 
-    def manifest_row(self):
+    def manifest_row(self, args):
+        """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
+        names = ("steps", "guidance", "control_scale", "swap", "mrlf", "stride", "window",
+                 "large_segment", "renoise", "negative", "precision")
         return {"image": f"images/{self.name}.png",
                 "label": f"labels/{self.name}_labelTrainIds.png", "prompt": self.prompt,
                 "weather": self.weather, "class": self.rare_class, "crop": self.crop,
-                "seed": self.seed}
+                "seed": self.seed, "settings": {n: getattr(args, n) for n in names}}
 
 
 def draw_condition(k, pairs, sampler, size, args, classes):
     """Label crop around a rare class (section 3.4), caption, and a weather sentence or none.
 
     The released code draws the weather from an unseeded generator and shares another among all
-    images; here image k is the same whether it is made alone, in a batch or after a restart.
+    images; here image k is the same whether it is made alone, in a batch or after a restart (up to
+    the rounding of batched arithmetic, a grey level).
     """
     rng = np.random.default_rng([args.seed, k])
     cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
@@ -474,7 +507,7 @@ def make_images(models, conditions, classes, args):
     hint = data.one_hot(labels, len(classes.names))
     size = hint.shape[2:]
     options = dict(steps=args.steps, guidance=args.guidance, control_scale=args.control_scale,
-                   tile_batch=args.tile_batch)
+                   window=args.window, tile_batch=args.tile_batch)
     latents = first_pass(models, size, text, hint, noise, **options)
     if args.mrlf:
         large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
@@ -482,8 +515,7 @@ def make_images(models, conditions, classes, args):
         latents = second_pass(models, latents, torch.from_numpy(mask)[:, None].float(), hint, text,
                               noise, stride=args.stride,
                               official_renoise=args.renoise == "official", **options)
-    with torch.no_grad():
-        images = to_uint8(models.vae.decode(latents))
+    images = decode(models.vae, latents)
     fit = [Image.fromarray(i).resize((size[1], size[0]), Image.LANCZOS) for i in images]
     return np.stack([np.asarray(i) for i in fit])
 
@@ -494,14 +526,14 @@ def generate(args):
     check_weather(args.weather)
     if args.controlnet is None:
         raise ValueError("--controlnet is missing: name the ControlNet that goes with --sd")
-    classes, pairs = open_training_data(args)
+    classes, pairs = open_training_data(args, labels_only=True)
     models = Models.from_pretrained(
         args.sd, args.unet, args.controlnet, args.source_unet, args.swap, args.device,
         DTYPES[choose_precision(args)])
     if models.controlnet.hint_channels != len(classes.names) + 1:
         raise ValueError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                          f"the data have {len(classes.names)} classes and ignore")
-    size = args.size or tuple(n * models.vae.factor for n in models.window)
+    size = args.size or models.size
     check_options(models, size, args)
     sampler = None
     if args.rcs:
@@ -516,7 +548,7 @@ def generate(args):
     rank, world = ranks(args.device)
     if rank:
         barrier(world)  # the first process makes the folder
-    out = open_run(args.out, args, ("num", "batch", "tile_batch", "device"))
+    out = open_run(args.out, args, ("num", "batch", "tile_batch", "device"), fresh=True)
     if not rank:
         barrier(world)
     with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
@@ -529,20 +561,25 @@ def generate(args):
                 for c, image in zip(todo, images, strict=True):
                     save_generated(out, c, image, classes)
             for c in batch:
-                manifest.write(json.dumps(c.manifest_row()) + "\n")
+                manifest.write(json.dumps(c.manifest_row(args)) + "\n")
             bar.update(len(batch) * world)
     barrier(world)
     if rank:
         return
-    parts = [out / f"manifest.{r}.part" for r in range(world)]
-    rows = sorted(line for part in parts for line in part.read_text().splitlines(keepends=True))
+    merge_manifest(out, [out / f"manifest.{r}.part" for r in range(world)])
+    pictures = [np.asarray(Image.open(f)) for f in sorted((out / "vis").iterdir())[:32]]
+    write_image(out / "grid.png", contact_sheet(pictures))
+    print(f"{args.num} images with labels in {out}; look at {out / 'grid.png'}")
+
+
+def merge_manifest(out, parts):
+    """One row an image in manifest.jsonl, rows of earlier and longer runs included."""
+    files = [f for f in (out / "manifest.jsonl", *parts) if f.is_file()]
+    rows = sorted({line for f in files for line in f.read_text().splitlines(keepends=True)})
     parts[0].write_text("".join(rows))
     os.replace(parts[0], out / "manifest.jsonl")
     for part in parts[1:]:
         part.unlink()
-    pictures = [np.asarray(Image.open(f)) for f in sorted((out / "vis").iterdir())[:32]]
-    write_image(out / "grid.png", contact_sheet(pictures))
-    print(f"{args.num} images with labels in {out}; look at {out / 'grid.png'}")
 
 
 def check_options(models, size, args):
@@ -556,9 +593,12 @@ def check_options(models, size, args):
         raise ValueError(f"--weather-prob {args.weather_prob}: choose a share from 0 to 1")
     models.schedule.timesteps(args.steps)
     large = tuple(2 * n // models.vae.factor for n in size)
-    window = tuple(min(a, b) for a, b in zip(models.window, large, strict=True))
+    window = args.window or models.window
+    factor = models.multiple // models.vae.factor
+    if any(n < factor or n % factor for n in window):
+        raise ValueError(f"--window {window[0]}x{window[1]}: both must be multiples of {factor}")
     if args.stride:
-        tiles(large, window, args.stride)
+        tiles(large, tuple(min(a, b) for a, b in zip(window, large, strict=True)), args.stride)
 
 
 def save_generated(out, c, image, classes):
@@ -566,7 +606,7 @@ def save_generated(out, c, image, classes):
     for folder in ("images", "labels", "vis"):
         (out / folder).mkdir(exist_ok=True)
     write_image(out / "images" / f"{c.name}.png", image)
-    data.save_label(out / "labels" / f"{c.name}_labelTrainIds.png", c.label)
+    data.save_label(out / "labels" / f"{c.name}_labelTrainIds.png", c.label, classes)
     colour, blend = data.colourise(c.label, classes), data.overlay(image, c.label, classes)
     write_image(out / "vis" / f"{c.name}.png", np.concatenate([image, colour, blend], axis=1))
 
@@ -591,10 +631,11 @@ def write_image(path, image):
     os.replace(part, path)
 
 
-def open_run(out, args, free, name="settings.json"):
+def open_run(out, args, free, name="settings.json", fresh=False):
     """Make the output folder, or take it up again if it holds a run with the same settings.
 
-    free: settings that may differ between the runs that share a folder.
+    free: settings that may differ between the runs that share a folder; fresh: a first run needs
+    an empty folder.
     """
     out = Path(out)
     settings = {k: str(v) for k, v in sorted(vars(args).items())
@@ -606,7 +647,7 @@ def open_run(out, args, free, name="settings.json"):
         if differ:
             raise ValueError(f"--out {out} holds a run with other settings ({', '.join(differ)}); "
                              "choose another folder")
-    elif args.command == "generate" and out.is_dir() and any(out.iterdir()):
+    elif fresh and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty and holds no run of this command")
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -648,7 +689,11 @@ def ranks(device):
     """(rank, number of processes); under torchrun this joins the process group."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo",
+            timeout=datetime.timedelta(days=1))  # processes of `generate` meet only at the end
     return rank, world
 
 
@@ -665,15 +710,23 @@ def lr_factor(args, step):
     return warm * decay[args.lr_schedule]
 
 
+# what may change between two runs of one training
+RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "eval_fit",
+             "weights", "save", "images", "sample_steps", "guidance")
+
+
 def fit(stage, objective, draw, args, save, groups=None):
     """The training loop of every stage.
 
     objective(batch) -> loss; draw(rng) -> one sample; save() writes the nets in their final form,
     with the averaged weights in place when --ema is on. Restarting continues from the last
-    checkpoint, exactly as if there had been no stop. Under torchrun every process takes its share
-    of each batch. ValueError when the loss is no longer a number.
+    checkpoint, exactly as if there had been no stop. Under torchrun every process brings a batch
+    of its own to each update. ValueError when the loss is no longer a number.
     """
     rank, world = ranks(args.device)
+    if rank == 0:
+        open_run(args.out, args, RESUMABLE, f"{stage}.json")
+    barrier(world)
     device = torch.device(args.device)
     objective.to(device, memory_format=torch.channels_last).train()
     parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -689,11 +742,10 @@ def fit(stage, objective, draw, args, save, groups=None):
     parallel = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
 
     per_step = args.batch * args.accumulate * world  # samples in one update
-    order = [n for step in range(first, args.steps) for n in
-             range(step * per_step + rank, (step + 1) * per_step, world)]
-    loader = iter(torch.utils.data.DataLoader(
+    order = range(first * per_step + rank, args.steps * per_step, world)
+    loader = iter(torch.utils.data.DataLoader(  # `draw` is a closure, which only a fork can share
         Samples(draw, args.seed), args.batch, sampler=order, num_workers=args.workers,
-        persistent_workers=args.workers > 0))
+        multiprocessing_context="fork" if args.workers else None))
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=stage,
                disable=rank > 0, mininterval=1)
     mean = None
@@ -728,9 +780,9 @@ def fit(stage, objective, draw, args, save, groups=None):
             with open(Path(args.out) / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            write_checkpoint(stage, state, average, done, args)
             with averaged(objective, parameters, average):
                 save()
+            write_checkpoint(stage, state, average, done, args)
     barrier(world)  # the next stage reads what the first process wrote
 
 
@@ -739,7 +791,7 @@ def resume(stage, state, average, args):
     file = Path(args.out) / "checkpoints" / f"{stage}.pt"
     if not file.is_file():
         return 0
-    saved = torch.load(file, map_location=args.device, weights_only=True)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
     for name, part in state.items():
         part.load_state_dict(saved[name])
     for mine, theirs in zip(average, saved["average"], strict=True):
@@ -760,13 +812,13 @@ def write_checkpoint(stage, state, average, step, args):
 @contextlib.contextmanager
 def averaged(objective, parameters, average):
     """Put the averaged weights, if any, into the nets for a while, in eval mode."""
-    trained = [p.detach().clone() for p in parameters]
-    for p, a in zip(parameters, average or trained, strict=True):
+    trained = [p.detach().clone() for p in parameters] if average else []
+    for p, a in zip(parameters if average else [], average, strict=True):
         p.data.copy_(a)
     objective.eval()
     yield
     objective.train()
-    for p, t in zip(parameters, trained, strict=True):
+    for p, t in zip(parameters if average else [], trained, strict=True):
         p.data.copy_(t)
 
 
@@ -785,12 +837,13 @@ def encode_images(vae, images):
     """Images (B,3,H,W) -> latents sampled from the posterior; cached latents pass through."""
     if images.shape[1] == vae.config.latent_channels:
         return images.float()
-    return vae.encode(images, lambda shape: torch.randn(shape, device=images.device)).float()
+    with torch.autocast(images.device.type, enabled=False):  # overflows in half precision
+        return vae.encode(images, lambda shape: torch.randn(shape, device=images.device))
 
 
 @torch.no_grad()
 def cached(draw, vae, args):
-    """--cache N: encode the first N samples once (posterior mean) and draw from these only."""
+    """--cache N: encode about N samples once (posterior mean) and draw from these only."""
     if not args.cache:
         return draw
     store = []
@@ -801,6 +854,24 @@ def cached(draw, vae, args):
     return lambda rng: store[rng.integers(len(store))]
 
 
+def picture_draw(pairs, size, args):
+    """-> draw(rng): a random crop at a random scale, as a tuple of one tensor (3,h,w)."""
+    def draw(rng):
+        image = pairs.image(int(rng.integers(len(pairs))))
+        crop, _ = data.scaled_crop(image, None, size, rng, args.resize_ratios)
+        return (from_uint8(crop[None])[0],)
+
+    return draw
+
+
+def training_size(args, multiple, default):
+    """--size or the default, in pixels; ValueError unless it is a multiple the nets can halve."""
+    size = args.size or default
+    if any(n < multiple or n % multiple for n in size):
+        raise ValueError(f"--size {size[0]}x{size[1]}: both must be multiples of {multiple}")
+    return size
+
+
 def train_vae(args, pairs, classes):
     """The toy autoencoder from nothing: MSE + 0.05 L1 + a light KL.
 
@@ -808,12 +879,9 @@ def train_vae(args, pairs, classes):
     1x1 convolutions on both sides of the latents absorb that, so the format stays the public one.
     """
     vae = VAE(VAEConfig(**vae_module.PRESETS["tiny"]))
-    size = args.size or (64, 128)
+    size = training_size(args, vae.factor, (64, 128))
 
-    def draw(rng):
-        image, _ = pairs.pair(int(rng.integers(len(pairs))))
-        crop, _ = data.scaled_crop(image, None, size, rng, args.resize_ratios)
-        return (from_uint8(crop[None])[0],)
+    draw = picture_draw(pairs, size, args)
 
     def loss(batch):
         x, = batch
@@ -855,17 +923,15 @@ def train_prior(args, pairs, classes):
     """
     out = Path(args.out)
     words = [data.weather_prompt(" ".join(classes.names), w) for w in data.STYLES]
-    tokenizer = Tokenizer.train(words * 4, merges=240)
-    tokenizer.save(out / "tokenizer")
+    tokenizer = Tokenizer.train(words, merges=240)  # enough for one token a word
     schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
-    schedule.save_pretrained(out / "scheduler")
     text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
                                        "vocab_size": len(tokenizer.vocab)})
     models = Models(UNet(UNetConfig(**unet_module.PRESETS["tiny"])), None,
                     VAE.from_pretrained(Path(args.sd) / "vae"), TextEncoder(text_config),
                     tokenizer, schedule)
     models.check()
-    size = tuple(n * models.vae.factor for n in models.window)
+    size = models.size
 
     def draw(rng):
         i = int(rng.integers(len(pairs)))
@@ -883,8 +949,9 @@ def train_prior(args, pairs, classes):
     def save():
         models.unet.save_pretrained(out / "unet", DTYPES[args.save_dtype])
         models.text_encoder.save_pretrained(out / "text_encoder", DTYPES[args.save_dtype])
-        prompts = [f"{w} weather" for w in data.STYLES] + ["", "road building sky car"]
-        sample_sheet(models, prompts * 2, None, args, out / "samples" / "prior.png")
+        tokenizer.save(out / "tokenizer")
+        schedule.save_pretrained(out / "scheduler")
+        sample_sheet(models, sheet_prompts(args), None, args, out / "samples" / "prior.png")
 
     models.vae.to(args.device)
     nets = dict(unet=models.unet, text_encoder=models.text_encoder)
@@ -899,13 +966,10 @@ def train_dreambooth(args, pairs, classes):
     """
     models = Models.from_pretrained(args.sd, device=args.device)
     models.unet.checkpointing = args.checkpointing
-    size = args.size or tuple(n * models.vae.factor for n in models.window)
+    size = training_size(args, models.multiple, models.size)
     empty = models.encode_prompts([""])[1]
 
-    def draw(rng):
-        image, _ = pairs.pair(int(rng.integers(len(pairs))))
-        crop, _ = data.scaled_crop(image, None, size, rng, args.resize_ratios)
-        return (from_uint8(crop[None])[0],)
+    draw = picture_draw(pairs, size, args)
 
     def loss(batch):
         images, = batch
@@ -915,8 +979,7 @@ def train_dreambooth(args, pairs, classes):
     def save():
         out = Path(args.out)
         models.unet.save_pretrained(out / "unet_source", DTYPES[args.save_dtype])
-        prompts = [f"{w} weather" for w in data.STYLES] + ["", "road building sky car"]
-        sample_sheet(models, prompts * 2, None, args, out / "samples" / "dreambooth.png")
+        sample_sheet(models, sheet_prompts(args), None, args, out / "samples" / "dreambooth.png")
 
     draw = cached(draw, models.vae, args)
     fit("dreambooth", Objective(loss, unet=models.unet), draw, args, save)
@@ -929,16 +992,16 @@ def train_controlnet(args, pairs, classes):
     dropout of prompts. The sample sheets are drawn with the prior U^P swapped in, which is what
     the released `--inference_basemodel_path` promises and does not do.
     """
-    source = Path(args.out) / "unet_source"  # what the stage before left there
-    source = source if source.exists() else args.source_unet
-    if source is None:
-        raise ValueError("train controlnet needs U^S: run train dreambooth, or give --source-unet")
-    models = Models.from_pretrained(args.sd, unet=source, device=args.device)
-    prior = UNet.from_pretrained(Path(args.sd) / "unet").to(args.device)
+    left = Path(args.out) / "unet_source"  # by the stage before
+    source = args.source_unet or (left if left.exists() else TOY / "unet_source")
+    models = Models.from_pretrained(args.sd, device=args.device)
+    prior, models.unet = models.unet, UNet.from_pretrained(source).to(args.device)
+    models.check()
     models.unet.requires_grad_(False)
-    models.controlnet = ControlNet.from_unet(models.unet, len(classes.names) + 1)
+    models.controlnet = ControlNet.from_unet(models.unet, len(classes.names) + 1,
+                                             models.vae.factor)
     models.controlnet.checkpointing = args.checkpointing
-    size = args.size or tuple(n * models.vae.factor for n in models.window)
+    size = training_size(args, models.multiple, models.size)
     sampler = data.RareClassSampler(data.class_counts(pairs), args.rcs_temperature,
                                     args.rcs_min_pixels) if args.rcs else None
 
@@ -973,14 +1036,17 @@ def train_controlnet(args, pairs, classes):
     fit("controlnet", Objective(loss, controlnet=models.controlnet), draw, args, save)
 
 
+def sheet_prompts(args):
+    """Each weather word three times, then the empty prompt: U^S should paint them all alike."""
+    return [f"{w} weather" for w in args.weather for _ in range(3)] + [""] * 3
+
+
 def sample_sheet(models, prompts, hints, args, path, classes=None):
     """First-pass samples for prompts (and one-hot label maps), as one picture."""
-    size = tuple(n * models.vae.factor for n in models.window)
     text = models.encode_prompts(prompts)
-    latents = first_pass(models, size, text, hints, Noise(range(len(prompts))),
+    latents = first_pass(models, models.size, text, hints, Noise(range(len(prompts))),
                          steps=args.sample_steps, guidance=args.guidance)
-    with torch.no_grad():
-        images = to_uint8(models.vae.decode(latents))
+    images = decode(models.vae, latents)
     if hints is not None:
         labels = hints.argmax(1).numpy().astype(np.uint8)
         labels[labels == hints.shape[1] - 1] = data.IGNORE
@@ -996,12 +1062,11 @@ def train(args):
               "controlnet": train_controlnet}
     for stage in [args.stage] if args.stage else ["dreambooth", "controlnet"]:
         ours = fill_defaults(args, TRAIN, stage, toy=args.sd is None)
-        if not ours.steps:
+        if stage in ("vae", "prior") and args.sd is not None:
             raise ValueError(f"train {stage} makes a part of the toy pack: leave --sd out")
         check_weather(ours.weather)
         classes, pairs = open_training_data(ours)
-        open_run(ours.out, ours, ("steps", "workers", "save_every", "device", "stage"),
-                 f"{stage}.json")
+        check_loop(ours)
         stages[stage](ours, pairs, classes)
         print(f"{stage} is in {ours.out}")
 
@@ -1012,8 +1077,14 @@ def train(args):
 
 def segment(args):
     """Train and then measure, or one of the two, or predict."""
-    toy = args.data is None or any(spec.startswith("toy") for spec in args.data)
+    if args.stage in (None, "train"):
+        toy = any(spec.partition(":")[0] == "toy" for spec in args.data or ["toy"])
+    else:
+        toy = is_toy_segmenter(segmenter_path(args))
     args = fill_defaults(args, SEGMENT, "segment", toy)
+    check_loop(args)
+    if args.stage in (None, "eval") and not args.eval_data:
+        raise ValueError("--eval-data is missing: name the sets to measure on")
     if args.stage in (None, "train"):
         train_segmenter(args)
     if args.stage in (None, "eval"):
@@ -1022,12 +1093,24 @@ def segment(args):
         predict(args)
 
 
+def segmenter_path(args):
+    """--weights, what training left in --out, or the toy pack's, in this order."""
+    own = Path(args.out or SEGMENT["out"].default) / "segformer"
+    return args.weights or (own if own.exists() else TOY / "segformer")
+
+
+def is_toy_segmenter(path):
+    file = Path(path) / "config.json"
+    sizes = json.loads(file.read_text()).get("hidden_sizes") if file.is_file() else None
+    return sizes == list(segformer.PRESETS["tiny"]["hidden_sizes"])
+
+
 def train_segmenter(args):
     """AdamW, poly decay with warm-up, random crops, flips, photometric distortion (section 4.1).
 
     The sets of --data are joined by concatenation: every picture is as likely as any other. (The
-    released segmenter's builder drops the second set without a word.) Pictures as small as the
-    crop, which the generated ones are, are taken whole.
+    released segmenter's builder drops the second set without a word.) Generated pictures are scaled
+    to the crop and taken whole; others are enlarged only where they are smaller than it.
     """
     classes, pairs = open_training_data(args)
     torch.manual_seed(args.seed)
@@ -1039,8 +1122,6 @@ def train_segmenter(args):
         if args.fd and classes is data.CITYSCAPES:  # a copy that keeps what ImageNet taught it
             teacher = copy.deepcopy(model).to(args.device).eval().requires_grad_(False)
     loss = segmenter_loss(model, teacher, args)
-    open_run(args.out, args, ("steps", "workers", "save_every", "device", "stage", "eval_data",
-                              "eval_fit", "weights", "save", "images"), "segformer.json")
 
     def save():
         model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
@@ -1066,6 +1147,7 @@ def segmenter_draw(pairs, args):
         image, label = part.pair(i)
         if args.fit and part.layout != "generated":
             image, label = data.resize_to_fit(image, label, args.fit[::-1])
+        image, label = data.cover(image, label, args.crop, exact=part.layout == "generated")
         for _ in range(10):  # until the crop shows enough of the rare class
             crop, crop_label = data.random_crop_cat_max(image, label, args.crop, rng)
             if cls is None or (crop_label == cls).sum() > args.rcs_min_pixels / 2:
@@ -1113,7 +1195,7 @@ def feature_distance(features, taught, labels):
     features, taught (B,C,h,w) of the last stage; the mean L2 distance over the positions that show
     a thing class over at least three quarters of their area. 0 if there is none.
     """
-    share = F.adaptive_avg_pool2d(data.one_hot(labels.cpu(), 19).to(features), features.shape[2:])
+    share = F.adaptive_avg_pool2d(data.one_hot(labels, 19), features.shape[2:])
     share, cls = share.max(1)
     things = torch.tensor(data.THINGS, device=cls.device)
     mask = (share >= 0.75) & torch.isin(cls, things)
@@ -1132,9 +1214,8 @@ def segmenter_groups(model, args):
 
 
 def load_segmenter(args, K):
-    """--weights, what training left in --out, or the toy pack's, in this order."""
-    own = Path(args.out) / "segformer"
-    path = args.weights or (own if own.exists() else TOY / "segformer")
+    """The model of `segmenter_path`; ValueError if it knows other classes."""
+    path = segmenter_path(args)
     print(f"segmenter: {path}")
     model = SegFormer.from_pretrained(path)
     if model.config.num_classes != K:
@@ -1155,9 +1236,12 @@ def predict_logits(model, image, args, layout=None):
         fit = tuple((1 + (model.config.head == "hrda")) * n for n in fit)
     small = data.resize_to_fit(image, None, fit[::-1])[0] if fit else image
     x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(args.device).float() / 255
+    h, w = x.shape[2:]
+    pad = [max(64, 8 * math.ceil(n / 8)) - n for n in (h, w)]  # what the smallest net can take
+    x = F.pad(x, (0, pad[1], 0, pad[0]), mode="replicate")
     crop = tuple(min(a, b) for a, b in zip(args.crop, x.shape[2:], strict=True))
     stride = tuple(max(1, n // 2) for n in crop)
-    logits = segformer.slide_inference(model, x, crop, stride)
+    logits = segformer.slide_inference(model, x, crop, stride)[..., :h, :w]
     return F.interpolate(logits, image.shape[:2], mode="bilinear")[0]
 
 
@@ -1166,8 +1250,6 @@ def evaluate(args):
     classes = read_classes(args)
     K = len(classes.names)
     model = load_segmenter(args, K)
-    if not args.eval_data:
-        raise ValueError("--eval-data is missing: name the sets to measure on")
     sets = open_sets(args.eval_data, classes, args, "test")
     results = {}
     for spec, pairs in sets:
@@ -1216,26 +1298,28 @@ def score_table(results, classes):
 def predict(args):
     """Label PNG, colour PNG and overlay for picture files or folders of any size."""
     classes = read_classes(args)
-    files = []
+    jobs, out = [], Path(args.out) / "predictions"
     for path in map(Path, args.images):
         if not path.exists():
             raise ValueError(f"{path}: no such picture or folder")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files += [f for f in found if f.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    if not files:
+        root = path if path.is_dir() else path.parent
+        jobs += [(f, out / f.relative_to(root).with_suffix("")) for f in found
+                 if f.suffix.lower() in (".png", ".jpg", ".jpeg") and out not in f.parents]
+    if not jobs:
         raise ValueError("no .png or .jpg pictures to predict; name files or folders")
     model = load_segmenter(args, len(classes.names))
-    for file in tqdm(files, unit="image"):
-        image = np.asarray(Image.open(file).convert("RGB"))
+    for file, stem in tqdm(jobs, unit="image"):
+        image = data.read_image(file)
         label = predict_logits(model, image, args).argmax(0).cpu().numpy().astype(np.uint8)
-        save_prediction(Path(args.out) / "predictions" / file.stem, label, image, classes)
-    print(f"{len(files)} predictions in {Path(args.out) / 'predictions'}")
+        save_prediction(stem, label, image, classes)
+    print(f"{len(jobs)} predictions in {out}")
 
 
 def save_prediction(stem, label, image, classes):
     """STEM_labelTrainIds.png, STEM_colour.png and STEM_overlay.png."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    data.save_label(stem.with_name(stem.name + "_labelTrainIds.png"), label)
+    data.save_label(stem.with_name(stem.name + "_labelTrainIds.png"), label, classes)
     write_image(stem.with_name(stem.name + "_colour.png"), data.colourise(label, classes))
     write_image(stem.with_name(stem.name + "_overlay.png"), data.overlay(image, label, classes))
 
@@ -1248,29 +1332,38 @@ def read_classes(args):
     return data.Classes.from_json(args.classes) if args.classes else data.CITYSCAPES
 
 
-def open_sets(specs, classes, args, split):
+def open_sets(specs, classes, args, split, labels_only=False):
     """Data-set arguments -> [(spec, data set)], each reported in one line.
 
     FOLDER, FOLDER:N (N of its pairs) or toy:STYLE[:N] (toy:all takes every style in turn).
+    labels_only: a folder of *_labelTrainIds.png will do, as it does for `generate`.
     """
     opened = []
     for spec in specs:
         name, _, rest = spec.partition(":")
         if name == "toy" and not Path(spec).exists():
             style, _, n = rest.partition(":")
+            if n and (not n.isdigit() or int(n) < 1):
+                raise ValueError(f"--data {spec}: {n!r} is no number of pictures")
             styles = data.STYLES if style == "all" else (style or "sunny",)
-            n = int(n) if n.isdigit() else 50 if split == "test" else 500
-            opened.append((spec, data.ToyStreets(styles, n, split)))
-        else:
-            opened.append((spec, data.open_data([spec], classes, args.seed)[0]))
+            opened.append((spec, data.ToyStreets(
+                styles, int(n or (50 if split == "test" else 500)), split)))
+        elif labels_only and any(Path(spec).glob("*_labelTrainIds.png")):
+            opened.append((spec, data.LabelMaps(spec, classes)))
+        else:  # Cityscapes is trained on by default, but measured on its val split
+            val = "val" if split == "test" and (Path(name) / "leftImg8bit").is_dir() else None
+            opened.append((spec, data.open_data([spec], classes, args.seed, val)[0]))
         print(opened[-1][1].report())
     return opened
 
 
-def open_training_data(args):
+def open_training_data(args, labels_only=False):
     """-> classes, all sets of --data joined."""
+    if args.data is None:
+        raise ValueError("--data is missing: name one or more data set folders")
     classes = read_classes(args)
-    return classes, data.Joined([part for _, part in open_sets(args.data, classes, args, "train")])
+    sets = open_sets(args.data, classes, args, "train", labels_only)
+    return classes, data.Joined([part for _, part in sets])
 
 
 def choose_precision(args):
@@ -1279,7 +1372,17 @@ def choose_precision(args):
         return args.precision
     if not args.device.startswith("cuda"):
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def check_loop(args):
+    """ValueError for training flags that make no sense."""
+    for name in ("steps", "batch", "accumulate", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.lr <= 0 or not 0 <= args.ema < 1 or args.workers < 0:
+        raise ValueError(f"--lr {args.lr} must be above 0, --ema {args.ema} from 0 up to but not "
+                         f"1, --workers {args.workers} 0 or more")
 
 
 def size_pair(text):
@@ -1314,7 +1417,8 @@ COMMON = {
 }
 MODELS = {
     "sd": Flag(None, "Stable Diffusion folder or single file", TOY, Path),
-    "source_unet": Flag(None, "U^S, the UNet fine-tuned on the source", TOY / "unet_source", Path),
+    "source_unet": Flag(None, "U^S, the UNet fine-tuned on the source; default: what train "
+                              "dreambooth left in --out, or the toy pack's", type=Path),
 }
 RCS = {
     "rcs": Flag(True, "choose crops by rare class sampling"),
@@ -1338,6 +1442,8 @@ GENERATE = {
     "control_scale": Flag(1.0, "weight of the ControlNet's residuals"),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),
     "mrlf": Flag(True, "second pass at double resolution"),
+    "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",
+                   type=size_pair),
     "stride": Flag(None, "second pass: step between windows, HxW latent pixels; default: a quarter "
                          "of the window", type=size_pair),
     "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
@@ -1405,7 +1511,8 @@ RECIPES = {
     "dreambooth": (dict(steps=30_000, lr=2e-6, accumulate=2),
                    dict(steps=500, lr=3e-4, batch=32, ema=0.99, cache=4000)),
     "controlnet": (dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
-                   dict(steps=1600, lr=8e-4, batch=32, ema=0.995, lr_schedule="cosine")),
+                   dict(steps=1300, lr=8e-4, batch=32, ema=0.995, lr_schedule="cosine",
+                        cache=5000)),
     "segment": (dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
                 dict(steps=1500, lr=4e-4, batch=16, warmup=100)),
 }
@@ -1429,11 +1536,17 @@ def fill_defaults(args, table, recipe, toy):
         if getattr(filled, name) is None:
             setattr(filled, name, default_of(name, flag, recipe, toy))
     if filled.device == "auto":
-        filled.device = ("mps" if torch.backends.mps.is_available() else "cpu")
-        if torch.cuda.is_available():
-            filled.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if filled.data is None:
-        raise ValueError("--data is missing: name one or more data set folders")
+        filled.device = ("cuda" if torch.cuda.is_available() else
+                         "mps" if torch.backends.mps.is_available() else "cpu")
+    if filled.device == "cuda":
+        filled.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=filled.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {filled.device} cannot be used here: {reason}") from None
+    if filled.seed < 0 or getattr(filled, "rcs_temperature", 1) <= 0:
+        raise ValueError("--seed must not be negative, --rcs-temperature must be above 0")
     return filled
 
 
@@ -1484,11 +1597,15 @@ def build_parser():
 
 def main(argv=None):
     """Run one command; user errors become one sentence on stderr and exit code 2."""
+    torch.set_flush_denormal(True)  # numbers below 1e-38 make CPUs crawl
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except ValueError as error:
-        print(f"dginstyle: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        said = str(error).strip()
+        if "ValueError: " in said:  # a data loader's process hands on its whole traceback
+            said = said.rpartition("ValueError: ")[2]
+        print(f"dginstyle: {said}", file=sys.stderr)
         return 2
     return 0
 

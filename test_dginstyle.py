@@ -67,9 +67,7 @@ def tiny_models(seed=0, window=8, **options):
                         attention_head_dim=2, cross_attention_dim=24, norm_num_groups=8,
                         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
     net = randomise(UNet(config), seed)
-    control = randomise(ControlNet.from_unet(net, 20), seed + 1)
-    # one level more than the UNet's, for the VAE's factor of 4
-    control = randomise(ControlNet(config, 20, (8, 8, 16)), seed + 1)
+    control = randomise(ControlNet.from_unet(net, 20, factor=4), seed + 1)
     auto = randomise(VAE(VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1,
                                    norm_num_groups=4, scaling_factor=1.0)), seed + 2, 0.2)
     tokenizer = Tokenizer.train(["a city street scene with road building sky car weather"], 40)
@@ -321,7 +319,7 @@ def test_untrained_controlnet_changes_nothing():
     """The zero convolutions make a fresh ControlNet a no-op, and it starts as the UNet's half."""
     net = tiny_models().unet
     control = ControlNet.from_unet(net, 20)
-    x, context, hint = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.rand(1, 20, 16, 16)
+    x, context, hint = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.rand(1, 20, 64, 64)
     with torch.no_grad():
         assert torch.equal(net(x, 7, context), net(x, 7, context, control(x, 7, context, hint)))
     assert torch.equal(control.mid_block.resnets[0].conv1.weight,
@@ -2294,6 +2292,17 @@ def test_generate_again_finishes_what_is_missing(generated, tmp_path):
     assert lost.stat().st_mtime_ns == stamp
 
 
+def test_generate_from_label_maps_alone(tmp_path):
+    """A folder of *_labelTrainIds.png without pictures is enough, in other classes' sizes too."""
+    (tmp_path / "maps").mkdir()
+    data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", data.toy_street(0)[1])
+    out = tmp_path / "out"
+    assert main(["generate", "--data", str(tmp_path / "maps"), *QUICK, "--no-mrlf", "--window",
+                 "8x16", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in open(out / "manifest.jsonl")]
+    assert [row["settings"]["mrlf"] for row in rows] == [False, False]
+
+
 def test_generate_takes_label_maps_of_any_kind(tmp_path):
     """Folders of large maps, other sizes than the window, without MRLF and with a mixed swap."""
     for k in range(2):
@@ -2428,6 +2437,25 @@ def test_bad_flags(capsys, tmp_path):
     refuses(capsys, ["segment", "--data", "toy:sandstorm", *out], "sandstorm")
     refuses(capsys, ["segment", "predict", "nowhere.png", *out], "nowhere.png")
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_training_flags(capsys, tmp_path):
+    """Training refuses what cannot be, and a refused run leaves nothing that blocks the next."""
+    out = ["--out", str(tmp_path / "out")]
+    train = ["train", "dreambooth", "--data", "toy:sunny:2", *out]
+    refuses(capsys, [*train, "--save-every", "0"], "--save-every 0")
+    refuses(capsys, [*train, "--batch", "0"], "--batch 0")
+    refuses(capsys, [*train, "--lr", "0"], "--lr 0")
+    refuses(capsys, [*train, "--size", "36x36"], "36x36", "multiples of")
+    refuses(capsys, [*train, "--sd", "/nowhere"], "/nowhere")
+    refuses(capsys, ["train", "prior", "--sd", "somewhere", "--data", "toy:all", *out], "--sd")
+    refuses(capsys, ["segment", "--data", "somewhere", *out], "--eval-data")
+    refuses(capsys, ["segment", "--data", "toy:sunny:none", *out], "toy:sunny:none")
+    refuses(capsys, ["generate", "--device", "cuda:77", *out], "cuda:77")
+    refuses(capsys, ["generate", "--seed", "-1", *out], "--seed")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "file")], str(tmp_path / "file"))
 
 
 def test_bad_data(capsys, tmp_path):

@@ -400,6 +400,9 @@ def infer_config(state, file):
         channels = state["conv_in.weight"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"{file}: holds no UNet or ControlNet of Stable Diffusion") from error
+    if linear and any(c % 64 for c in width):
+        raise ValueError(f"{file}: widths {width} do not tell the number of attention heads; "
+                         "put the model's config.json beside the weights")
     heads = tuple(c // 64 for c in width) if linear else 8  # SD2: heads of 64; SD1: always 8
     return UNetConfig(in_channels=channels, out_channels=channels, block_out_channels=tuple(width),
                       down_block_types=tuple(kinds), layers_per_block=len(resnets),
@@ -419,6 +422,8 @@ LDM_OUTER = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_em
 def from_ldm(state):
     """LDM names -> diffusers names. Blocks are numbered through: n = level · (layers + 1) + i."""
     down = [int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight")]  # the downsamplers
+    if not down:
+        raise ValueError("LDM names without a down-sampling layer: this is no UNet or ControlNet")
     per = min(down)  # resnets a level + 1
     out = {}
     for key, v in state.items():
@@ -473,7 +478,7 @@ def read_weights(path):
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
             raise ValueError(f"{path}: a model folder has config.json and a weight file")
-        path, config = files[0], json.loads((path / "config.json").read_text())
+        path, config = files[0], read_json(path / "config.json")
     elif not path.is_file():
         raise ValueError(f"{path}: no such weight file or model folder")
     try:
@@ -486,6 +491,14 @@ def read_weights(path):
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
     return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+
+
+def read_json(file):
+    """The dict in a config.json, or a ValueError that names the file."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
 def load_strict(model, state, file):

@@ -298,7 +298,7 @@ def from_ldm(state):
     out = {}
     for key, v in state.items():
         p = key.split(".")
-        if p[0] in ("loss", "model_ema"):
+        if p[0] in ("loss", "model_ema", "logvar"):
             continue
         if p[1] in ("down", "up"):  # encoder.down.1.block.0.conv1, decoder.up.3.upsample.conv
             level = int(p[2]) if p[1] == "down" else last - int(p[2])  # LDM counts up from the end
@@ -332,7 +332,7 @@ def read_weights(path):
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
             raise ValueError(f"{path}: a model folder has config.json and a weight file")
-        path, config = files[0], json.loads((path / "config.json").read_text())
+        path, config = files[0], read_json(path / "config.json")
     elif not path.is_file():
         raise ValueError(f"{path}: no such weight file or model folder")
     try:
@@ -345,6 +345,14 @@ def read_weights(path):
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
     return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+
+
+def read_json(file):
+    """The dict in a config.json, or a ValueError that names the file."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
 def load_strict(model, state, file):
