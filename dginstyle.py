@@ -997,7 +997,7 @@ def train_controlnet(args, pairs, classes):
     models = Models.from_pretrained(args.sd, device=args.device)
     prior, models.unet = models.unet, UNet.from_pretrained(source).to(args.device)
     models.check()
-    models.unet.requires_grad_(False)
+    models.unet.requires_grad_(False).to(memory_format=torch.channels_last)
     models.controlnet = ControlNet.from_unet(models.unet, len(classes.names) + 1,
                                              models.vae.factor)
     models.controlnet.checkpointing = args.checkpointing
@@ -1511,8 +1511,8 @@ RECIPES = {
     "dreambooth": (dict(steps=30_000, lr=2e-6, accumulate=2),
                    dict(steps=500, lr=3e-4, batch=32, ema=0.99, cache=4000)),
     "controlnet": (dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
-                   dict(steps=1300, lr=8e-4, batch=32, ema=0.995, lr_schedule="cosine",
-                        cache=5000)),
+                   dict(steps=1600, lr=8e-4, batch=32, accumulate=1, ema=0.995,
+                        lr_schedule="cosine", cache=5000)),
     "segment": (dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
                 dict(steps=1500, lr=4e-4, batch=16, warmup=100)),
 }

@@ -2242,7 +2242,7 @@ def test_scaled_crop_keeps_image_and_label_together():
 
 # ---- commands ------------------------------------------------------------------------------------
 
-QUICK = ["--steps", "2", "--num", "2"]
+QUICK = ["--steps", "2", "--num", "2", "--data", "toy:sunny:40"]
 
 
 def files(folder):
@@ -2297,7 +2297,7 @@ def test_generate_from_label_maps_alone(tmp_path):
     (tmp_path / "maps").mkdir()
     data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", data.toy_street(0)[1])
     out = tmp_path / "out"
-    assert main(["generate", "--data", str(tmp_path / "maps"), *QUICK, "--no-mrlf", "--window",
+    assert main(["generate", *QUICK, "--data", str(tmp_path / "maps"), "--no-mrlf", "--window",
                  "8x16", "--out", str(out)]) == 0
     rows = [json.loads(line) for line in open(out / "manifest.jsonl")]
     assert [row["settings"]["mrlf"] for row in rows] == [False, False]
@@ -2315,7 +2315,7 @@ def test_generate_takes_label_maps_of_any_kind(tmp_path):
                                ["--no-mrlf", "--swap", "0.5", "--no-rcs"],
                                ["--renoise", "official", "--stride", "8x16"])):
         out = tmp_path / f"out{k}"
-        argv = ["generate", "--data", str(tmp_path / "set"), *QUICK, "--out", str(out), *flags]
+        argv = ["generate", *QUICK, "--data", str(tmp_path / "set"), "--out", str(out), *flags]
         assert main(argv) == 0
         size = (144, 80) if k == 0 else (128, 64)
         assert all(Image.open(f).size == size for f in (out / "images").iterdir())
@@ -2461,7 +2461,7 @@ def test_bad_training_flags(capsys, tmp_path):
 def test_bad_data(capsys, tmp_path):
     """Folders without data, lonely or unequal files and labels that are no labels are named."""
     def attempt(*words):
-        refuses(capsys, ["generate", "--data", str(tmp_path / "set"), "--no-rcs", *QUICK,
+        refuses(capsys, ["generate", *QUICK, "--data", str(tmp_path / "set"), "--no-rcs",
                          "--out", str(tmp_path / "out")], *words)
         assert not (tmp_path / "out").exists()
 
@@ -2485,10 +2485,10 @@ def test_bad_data(capsys, tmp_path):
 
 def test_bad_weights(capsys, tmp_path):
     """Truncated files, pickles of code, other architectures and channel counts are named."""
-    out = ["--out", str(tmp_path / "out"), *QUICK]
+    out = [*QUICK, "--out", str(tmp_path / "out")]
     sd = tmp_path / "sd"
     shutil.copytree(HERE / "toy", sd, ignore=shutil.ignore_patterns("checkpoints", "*.md", "*.png"))
-    common = ["generate", "--sd", str(sd), "--data", "toy:sunny", *out, "--size", "64x128"]
+    common = ["generate", "--sd", str(sd), *out, "--size", "64x128"]
     refuses(capsys, common[:-2], "--controlnet")
     common += ["--controlnet", str(sd / "controlnet")]
 
