@@ -229,7 +229,7 @@ class Models:
         self.check()
         for net in (self.unet, self.controlnet, self.vae, self.text_encoder):
             if net is not None:
-                net.to(device)
+                net.to(device, memory_format=torch.channels_last)
         return self
 
     def check(self):
@@ -1445,7 +1445,7 @@ GENERATE = {
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",
                    type=size_pair),
     "stride": Flag(None, "second pass: step between windows, HxW latent pixels; default: a quarter "
-                         "of the window", type=size_pair),
+                         "of the window", (8, 16), size_pair),
     "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
                                     "of a 512x512 image"),
     "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",

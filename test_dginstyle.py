@@ -2313,7 +2313,7 @@ def test_generate_takes_label_maps_of_any_kind(tmp_path):
         data.save_label(tmp_path / "set" / "labels" / f"{k}_labelTrainIds.png", label)
     for k, flags in enumerate((["--size", "80x144", "--label-height", "128"],
                                ["--no-mrlf", "--swap", "0.5", "--no-rcs"],
-                               ["--renoise", "official", "--stride", "8x16"])):
+                               ["--renoise", "official", "--stride", "4x8"])):
         out = tmp_path / f"out{k}"
         argv = ["generate", *QUICK, "--data", str(tmp_path / "set"), "--out", str(out), *flags]
         assert main(argv) == 0
