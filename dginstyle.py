@@ -1067,6 +1067,7 @@ def train(args):
         check_weather(ours.weather)
         classes, pairs = open_training_data(ours)
         check_loop(ours)
+        torch.manual_seed(ours.seed)  # the first weights of what is new
         stages[stage](ours, pairs, classes)
         print(f"{stage} is in {ours.out}")
 
