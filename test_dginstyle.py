@@ -1,4 +1,4 @@
-"""Tests of dginstyle. Run: pytest  (about 3 minutes on two cores; no network, no GPU).
+"""Tests of dginstyle. Run: pytest  (about 90 seconds on two cores; no network, no GPU).
 
 Order: networks against diffusers and transformers, sampler, the paper's parts against literal
 loops, data, segmenter, commands, bad input, the house rules. Oracles are skipped if not installed.
