@@ -612,8 +612,10 @@ def cover(image, label, size, exact=False):
 # others. A scene is a list of flat shapes drawn back to front into an *index buffer*: every pixel
 # holds the number of the shape that is seen there, so class, colour, depth, light and snow cover
 # are table look-ups, the label is exact by construction, and one scene can be lit in every style.
+# The buffer has SUB x SUB samples a pixel: colours are their mean, the label is that of one.
 
 STYLES = ("sunny", "night", "foggy", "rainy", "snowy", "dusk", "overcast")  # sunny = the source
+SUB = 2
 WARM, WHITE, RED = (255, 214, 130), (255, 250, 225), (255, 40, 30)  # what shines in the dark
 
 
@@ -627,13 +629,13 @@ class Street:
         self.x0 = self.w * rng.uniform(0.42, 0.58)  # vanishing point
         self.y0 = self.h * rng.uniform(0.40, 0.50)
         self.eye = rng.uniform(1.4, 2.2)  # camera height
-        self.buffer = Image.new("I", (self.w, self.h), 0)
+        self.buffer = Image.new("I", (SUB * self.w, SUB * self.h), 0)
         self.pen = ImageDraw.Draw(self.buffer)
         self.shapes = [(10, (110, 165, 225), 1e3, (0, 0, 0), 0.0)]  # shape 0: the sky
         self.draw()
 
     def point(self, x, y, z):
-        return self.x0 + self.f * x / z, self.y0 + self.f * (self.eye - y) / z
+        return SUB * (self.x0 + self.f * x / z), SUB * (self.y0 + self.f * (self.eye - y) / z)
 
     def shape(self, cls, colour, z, glow=(0, 0, 0), snow=0.0):
         """Enter a shape (class, RGB, depth in m or 0 = lies on the ground, light, snow cover)."""
@@ -672,7 +674,12 @@ class Street:
 
     def label(self):
         """uint8 (H,W) trainIds."""
-        return np.array([cls for cls, *_ in self.shapes], np.uint8)[np.asarray(self.buffer)]
+        return np.array([cls for cls, *_ in self.shapes], np.uint8)[self.samples()[0]]
+
+    def samples(self):
+        """The shapes seen in every pixel, (SUB*SUB,H,W)."""
+        index = np.asarray(self.buffer).reshape(self.h, SUB, self.w, SUB)
+        return index.transpose(1, 3, 0, 2).reshape(-1, self.h, self.w)
 
     # ---- what stands in a street -----------------------------------------------------------
 
@@ -698,8 +705,9 @@ class Street:
         for _, draw in sorted(things, key=lambda thing: -thing[0]):
             draw()
         if rng.random() < 0.3:  # the hood of our own car: ignored, as in Cityscapes
-            y, hood = self.h * rng.uniform(0.93, 0.97), self.shape(IGNORE, (40, 42, 48), near)
-            self.pen.ellipse((self.w * 0.1, y, self.w * 0.9, y + self.h * 0.3), fill=hood)
+            (w, h), hood = self.buffer.size, self.shape(IGNORE, (40, 42, 48), near)
+            y = h * rng.uniform(0.93, 0.97)
+            self.pen.ellipse((w * 0.1, y, w * 0.9, y + h * 0.3), fill=hood)
 
     def row_of_houses(self, s, edge, near):
         """Buildings, walls, fences and gardens along one side -> [(depth, draw)]."""
@@ -944,23 +952,30 @@ def snowfall(rng, size):
 
 def light_street(street, style, rng):
     """Light a scene in one of STYLES -> image uint8 (H,W,3), label uint8 (H,W)."""
-    index, size, label = np.asarray(street.buffer), (street.h, street.w), street.label()
+    samples, size, label = street.samples(), (street.h, street.w), street.label()
     columns = zip(*street.shapes, strict=True)
     _, rgb, depth, glow, snow = (np.array(c, np.float32) for c in columns)
-    image, glow = rgb[index], glow[index]
+    rgb[0] = 0
+
+    def mean(table):
+        return sum(table[s] for s in samples) / len(samples)
+
+    sky = mean(np.eye(1, len(rgb), dtype=np.float32)[0])[..., None]  # its share of every pixel
+    image, glow, snow = mean(rgb) / np.maximum(1 - sky, 1 / SUB**2), mean(glow), mean(snow)
+    index = samples[0]
     rows = np.arange(street.h, dtype=np.float32)[:, None] - street.y0
     plane = street.f * street.eye / np.maximum(rows, 0.5)  # depth of the ground, per row
     z = np.where(depth[index] == 0, plane, depth[index])
-    sky = (index == 0)[..., None]
     up = np.clip(-rows / street.y0, 0, 1)[..., None]  # 0 at the horizon, 1 at the top
     high = np.float32
 
-    def paint_sky(low, top, clouds):
+    def under_sky(picture, low, top, clouds):
         noise = smooth_noise(rng, size, street.h // 5)[..., None] * clouds
-        return np.array(low, high) * (1 - up) + np.array(top, high) * up + noise
+        painted = np.array(low, high) * (1 - up) + np.array(top, high) * up + noise
+        return picture + sky * (painted - picture)
 
     if style == "sunny":  # clean, saturated, no texture: the look of a game
-        image = np.where(sky, paint_sky((205, 226, 245), (88, 150, 228), 0), image)
+        image = under_sky(image, (205, 226, 245), (88, 150, 228), 0)
         return np.clip(image, 0, 255).astype(np.uint8), label
 
     texture = smooth_noise(rng, size, 4) * 0.6 + smooth_noise(rng, size, 11)
@@ -974,7 +989,7 @@ def light_street(street, style, rng):
 
     if style == "overcast":
         image = dull * 0.74 * dim
-        image = np.where(sky, paint_sky((178, 180, 184), (142, 146, 152), 22), image)
+        image = under_sky(image, (178, 180, 184), (142, 146, 152), 22)
     elif style == "foggy":
         tone = np.array((188, 193, 198), high) * dim
         image = haze(dull * 0.8, tone, rng.uniform(14, 30))
@@ -982,24 +997,24 @@ def light_street(street, style, rng):
         wet = 1 + 0.2 * smooth_noise(rng, size, 9)[..., None] * (label == 0)[..., None]
         image = dull * np.array((0.46, 0.5, 0.56), high) * wet * dim + glow * 0.25
         image = haze(image, (96, 102, 110), 90)
-        image = np.where(sky, paint_sky((96, 102, 110), (66, 70, 80), 18), image)
+        image = under_sky(image, (96, 102, 110), (66, 70, 80), 18)
         image = image + rain(rng, size)
     elif style == "snowy":
-        lies = snow[index] + 0.3 * texture * (snow[index] > 0.15)
+        lies = snow + 0.3 * texture * (snow > 0.15)
         lies = np.clip(lies * 1.5 - 0.2, 0, 1)[..., None]
         image = (dull * 0.8 * (1 - lies) + np.array((232, 236, 242), high) * lies) * dim
         image = haze(image, (212, 215, 220), 80)
-        image = np.where(sky, paint_sky((214, 217, 222), (190, 194, 202), 8), image)
+        image = under_sky(image, (214, 217, 222), (190, 194, 202), 8)
         fall = snowfall(rng, size)
         image = image * (1 - fall) + 250 * fall
     elif style == "dusk":
         tint = np.array((0.78, 0.5, 0.5), high) * dim
         image = haze(dull * tint + glow * 0.35, (190, 112, 90), 150)
-        image = np.where(sky, paint_sky((250, 150, 70), (96, 62, 112), 20), image)
+        image = under_sky(image, (250, 150, 70), (96, 62, 112), 20)
     else:  # night
         pool = np.exp(-z / 14)[..., None] * (label <= 1)[..., None]  # our own headlights
         image = dull * (np.array((0.15, 0.16, 0.23), high) + 0.3 * pool) * dim
-        image = np.where(sky, paint_sky((26, 28, 44), (8, 9, 20), 4), image)
+        image = under_sky(image, (26, 28, 44), (8, 9, 20), 4)
     if style in ("night", "rainy", "dusk"):  # lamps bleed into the picture around them
         halo = Image.fromarray(glow.astype(np.uint8)).resize((street.w // 2, street.h // 2))
         halo = halo.filter(ImageFilter.GaussianBlur(3)).resize(size[::-1], Image.BILINEAR)

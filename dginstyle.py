@@ -1479,7 +1479,7 @@ TRAIN = {
                           "pictures by one of these before cropping", type=float, many=True),
     "checkpointing": Flag(True, "recompute activations in the backward pass", False),
     "cache": Flag(0, "encode this many samples once and train on their latents; 0: afresh", 8000),
-    "kl": Flag(3e-5, "vae: weight of the KL term"),
+    "kl": Flag(1e-5, "vae: weight of the KL term"),
     "guidance": Flag(7.5, "of the sample sheets", 3.0),
     "sample_steps": Flag(20, "DDIM steps of the sample sheets"),
 }
