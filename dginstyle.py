@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import clip_text
 import data
+import gallery
 import segformer
 import unet as unet_module
 import vae as vae_module
@@ -521,7 +522,7 @@ def make_images(models, conditions, classes, args):
 
 
 def generate(args):
-    """Make labelled images: images/, labels/, vis/, manifest.jsonl and grid.png in --out."""
+    """Make labelled images in --out: images/, labels/, vis/, manifest.jsonl, grid, gallery."""
     args = fill_defaults(args, GENERATE, "generate", toy=args.sd is None)
     check_weather(args.weather)
     if args.controlnet is None:
@@ -569,7 +570,9 @@ def generate(args):
     merge_manifest(out, [out / f"manifest.{r}.part" for r in range(world)])
     pictures = [np.asarray(Image.open(f)) for f in sorted((out / "vis").iterdir())[:32]]
     write_image(out / "grid.png", contact_sheet(pictures))
-    print(f"{args.num} images with labels in {out}; look at {out / 'grid.png'}")
+    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    gallery.write_gallery(out, rows, size)
+    print(f"{args.num} images with labels in {out}; look at {out / 'gallery.html'}")
 
 
 def merge_manifest(out, parts):

@@ -41,6 +41,7 @@ class SegFormerConfig:
     hidden_sizes: tuple[int, ...] = (64, 128, 320, 512)  # D of the four stages
     depths: tuple[int, ...] = (3, 6, 40, 3)
     num_heads: tuple[int, ...] = (1, 2, 5, 8)
+    strides: tuple[int, ...] = (4, 2, 2, 2)  # of the overlapping patches; kernels are 2 stride - 1
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)  # keys and values live on a grid this much coarser
     mlp_ratio: int = 4
     drop_path: float = 0.1  # of the last block; grows linearly from 0 in the first
@@ -140,7 +141,7 @@ class MixTransformer(nn.Module):
         rates = [c.drop_path * i / max(1, total - 1) for i in range(total)]
         for k in (1, 2, 3, 4):
             D, N, sr, depth = widths[k], c.num_heads[k - 1], c.sr_ratios[k - 1], c.depths[k - 1]
-            kernel, stride = (7, 4) if k == 1 else (3, 2)  # the patches overlap
+            kernel, stride = 2 * c.strides[k - 1] - 1, c.strides[k - 1]
             conv = nn.Conv2d(widths[k - 1], D, kernel, stride, padding=kernel // 2)
             embed = nn.ModuleDict({"proj": conv, "norm": nn.LayerNorm(D, eps=1e-5)})
             blocks = [Block(D, N, sr, c.mlp_ratio, rates.pop(0), c.norm_eps) for _ in range(depth)]

@@ -1,0 +1,101 @@
+"""One HTML page for a folder of generated images: no network, no server, opens from disk.
+
+Every image stands over its label, a slider fades from one to the other, and the page filters by
+class, weather, set and words of the prompt. Pictures are read from the folder only when they come
+into view, and cards that are not on screen are not laid out, so thousands of them are no burden.
+
+Use alone (Python's standard library only):
+    write_gallery("runs/night", rows)    # rows: dicts with image, label (paths in the folder), …
+"""
+
+import json
+from pathlib import Path
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>TITLE</title>
+<style>
+:root { --show: 0.5; color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }
+body { margin: 0 }
+header { position: sticky; top: 0; z-index: 1; padding: .6em 1em; display: flex; gap: .6em 1.4em;
+  flex-wrap: wrap; align-items: center; background: Canvas; border-bottom: 1px solid #8886 }
+h1 { font-size: 1.1em; margin: 0 } label { display: flex; gap: .4em; align-items: center }
+main { display: grid; gap: 1em; padding: 1em;
+  grid-template-columns: repeat(auto-fill, minmax(WIDTHpx, 1fr)) }
+figure { margin: 0; content-visibility: auto; contain-intrinsic-size: auto HEIGHTpx }
+.pair { position: relative; aspect-ratio: RATIO; background: #8883 }
+.pair img { position: absolute; inset: 0; width: 100%; height: 100%; image-rendering: pixelated }
+.pair img + img { opacity: var(--show) }
+figcaption { font-size: 12px } b { font-weight: 600 } .dim { opacity: .65 }
+</style>
+<header><h1>TITLE</h1>
+<label>image <input id="show" type="range" min="0" max="1" step="0.01" value="0.5"> label</label>
+<label>class <select id="class"></select></label>
+<label>weather <select id="weather"></select></label>
+<label id="sets">set <select id="set"></select></label>
+<label>prompt <input id="words" type="search" placeholder="words" size="14"></label>
+<span id="count" class="dim"></span></header>
+<main></main>
+<script type="application/json" id="rows">ROWS</script>
+<script>
+const rows = JSON.parse(document.getElementById("rows").textContent);
+const find = id => document.getElementById(id), main = document.querySelector("main");
+const keys = ["class", "weather", "set"];
+for (const key of keys) {
+  const values = [...new Set(rows.map(r => r[key] ?? "none"))].sort();
+  find(key).append(new Option("all", ""), ...values.map(v => new Option(v, v)));
+  find(key).onchange = filter;
+}
+find("sets").hidden = !rows.some(r => r.set);
+find("words").oninput = filter;
+find("show").oninput = e => document.documentElement.style.setProperty("--show", e.target.value);
+function picture(path) {
+  const img = new Image();
+  img.loading = "lazy"; img.src = path.split("/").map(encodeURIComponent).join("/");
+  return img;
+}
+const cards = rows.map(r => {
+  const card = document.createElement("figure"), pair = document.createElement("div");
+  const text = document.createElement("figcaption"), head = document.createElement("b");
+  pair.className = "pair"; pair.append(picture(r.image), picture(r.label));
+  head.textContent = [r.set, r.weather, r.class].filter(Boolean).join(" · ");
+  text.append(head, document.createElement("br"), r.prompt ?? "");
+  const seed = document.createElement("div"); seed.className = "dim";
+  seed.textContent = `${r.image}  seed ${r.seed}`;
+  text.append(seed); card.append(pair, text);
+  return card;
+});
+main.append(...cards);
+function filter() {
+  const words = find("words").value.toLowerCase().split(/\\s+/);
+  let shown = 0;
+  rows.forEach((r, i) => {
+    const prompt = (r.prompt ?? "").toLowerCase();
+    const ok = keys.every(k => !find(k).value || (r[k] ?? "none") === find(k).value)
+      && words.every(w => prompt.includes(w));
+    cards[i].hidden = !ok; shown += ok;
+  });
+  find("count").textContent = `${shown} of ${rows.length}`;
+}
+filter();
+</script>
+</html>
+"""
+
+
+def write_gallery(folder, rows, size, title="Generated images", name="gallery.html"):
+    """Write FOLDER/gallery.html for rows of manifest.jsonl; size (H, W) of the images in pixels.
+
+    Read from a row: image, label (paths relative to the folder), prompt, class, weather, seed and,
+    where several runs share a page, set.
+    """
+    keys = ("image", "label", "prompt", "class", "weather", "seed", "set")
+    rows = [{k: row[k] for k in keys if row.get(k) is not None} for row in rows]
+    for row in rows:
+        row["seed"] = str(row.get("seed", ""))  # 62 bits: more than a JavaScript number holds
+    width = max(240, min(400, size[1]))
+    text = json.dumps(rows).replace("<", "\\u003c")  # nothing in it can end the script
+    page = PAGE.replace("TITLE", title.replace("&", "&amp;").replace("<", "&lt;"))
+    page = page.replace("WIDTH", str(width)).replace("RATIO", f"{size[1]} / {size[0]}")
+    page = page.replace("HEIGHT", str(round(width * size[0] / size[1]) + 70))
+    (Path(folder) / name).write_text(page.replace("ROWS", text), encoding="utf-8")
