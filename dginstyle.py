@@ -1082,7 +1082,8 @@ def train(args):
 def segment(args):
     """Train and then measure, or one of the two, or predict."""
     if args.stage in (None, "train"):
-        toy = any(spec.partition(":")[0] == "toy" for spec in args.data or ["toy"])
+        specs = (args.data or ["toy"]) + (args.eval_data or [])
+        toy = any(spec.partition(":")[0] == "toy" for spec in specs)
     else:
         toy = is_toy_segmenter(segmenter_path(args))
     args = fill_defaults(args, SEGMENT, "segment", toy)
@@ -1158,9 +1159,11 @@ def segmenter_draw(pairs, args):
                 break
         if rng.random() < 0.5:
             crop, crop_label = crop[:, ::-1], crop_label[:, ::-1]
-        if args.distort:
-            crop = data.photometric_distortion(np.ascontiguousarray(crop), rng)
-        image = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
+        crop = np.ascontiguousarray(crop)
+        if args.augment != "none":
+            strong = args.augment == "strong"
+            crop = (data.strong_distortion if strong else data.photometric_distortion)(crop, rng)
+        image = torch.from_numpy(crop).permute(2, 0, 1)
         return image, torch.from_numpy(crop_label.astype(np.int64))
 
     return draw
@@ -1494,7 +1497,7 @@ SEGMENT = {
     "weights": Flag(None, "eval, predict: segmenter folder or file; default: OUT/segformer",
                     type=Path),
     "backbone": Flag("b5", "MiT size: b0 to b5, tiny", "tiny", choices=tuple(segformer.PRESETS)),
-    "arch": Flag("daformer", "decode head", choices=("segformer", "daformer", "hrda")),
+    "arch": Flag("daformer", "decode head", "segformer", choices=("segformer", "daformer", "hrda")),
     "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", type=Path),
     "fit": Flag((720, 1280), "train: scale pictures, not generated ones, to fit within HxW before "
                              "cropping; none: leave them", (), size_pair),
@@ -1502,7 +1505,8 @@ SEGMENT = {
                            "of a known data set, else none", type=size_pair),
     "fd": Flag(0.005, "weight of the feature distance to the --pretrained backbone"),
     "crop": Flag((512, 512), "training crop and sliding window, HxW pixels", (64, 128), size_pair),
-    "distort": Flag(True, "photometric distortion"),
+    "augment": Flag("photometric", "colours of the training crops: none, photometric (published) "
+                    "or strong", choices=("none", "photometric", "strong")),
     "save": Flag(False, "eval: write label, colour and overlay pictures"),
 }
 # stage: what differs from the table above, as published and in the toy world. The authors give no

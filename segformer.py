@@ -66,7 +66,7 @@ PRESETS = {  # deltas over the defaults, for the encoder; add head=, decoder_dim
     "b4": dict(depths=(3, 8, 27, 3)),
     "b5": dict(),
     "tiny": dict(hidden_sizes=(16, 32, 64, 96), depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 6),
-                 decoder_dim=32),
+                 strides=(2, 2, 2, 2), decoder_dim=32),
 }
 
 
@@ -133,7 +133,10 @@ class Block(nn.Module):
 
 
 class MixTransformer(nn.Module):
-    """(B, 3, H, W) -> maps (B, D_k, H / 2^(k+1), W / 2^(k+1)) for k = 1..4 (SegFormer Sec. 3.1)."""
+    """(B, 3, H, W) -> maps (B, D_k, H / 2^(k+1), W / 2^(k+1)) for k = 1..4 (SegFormer Sec. 3.1).
+
+    With a first stride of 2, the tiny preset's, every map is twice as large each way.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -242,7 +245,7 @@ class SegFormer(nn.Module):
     """RGB images in [0, 1] (B, 3, H, W) -> logits (B, K, H/4, W/4), sides rounded up.
 
     The images are normalised here, so that no caller can forget it. H and W are at least 32; for
-    HRDA at least 64 and multiples of 8.
+    HRDA at least 64 and multiples of 8. (H/2, W/2 where the first stride is 2 instead of 4.)
     """
 
     def __init__(self, config=None):
@@ -304,6 +307,7 @@ class SegFormer(nn.Module):
         if H % 8 or W % 8:
             raise ValueError(f"HRDA needs sides divisible by 8, not {H} x {W}: pad or crop them")
         head, scale_attention = self.decode_head["head"], self.decode_head["scale_attention"]
+        s = self.config.strides[0]
         context = self.features(resize(images, (H // 2, W // 2)))
         ctx, a = head(context), scale_attention(context).sigmoid()  #    (B, K, H/8, W/8)
         h, w = (8 * math.ceil(side / 16) for side in (H, W))
@@ -313,11 +317,12 @@ class SegFormer(nn.Module):
             detail = head(self.features(images[:, :, y : y + h, x : x + w]))
         else:
             stride = h // 2, w // 2
-            detail = slide(lambda v: head(self.features(v)), images, (h, w), stride, cell=4)
+            detail = slide(lambda v: head(self.features(v)), images, (h, w), stride, cell=s)
             y, x, h, w = 0, 0, H, W
         pad = (x, W - x - w, y, H - y - h)  # left, right, top, bottom of the box
-        inside = F.pad(torch.ones_like(a[:, :, : h // 8, : w // 8]), [p // 8 for p in pad])
-        a, det = a * inside, F.pad(detail, [p // 4 for p in pad])  # a = 1: all from the detail
+        ones = torch.ones_like(a[:, :, : h // (2 * s), : w // (2 * s)])
+        a = a * F.pad(ones, [p // (2 * s) for p in pad])  # a = 1: all from the detail
+        det = F.pad(detail, [p // s for p in pad])
         fused = resize((1 - a) * ctx, det.shape[2:]) + resize(a, det.shape[2:]) * det
         return fused, detail, (y, x, h, w), context
 
@@ -484,6 +489,7 @@ def describe(config, state, file):
     blocks = Counter(k.split(".")[1] for k in shape if k.endswith(".attn.q.weight"))
     fields["depths"] = tuple(blocks[f"block{k}"] for k in "1234")
     srs = [f"backbone.block{k}.0.attn.sr.weight" for k in "1234"]
+    fields["strides"] = tuple((shape[k][-1] + 1) // 2 for k in convs)  # kernel = 2 stride - 1
     fields["sr_ratios"] = tuple(shape.get(k, (1,))[-1] for k in srs)
     equal = [D // widths[0] for D in widths]  # heads as wide as stage 1: true of all published ones
     fields["num_heads"] = tuple(config.get("num_attention_heads", equal))

@@ -1616,7 +1616,8 @@ SEG_STD = torch.tensor((58.395, 57.12, 57.375)).view(3, 1, 1)
 
 
 def seg_config(**fields):
-    return SegFormerConfig(**{**segformer.PRESETS["tiny"], "num_classes": 5, **fields})
+    sizes = {**segformer.PRESETS["tiny"], "strides": (4, 2, 2, 2)}  # as in every published file
+    return SegFormerConfig(**{**sizes, "num_classes": 5, **fields})
 
 
 def seg_randomise(model, seed=0):
@@ -1781,13 +1782,14 @@ def test_segformer_init_follows_the_recipe():
 # ------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("single_file", (False, True))
-def test_segformer_equals_transformers_through_a_file(tmp_path, single_file):
+@pytest.mark.parametrize("single_file,stem", ((False, 4), (True, 4), (False, 2)))
+def test_segformer_equals_transformers_through_a_file(tmp_path, single_file, stem):
     """A model saved by transformers and loaded here gives the same logits and stage maps."""
-    theirs = seg_hf_tiny("SegformerForSemanticSegmentation")
+    theirs = seg_hf_tiny("SegformerForSemanticSegmentation", strides=[stem, 2, 2, 2],
+                         patch_sizes=[2 * stem - 1, 3, 3, 3])
     theirs.save_pretrained(tmp_path)
     ours = SegFormer.from_pretrained(tmp_path / ("model.safetensors" if single_file else ""))
-    assert ours.config == seg_config(head="segformer", norm_eps=1e-5)
+    assert ours.config == seg_config(head="segformer", norm_eps=1e-5, strides=(stem, 2, 2, 2))
     assert not ours.training
     images = seg_images(2, 3, 64, 96)
     with torch.no_grad():

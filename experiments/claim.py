@@ -1,0 +1,554 @@
+"""The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
+
+    python -m experiments.claim            # the full table: 3 seeds, hours on two cores
+    python -m experiments.claim --quick    # its main rows with fewer images, under 25 minutes
+
+A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
+overcast, which it never saw; then again with images added that `dginstyle.py generate` made from
+the sunny label maps, with the whole method and with one part of it taken away at a time. Every
+number comes from the commands of this repository, run here with the flags in SETS and ROWS.
+
+Protocol, the same for every row: per seed one encoder is pre-trained on the sunny pictures; from it
+every row trains with the same number of steps, and its last weights are measured, no step or model
+being chosen. The seed decides label crops, prompts, generator noise, first weights and data order.
+The test scenes are used for nothing else.
+
+Writes into --out (a stopped run goes on where it was): sets/ and runs/; claim.json, every run with
+its settings and IoU of each class and style; claim.md, tables of mean +- standard deviation;
+claim.svg; gallery.html. `--install` copies the tables and the figure to experiments/.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import dginstyle
+import gallery
+import segformer
+
+HERE = Path(__file__).resolve().parent
+UNSEEN = [s for s in data.STYLES if s != "sunny"]
+SMALL = ("pole", "traffic light", "traffic sign", "person", "rider", "motorcycle", "bicycle")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of an experiment."""
+
+    source: int  # labelled sunny pictures
+    images: int  # generated images in a set: x1
+    seeds: int
+    pretrain: int  # steps of each seed's encoder on the sunny pictures
+    steps: int  # steps of every row
+    test: int  # test pictures of each style
+
+
+FULL = Scale(source=300, images=120, seeds=3, pretrain=1000, steps=600, test=40)
+QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
+# how the toy images are made, in every set; chosen on validation scenes
+SAMPLING = ["--preset", "fast"]
+# set of generated images: flags of `generate` on top of the full method
+SETS = {
+    "full": [],
+    "more": ["--seed-shift", "1000"],  # other noise, crops and prompts: the second half of x2
+    "swap 0": ["--swap", "0"],
+    "swap 0.25": ["--swap", "0.25"],
+    "swap 0.5": ["--swap", "0.5"],
+    "swap 0.75": ["--swap", "0.75"],
+    "no fusion": ["--no-mrlf"],
+    "official re-noise": ["--renoise", "official"],
+    "no rare classes": ["--no-rcs"],
+    "no weather": ["--weather-prob", "0"],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: source pictures (or not), sets as NAME or NAME:share, more flags."""
+
+    title: str
+    sets: tuple = ()
+    source: str = "sunny"  # "", or "all": real pictures of every style
+    flags: tuple = ()
+    quick: bool = False
+
+
+ROWS = [
+    Row("source only", quick=True),
+    Row("source, strong augmentation", flags=("--augment", "strong"), quick=True),
+    Row("source + generated (full method)", ("full",), quick=True),
+    Row("full method, strong augmentation", ("full",), flags=("--augment", "strong")),
+    Row("without Style Swap", ("swap 0",), quick=True),
+    Row("swap ratio 0.25", ("swap 0.25",)),
+    Row("swap ratio 0.5", ("swap 0.5",)),
+    Row("swap ratio 0.75", ("swap 0.75",)),
+    Row("without MRLF (first pass only)", ("no fusion",), quick=True),
+    Row("MRLF with the released re-noise level", ("official re-noise",)),
+    Row("without rare-class crops", ("no rare classes",)),
+    Row("without weather prompts", ("no weather",)),
+    Row("generated only, without source", ("full",), source=""),
+    Row("full method, pixel filter", ("full filtered",)),
+    Row("number of images x1/4", ("full:0.25",)),
+    Row("number of images x1/2", ("full:0.5",)),
+    Row("number of images x2", ("full", "more")),
+    Row("oracle: real pictures of all styles", source="all", quick=True),
+]
+SOURCE, FULL_ROW, NO_SWAP, NO_MRLF, ORACLE = (ROWS[i].title for i in (0, 2, 4, 8, 17))
+
+
+# --------------------------------------------------------------------------------------------
+# Jobs: each is one command of dginstyle.py or one function below, and leaves a file when done
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    done: Path  # written last
+    call: tuple  # an argv of dginstyle.py, or (function, *arguments)
+    cost: float  # relative, for the estimate of the time left
+
+
+def run_job(job, threads, log):
+    """In a worker process. -> seconds; RuntimeError where a command failed."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    start = time.time()
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        if callable(job.call[0]):
+            job.call[0](*job.call[1:])
+        elif dginstyle.main([str(a) for a in job.call]):
+            raise RuntimeError(f"{job.name} failed; see {log}")
+    return time.time() - start
+
+
+def run_all(jobs, out, workers):
+    """Run what is not done yet, several at once, with one line a job and the time left."""
+    todo = [j for j in jobs if not j.done.exists()]
+    if not todo:
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    left, spent, start = sum(j.cost for j in todo), 0.0, time.time()
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} are done; {len(todo)} to do", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {pool.submit(run_job, j, threads, out / f"{j.done.parent.name}.log"): j
+                   for j in todo}
+        for n, future in enumerate(as_completed(waiting), 1):
+            job, seconds = waiting[future], future.result()
+            left, spent = left - job.cost, spent + job.cost
+            eta = (time.time() - start) / spent * left / 60
+            print(f"[{n}/{len(todo)}] {job.name}: {seconds:.0f} s; about {eta:.0f} min left "
+                  "of this part", flush=True)
+
+
+def set_path(out, name, seed):
+    return out / "sets" / f"{name.replace(' ', '-')}-{seed}"
+
+
+def run_path(out, row, seed):
+    words = "".join(c if c.isalnum() or c == "." else " " for c in row.title).split()
+    return out / "runs" / f"{'-'.join(words)}-{seed}"
+
+
+def generate_jobs(out, scale, rows):
+    """One `generate` for every set that a row needs and every seed."""
+    names = {s.partition(":")[0].removesuffix(" filtered") for r in rows for s in r.sets}
+    jobs = []
+    for seed in range(scale.seeds):
+        for name, flags in SETS.items():
+            if name in names:
+                path, flags, run_seed = set_path(out, name, seed), list(flags), seed
+                if "--seed-shift" in flags:
+                    run_seed, flags = seed + int(flags[1]), []
+                argv = ["generate", "--data", f"toy:sunny:{scale.source}", "--num", scale.images,
+                        "--seed", run_seed, "--out", path, *SAMPLING, *flags]
+                jobs.append(Job(f"{name}, seed {seed}", path / "gallery.html", tuple(argv),
+                                0.15 if name == "no fusion" else 1.0))
+    return jobs
+
+
+def segment_argv(stage, scale, seed, path, specs, flags=()):
+    tests = [f"toy:{s}:{scale.test}" for s in data.STYLES]
+    return ("segment", *stage, "--data", *specs, "--eval-data", *tests, "--seed", seed,
+            "--out", path, "--save-every", 10**6, *flags)
+
+
+def encoder_path(out, seed):
+    return out / "runs" / f"encoder-{seed}"
+
+
+def encoder_jobs(out, scale):
+    """The encoder of each seed, and the segmenter that the pixel filter asks."""
+    jobs = []
+    for seed in range(scale.seeds):
+        path = encoder_path(out, seed)
+        argv = segment_argv(["train"], scale, seed, path, [f"toy:sunny:{scale.source}"],
+                            ["--steps", scale.pretrain])
+        jobs.append(Job(f"encoder, seed {seed}", path / "segformer" / "model.safetensors", argv,
+                        scale.pretrain))
+    return jobs
+
+
+def row_jobs(out, scale, rows):
+    jobs = []
+    for seed in range(scale.seeds):
+        for row in rows:
+            path = run_path(out, row, seed)
+            total = scale.source + scale.images
+            specs = {"sunny": [f"toy:sunny:{scale.source}"], "all": [f"toy:all:{total}"],
+                     "": []}[row.source]
+            for name in row.sets:
+                name, _, share = name.partition(":")
+                folder = str(set_path(out, name, seed))
+                specs.append(f"{folder}:{int(scale.images * float(share))}" if share else folder)
+            encoder = encoder_path(out, seed) / "segformer"
+            argv = segment_argv([], scale, seed, path, specs, [
+                "--steps", scale.steps, "--pretrained", encoder, "--fd", 0, *row.flags])
+            jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv, scale.steps))
+    return jobs
+
+
+# --------------------------------------------------------------------------------------------
+# The pixel filter (FreeMask, arXiv 2310.15160, section 3.3): beyond the paper
+
+
+@torch.no_grad()
+def filter_set(source, target, weights, alpha=1.25):
+    """Copy a set with the label set to ignore where the image does not show it.
+
+    A pixel goes if the loss of a segmenter trained on real source pictures is above `alpha` times
+    the mean loss of its class over the whole set.
+    """
+    model = segformer.SegFormer.from_pretrained(weights)
+    pairs = data.open_data([str(source)], data.CITYSCAPES, 0)[0]
+    total, count, losses = np.zeros(256), np.zeros(256), []
+    for i in range(len(pairs)):
+        image, label = pairs.pair(i)
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+        logits = F.interpolate(model(x), label.shape, mode="bilinear")
+        truth = torch.from_numpy(label.astype(np.int64))[None]
+        loss = F.cross_entropy(logits, truth, ignore_index=data.IGNORE, reduction="none")[0].numpy()
+        losses.append(loss)
+        total += np.bincount(label.ravel(), loss.ravel(), 256)
+        count += np.bincount(label.ravel(), minlength=256)
+    bar = alpha * total / np.maximum(count, 1)
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    for i, loss in enumerate(losses):
+        label = pairs.label(i).copy()
+        label[loss > bar[label]] = data.IGNORE
+        data.save_label(Path(target) / "labels" / f"{pairs.name(i)}_labelTrainIds.png", label)
+    (Path(target) / "filtered").write_text(f"alpha {alpha}\n")
+
+
+def filter_jobs(out, scale, rows):
+    if not any("full filtered" in r.sets for r in rows):
+        return []
+    return [Job(f"pixel filter, seed {s}", set_path(out, "full filtered", s) / "filtered",
+                (filter_set, set_path(out, "full", s), set_path(out, "full filtered", s),
+                 encoder_path(out, s) / "segformer"), 1.0) for s in range(scale.seeds)]
+
+
+# --------------------------------------------------------------------------------------------
+# Fidelity: does an image show its label, and the weather of its prompt?
+
+
+def style_classifier(steps=400, size=(64, 128)):
+    """A small CNN that tells the seven styles apart on real crops -> (net, accuracy on val)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 24, 5, 2, 2), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.ReLU(),
+        nn.Conv2d(48, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(data.STYLES)))
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+
+    def batch(pairs, rng, n=32):
+        images, styles = [], []
+        for _ in range(n):
+            i = int(rng.integers(len(pairs)))
+            crop, _ = data.scaled_crop(pairs.image(i), None, size, rng, [1.0])
+            images.append(dginstyle.from_uint8(crop[None])[0])
+            styles.append(data.STYLES.index(pairs.weather(i)))
+        return torch.stack(images), torch.tensor(styles)
+
+    pairs, rng = data.ToyStreets(data.STYLES, 700, "train"), np.random.default_rng(0)
+    for _ in range(steps):
+        x, y = batch(pairs, rng)
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval()
+    x, y = batch(data.ToyStreets(data.STYLES, 140, "val"), np.random.default_rng(1), 560)
+    with torch.no_grad():
+        return net, float((net(x).argmax(1) == y).float().mean())
+
+
+@torch.no_grad()
+def fidelity(folder, judge, classifier, source):
+    """How well generated images show what they were asked for.
+
+    judge: a segmenter trained on real pictures of all styles; its mIoU against the labels, on the
+    generated images and on their real twins: the same label crops of the same scenes, drawn in the
+    style of the prompt (a style in turn where the prompt names none). classifier: share of images
+    with a weather sentence that look like it. -> dict of fractions
+    """
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    streets = data.ToyStreets(("sunny",), source, "train")
+    seeds = {streets.name(i): streets.SPLITS["train"] + i for i in range(source)}
+    counts = torch.zeros(2, 19, 19, dtype=torch.int64)
+    right = []
+    for k, row in enumerate(rows):
+        image = np.asarray(Image.open(folder / row["image"]))
+        label = np.asarray(Image.open(folder / row["label"]))
+        top, left = row["crop"]
+        seed = seeds[Path(row["image"]).stem.partition("_")[2]]
+        style = row["weather"] or data.STYLES[k % len(data.STYLES)]
+        real = data.toy_street(seed, style)[0]
+        real = real[top : top + label.shape[0], left : left + label.shape[1]]
+        x = dginstyle.from_uint8(np.stack([image, real]))
+        logits = F.interpolate(judge((x + 1) / 2), label.shape, mode="bilinear")
+        for count, prediction in zip(counts, logits.argmax(1), strict=True):
+            count += segformer.confusion_matrix(prediction, torch.from_numpy(label.copy()), 19)
+        if row["weather"]:
+            guess = classifier(x[:1]).argmax(1)
+            right.append(data.STYLES[int(guess)] == row["weather"])
+    small = [data.CITYSCAPES.names.index(c) for c in SMALL]
+    got, real = (segformer.mean_iou(c) for c in counts)
+    return {"mIoU": got["mIoU"], "small": float(got["IoU"][small].nanmean()),
+            "mIoU real": real["mIoU"], "small real": float(real["IoU"][small].nanmean()),
+            "style": float(np.mean(right)) if right else None, "images": len(rows)}
+
+
+def measure_fidelity(out, scale, names):
+    """fidelity.json: every set of every seed."""
+    judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
+    classifier, accuracy = style_classifier()
+    found = {"style classifier on real pictures": accuracy}
+    for name in names:
+        found[name] = [fidelity(set_path(out, name, s), judge, classifier, scale.source)
+                       for s in range(scale.seeds)]
+    (out / "fidelity.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+# --------------------------------------------------------------------------------------------
+# Results
+
+
+def collect(out, scale, rows):
+    """claim.json: every run with its settings and the IoU of each class in each style."""
+    runs = []
+    for job, (seed, row) in zip(row_jobs(out, scale, rows),
+                                [(s, r) for s in range(scale.seeds) for r in rows], strict=True):
+        if not job.done.exists():
+            continue
+        result = {k.split(":")[1]: v for k, v in json.loads(job.done.read_text()).items()}
+        iou = {s: {c: result[s][f"IoU.{c}"] for c in data.CITYSCAPES.names} for s in result}
+        small = [iou[s][c] for s in UNSEEN for c in SMALL if iou[s][c] is not None]
+        runs.append({
+            "row": row.title, "seed": seed, "command": " ".join(map(str, job.call)),
+            "mIoU": {s: result[s]["mIoU"] for s in result},
+            "unseen": float(np.mean([result[s]["mIoU"] for s in UNSEEN])),
+            "small": float(np.mean(small)), "IoU": iou})
+    return runs
+
+
+def by_row(runs, key):
+    """{title: array of percentages, one a seed}."""
+    titles = dict.fromkeys(r["row"] for r in runs)
+    return {t: np.array([100 * r[key] for r in runs if r["row"] == t]) for t in titles}
+
+
+def spread(values):
+    return f"{values.mean():.1f} ± {values.std(ddof=1) if len(values) > 1 else 0:.1f}"
+
+
+def verdict(runs):
+    """What the aims of the experiment are, and what came out, as lines of text."""
+    unseen, small = by_row(runs, "unseen"), by_row(runs, "small")
+    lines = []
+
+    def paired(a, b, table):
+        d = table[a] - table[b]
+        error = d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else float("nan")
+        return f"{d.mean():+.1f} (standard error of the paired difference {error:.1f})"
+
+    if {SOURCE, FULL_ROW, ORACLE} <= unseen.keys():
+        gap = unseen[ORACLE].mean() - unseen[SOURCE].mean()
+        closed = (unseen[FULL_ROW].mean() - unseen[SOURCE].mean()) / gap
+        lines.append(f"- The full method closes {100 * closed:.0f} % of the {gap:.1f} points "
+                     "between source only and the oracle.")
+    for title, other, table, what in (
+            (FULL_ROW, SOURCE, unseen, "mIoU"), (FULL_ROW, NO_SWAP, unseen, "mIoU"),
+            (FULL_ROW, NO_MRLF, unseen, "mIoU"), (FULL_ROW, NO_MRLF, small, "small classes")):
+        if {title, other} <= table.keys():
+            lines.append(f"- Full method against {other.lower() if other[0] != 'M' else other}, "
+                         f"{what}: {paired(title, other, table)}.")
+    return lines
+
+
+def tables(out, scale, runs):
+    """claim.md."""
+    unseen, small = by_row(runs, "unseen"), by_row(runs, "small")
+    seen = {t: np.array([100 * r["mIoU"]["sunny"] for r in runs if r["row"] == t]) for t in unseen}
+    lines = [f"{scale.source} sunny label maps, {scale.images} generated images (×1), "
+             f"{scale.steps} steps, {scale.seeds} seeds; mIoU in percent, mean ± standard "
+             f"deviation over seeds, on {scale.test} test streets of each style.", "",
+             "| trained on | six unseen styles | small classes there | sunny |",
+             "|---|---|---|---|"]
+    lines += [f"| {t} | {spread(unseen[t])} | {spread(small[t])} | {spread(seen[t])} |"
+              for t in unseen]
+    lines += ["", *verdict(runs), "", "| trained on | " + " | ".join(UNSEEN) + " |",
+              "|---" * (len(UNSEEN) + 1) + "|"]
+    for t in unseen:
+        cells = [np.array([100 * r["mIoU"][s] for r in runs if r["row"] == t]) for s in UNSEEN]
+        lines.append(f"| {t} | " + " | ".join(spread(c) for c in cells) + " |")
+    file = out / "fidelity.json"
+    if file.exists():
+        lines += ["", *fidelity_table(json.loads(file.read_text()))]
+    lines += ["", *rare_class_table(out, scale)]
+    (out / "claim.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def fidelity_table(found):
+    lines = ["Fidelity of the generated images: mIoU of a segmenter trained on real pictures of "
+             "all styles, on the images and (in brackets) on real pictures of the same crops; "
+             "share of images to which a classifier gives the weather of the prompt (on real ones "
+             f"it is right in {100 * found['style classifier on real pictures']:.1f} %).", "",
+             "| images | label fidelity | of real | small classes | style fidelity |",
+             "|---|---|---|---|---|"]
+    for name, runs in found.items():
+        if not isinstance(runs, list):
+            continue
+        m = {k: np.array([100 * r[k] for r in runs if r[k] is not None]) for k in runs[0]}
+        style = spread(m["style"]) if len(m["style"]) else "-"
+        lines.append(f"| {name} | {spread(m['mIoU'])} ({m['mIoU real'].mean():.1f}) | "
+                     f"{100 * (m['mIoU'] / m['mIoU real']).mean():.0f} % | {spread(m['small'])} "
+                     f"({m['small real'].mean():.1f}) | {style} |")
+    return lines
+
+
+def rare_class_table(out, scale):
+    """Share of pixels and of images with each class: source, uniform crops, rare-class crops."""
+    def shares(labels):
+        pixels = sum(np.bincount(x.ravel(), minlength=256)[:19] for x in labels)
+        images = np.mean([[(x == c).any() for c in range(19)] for x in labels], axis=0)
+        return 100 * pixels / pixels.sum(), 100 * images
+
+    def generated(name):
+        files = sorted((set_path(out, name, 0) / "labels").glob("*_labelTrainIds.png"))
+        return [np.asarray(Image.open(f)) for f in files]
+
+    streets = data.ToyStreets(("sunny",), scale.source, "train")
+    maps = {"source": [streets.label(i) for i in range(scale.source)],
+            "uniform crops": generated("no rare classes"), "rare-class crops": generated("full")}
+    maps = {k: shares(v) for k, v in maps.items() if v}
+    counts = data.class_counts(streets)
+    draw = 100 * np.asarray(data.rcs_probabilities(counts))
+    lines = ["Rare-class sampling, from the statistics of the source to the labels of the images: "
+             "percent of pixels / percent of images that show the class.", "",
+             "| class | P(c) | " + " | ".join(maps) + " |", "|---" * (len(maps) + 2) + "|"]
+    for c in np.argsort(maps["source"][0]):
+        cells = [f"{pixels[c]:.2f} / {images[c]:.0f}" for pixels, images in maps.values()]
+        lines.append(f"| {data.CITYSCAPES.names[c]} | {draw[c]:.1f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def figure(out, runs):
+    """claim.svg: one line a row, every seed a dot, the mean a bar."""
+    unseen = by_row(runs, "unseen")
+    low = np.floor(min(v.min() for v in unseen.values()) - 1)
+    high = np.ceil(max(v.max() for v in unseen.values()) + 1)
+    left, width, step = 290, 470, 24
+
+    def x(v):
+        return left + width * (v - low) / (high - low)
+
+    bottom = 40 + step * len(unseen)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 30} '
+             f'{bottom + 44}" font-family="system-ui,sans-serif" font-size="13">',
+             '<rect width="100%" height="100%" fill="#fff"/>']
+    for v in np.arange(low, high + 1, 1 if high - low < 12 else 2):
+        parts.append(f'<path d="M{x(v):.1f} 28V{bottom}" stroke="#e4e4e4"/><text x="{x(v):.1f}" '
+                     f'y="{bottom + 18}" text-anchor="middle" fill="#666">{v:.0f}</text>')
+    colours = {SOURCE: "#777", FULL_ROW: "#c2410c", ORACLE: "#15803d"}
+    for title in colours:
+        if title in unseen:
+            parts.append(f'<path d="M{x(unseen[title].mean()):.1f} 28V{bottom}" '
+                         f'stroke="{colours[title]}" stroke-dasharray="4 4"/>')
+    for k, (title, values) in enumerate(unseen.items()):
+        y, colour = 40 + step * k + 6, colours.get(title, "#1d4ed8")
+        parts.append(f'<text x="{left - 12}" y="{y + 5}" text-anchor="end">{title}</text>')
+        parts += [f'<circle cx="{x(v):.1f}" cy="{y}" r="3.5" fill="{colour}" fill-opacity="0.45"/>'
+                  for v in values]
+        parts.append(f'<rect x="{x(values.mean()) - 1.5:.1f}" y="{y - 8}" width="3" height="16" '
+                     f'fill="{colour}"/>')
+    parts.append(f'<text x="{left + width / 2}" y="{bottom + 38}" text-anchor="middle">mIoU on six '
+                 "unseen styles: every seed, and the mean</text></svg>")
+    (out / "claim.svg").write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def page(out, names):
+    """gallery.html with the images of the first seed of every set."""
+    rows = []
+    for name in names:
+        folder = set_path(out, name, 0)
+        for line in (folder / "manifest.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            for key in ("image", "label"):
+                row[key] = f"{folder.relative_to(out)}/{row[key]}"
+            rows.append({**row, "set": name})
+    size = np.asarray(Image.open(out / rows[0]["image"])).shape[:2]
+    gallery.write_gallery(out, rows, size, "DGInStyle in miniature")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="experiments.claim", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="main rows, fewer images, 2 seeds")
+    parser.add_argument("--out", type=Path, help="default: runs/claim or runs/claim-quick")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
+                        help="runs at once, each with its share of the cores (%(default)s)")
+    parser.add_argument("--install", action="store_true", help="copy the results to experiments/")
+    args = parser.parse_args(argv)
+    scale = QUICK if args.quick else FULL
+    out = args.out or Path("runs/claim-quick" if args.quick else "runs/claim")
+    rows = [r for r in ROWS if r.quick or not args.quick]
+    for folder in ("sets", "runs"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    sets = generate_jobs(out, scale, rows)
+    run_all([*sets, *encoder_jobs(out, scale)], out, args.jobs)
+    names = [n for n in SETS if set_path(out, n, 0).exists()]
+    fidelity_job = Job("fidelity", out / "fidelity.json", (measure_fidelity, out, scale, names), 1)
+    run_all([*filter_jobs(out, scale, rows), fidelity_job], out, args.jobs)
+    run_all(row_jobs(out, scale, rows), out, args.jobs)
+
+    runs = collect(out, scale, rows)
+    (out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
+    tables(out, scale, runs)
+    figure(out, runs)
+    page(out, names)
+    if args.install:
+        for name in ("claim.json", "claim.md", "claim.svg"):
+            shutil.copy(out / name, HERE / name)
+    print((out / "claim.md").read_text())
+    print(f"{(time.time() - start) / 60:.0f} minutes; {out / 'claim.md'}, {out / 'claim.svg'}, "
+          f"{out / 'gallery.html'}")
+
+
+if __name__ == "__main__":
+    main()
