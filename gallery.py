@@ -1,8 +1,8 @@
 """One HTML page for a folder of generated images: no network, no server, opens from disk.
 
 Every image stands over its label, a slider fades from one to the other, and the page filters by
-class, weather, set and words of the prompt. Pictures are read from the folder only when they come
-into view, and cards that are not on screen are not laid out, so thousands of them are no burden.
+class, weather, set and words of the prompt. A card is filled, and its pictures are read from the
+folder, only when it comes near the screen, so thousands of them are no burden.
 
 Use alone (Python's standard library only):
     write_gallery("runs/night", rows)    # rows: dicts with image, label (paths in the folder), …
@@ -16,13 +16,13 @@ PAGE = """<!doctype html>
 <title>TITLE</title>
 <style>
 :root { --show: 0.5; color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }
-body { margin: 0 }
+body { margin: 0 } [hidden] { display: none !important }
 header { position: sticky; top: 0; z-index: 1; padding: .6em 1em; display: flex; gap: .6em 1.4em;
   flex-wrap: wrap; align-items: center; background: Canvas; border-bottom: 1px solid #8886 }
 h1 { font-size: 1.1em; margin: 0 } label { display: flex; gap: .4em; align-items: center }
 main { display: grid; gap: 1em; padding: 1em;
   grid-template-columns: repeat(auto-fill, minmax(WIDTHpx, 1fr)) }
-figure { margin: 0; content-visibility: auto; contain-intrinsic-size: auto HEIGHTpx }
+figure { margin: 0; min-height: HEIGHTpx }
 .pair { position: relative; aspect-ratio: RATIO; background: #8883 }
 .pair img { position: absolute; inset: 0; width: 100%; height: 100%; image-rendering: pixelated }
 .pair img + img { opacity: var(--show) }
@@ -51,18 +51,27 @@ find("words").oninput = filter;
 find("show").oninput = e => document.documentElement.style.setProperty("--show", e.target.value);
 function picture(path) {
   const img = new Image();
-  img.loading = "lazy"; img.src = path.split("/").map(encodeURIComponent).join("/");
+  img.src = path.split("/").map(encodeURIComponent).join("/");
   return img;
 }
-const cards = rows.map(r => {
-  const card = document.createElement("figure"), pair = document.createElement("div");
-  const text = document.createElement("figcaption"), head = document.createElement("b");
-  pair.className = "pair"; pair.append(picture(r.image), picture(r.label));
+function fill(card) {
+  const r = card.row, [pair, text] = card.children, head = document.createElement("b");
+  pair.append(picture(r.image), picture(r.label));
   head.textContent = [r.set, r.weather, r.class].filter(Boolean).join(" · ");
-  text.append(head, document.createElement("br"), r.prompt ?? "");
   const seed = document.createElement("div"); seed.className = "dim";
   seed.textContent = `${r.image}  seed ${r.seed}`;
-  text.append(seed); card.append(pair, text);
+  text.append(head, document.createElement("br"), r.prompt ?? "", seed);
+}
+const near = new IntersectionObserver(entries => {
+  for (const { target } of entries.filter(e => e.isIntersecting)) {
+    near.unobserve(target);
+    fill(target);
+  }
+}, { rootMargin: "600px" });
+const cards = rows.map(row => {
+  const card = document.createElement("figure"), pair = document.createElement("div");
+  pair.className = "pair"; card.append(pair, document.createElement("figcaption"));
+  near.observe(Object.assign(card, { row }));
   return card;
 });
 main.append(...cards);

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 import clip_text
 import data
 import dginstyle
+import gallery
 import segformer
 import unet as unet_module
 import vae as vae_module
@@ -2401,6 +2402,46 @@ def test_two_processes_make_the_images_of_one(generated, tmp_path):
     for name in (p.name for p in (generated / "images").iterdir()):
         a, b = (np.asarray(Image.open(f / "images" / name)).astype(int) for f in (generated, out))
         assert np.abs(a - b).max() <= 2
+
+
+def test_gallery_lists_every_image(generated):
+    """gallery.html names the files of every row and none that is missing."""
+    page = (generated / "gallery.html").read_text()
+    rows = json.loads(page.partition('id="rows">')[2].partition("</script>")[0])
+    assert [r["seed"] for r in rows] == [
+        str(json.loads(line)["seed"]) for line in open(generated / "manifest.jsonl")]
+    assert all((generated / r[key]).is_file() for r in rows for key in ("image", "label"))
+
+
+def test_gallery_in_a_browser(tmp_path):
+    """2,000 hostile rows: the filters count right and only pictures near the screen are loaded."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    for name in ("a #1.png", "label.png"):
+        Image.new("RGB", (128, 64)).save(tmp_path / name)
+    gallery.write_gallery(tmp_path, [
+        {"image": "a #1.png", "label": "label.png", "prompt": f"</script><b>{k} car", "seed": 2**60,
+         "class": ("rider", "pole", None)[k % 3], "weather": "night" if k % 2 else None}
+        for k in range(2000)], (64, 128), title="<i>")
+    page = (tmp_path / "gallery.html").read_text()
+    probe = """<script>onload = () => setTimeout(() => {
+      const loaded = [...document.images].filter(i => i.naturalWidth).length;
+      const choose = (id, v, on) => { find(id).value = v; find(id)[on](); };
+      choose("class", "rider", "onchange"); choose("weather", "none", "onchange");
+      choose("words", "lorry", "oninput"); const none = find("count").textContent;
+      choose("words", "CAR 4", "oninput");
+      document.title = [loaded, rows.length, none, find("count").textContent].join("|");
+    }, 300)</script>"""
+    (tmp_path / "gallery.html").write_text(page + probe)
+    run = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                          "--virtual-time-budget=5000", f"file://{tmp_path}/gallery.html"],
+                         capture_output=True, text=True, timeout=120)
+    title = run.stdout.partition("<title>")[2].partition("</title>")[0]
+    loaded, total, none, some = title.split("|")
+    wanted = [k for k in range(0, 2000, 6) if "4" in str(k)]
+    assert int(total) == 2000 and 0 < int(loaded) < 1000
+    assert none == "0 of 2000" and some == f"{len(wanted)} of 2000"
 
 
 def test_joined_sets_are_all_used():
