@@ -876,29 +876,52 @@ def training_size(args, multiple, default):
 
 
 def train_vae(args, pairs, classes):
-    """The toy autoencoder from nothing: MSE + 0.05 L1 + a light KL.
+    """The toy autoencoder from nothing, in minutes.
 
+    Loss: squared error of the pixels and, five times, of the differences between neighbours, a
+    light KL, and an anchor that holds the latents near the whitened principal components of the
+    patches they stand for. Left alone such a small net learns one component after the other, the
+    strongest first, and is far from fine detail when training ends (24 dB; 10 dB below the anchor).
     At the end the latents are brought to mean 0 and standard deviation 1 channel by channel; the
     1x1 convolutions on both sides of the latents absorb that, so the format stays the public one.
     """
     vae = VAE(VAEConfig(**vae_module.PRESETS["tiny"]))
-    size = training_size(args, vae.factor, (64, 128))
-
+    for block in vae.modules():  # every residual branch starts as nothing
+        if isinstance(block, vae_module.ResnetBlock):
+            torch.nn.init.zeros_(block.conv2.weight)
+    size = training_size(args, vae.factor, (32, 64))
     draw = picture_draw(pairs, size, args)
+    sample = torch.stack([draw(np.random.default_rng([1, k]))[0] for k in range(512)])
+    filters, bias = (t.to(args.device) for t in patch_components(
+        sample, vae.factor, vae.config.latent_channels))
 
     def loss(batch):
         x, = batch
         mean, logvar = (m.float() for m in vae.posterior(x))
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        y = vae.decode(z * vae.config.scaling_factor).float()
+        error = vae.decode(z * vae.config.scaling_factor).float() - x
+        edges = error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.mse_loss(y, x) + 0.05 * F.l1_loss(y, x) + args.kl * kl
+        anchor = F.mse_loss(mean, F.conv2d(x, filters, bias, stride=vae.factor))
+        return error.square().mean() + 5 * edges + 0.05 * anchor + args.kl * kl
 
     def save():
-        normalise_latents(vae, [draw(np.random.default_rng([1, k]))[0] for k in range(256)]
-                          ).save_pretrained(Path(args.out) / "vae", DTYPES[args.save_dtype])
+        normalise_latents(vae, sample).save_pretrained(
+            Path(args.out) / "vae", DTYPES[args.save_dtype])
 
     fit("vae", Objective(loss, vae=vae), draw, args, save)
+
+
+def patch_components(images, f, k):
+    """Whitened PCA of f x f patches of images (B,3,H,W), as a convolution of stride f.
+
+    -> filters (k,3,f,f) and bias (k,): its outputs are uncorrelated, with mean 0 and variance 1.
+    """
+    patches = F.unfold(images, f, stride=f).transpose(1, 2).flatten(0, 1)  # (n, 3ff)
+    mean = patches.mean(0)
+    variance, axes = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    filters = (axes[:, -k:] / variance[-k:].sqrt()).T
+    return filters.view(k, -1, f, f).contiguous(), -filters @ mean
 
 
 @torch.no_grad()
@@ -1512,7 +1535,7 @@ SEGMENT = {
 # stage: what differs from the table above, as published and in the toy world. The authors give no
 # number of steps for the ControlNet; 312,100 are the 100 epochs that are their script's default.
 RECIPES = {
-    "vae": (dict(), dict(data=["toy:all:3500"], steps=4500, lr=1.2e-3, batch=8, warmup=100,
+    "vae": (dict(), dict(data=["toy:all:3500"], steps=4500, lr=1.5e-3, batch=8, warmup=100,
                          lr_schedule="cosine", precision="bf16")),
     "prior": (dict(), dict(data=["toy:all:3500"], steps=4200, lr=1.2e-3, batch=32, warmup=200,
                            lr_schedule="cosine", ema=0.998, cache=14_000)),
