@@ -3,7 +3,7 @@
 Paper: Jia et al., "DGInStyle: Domain-Generalizable Semantic Segmentation with Image Diffusion
 Models and Stylized Semantic Control", ECCV 2024, arXiv 2312.03048. In the paper's order:
 
-    1  Schedule                     DDIM, in the paper's symbols
+    1  Schedule, DDIM, DPMSolver    noise levels and samplers, in the papers' symbols
     2  style_swap                   U^S under the ControlNet in training, then U^P in its place
     3  Models                       what is needed to sample, and guidance
     4  denoise, first_pass,         sampling in overlapping tiles, and multi-resolution latent
@@ -125,25 +125,25 @@ class Schedule:
             ts = [round(n - k * n / steps) - 1 for k in range(steps)]
         return [(t, t - n // steps) for t in ts]
 
+    def split(self, out, x, t):
+        """The network's output for x_t -> the (x_0, eps) that it stands for."""
+        a, s = self.abar_at(t) ** 0.5, (1 - self.abar_at(t)) ** 0.5
+        if self.prediction_type == "epsilon":
+            return (x - s * out) / a, out
+        return a * x - s * out, a * out + s * x
+
     def step(self, out, x, t, t_prev):
         """One DDIM step (eq. 12, sigma = 0): the network's output at t and x_t -> x_{t_prev}."""
-        abar, abar_prev = self.abar_at(t), self.abar_at(t_prev)
-        if self.prediction_type == "epsilon":
-            eps = out
-            x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
-        else:
-            eps = abar**0.5 * out + (1 - abar) ** 0.5 * x
-            x0 = abar**0.5 * x - (1 - abar) ** 0.5 * out
-        return abar_prev**0.5 * x0 + (1 - abar_prev) ** 0.5 * eps
+        x0, eps = self.split(out, x, t)
+        return self.add_noise(x0, eps, t_prev)
 
     def add_noise(self, x0, eps, t):
         """x_t from x_0 (B,…); t a timestep or (B,)."""
-        if not torch.is_tensor(t):
-            abar = torch.tensor(self.abar_at(t))
+        if torch.is_tensor(t):
+            abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1)).to(x0)
         else:
-            abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1))
-        abar = abar.to(x0)
-        return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+            abar = self.abar_at(t)
+        return abar**0.5 * x0 + (1 - abar) ** 0.5 * eps
 
     def target(self, x0, eps, t):
         """What the network is trained to put out for x_t: eps, or v = sqrt(abar) eps - … x_0."""
@@ -151,6 +151,57 @@ class Schedule:
             return eps
         abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1)).to(x0)
         return abar.sqrt() * eps - (1 - abar).sqrt() * x0
+
+
+class DDIM:
+    """The published sampler: one run of `steps` steps, each a `Schedule.step`."""
+
+    def __init__(self, schedule, steps):
+        self.timesteps, self.step = schedule.timesteps(steps), schedule.step
+
+
+class DPMSolver:
+    """DPM-Solver++ 2M (Lu et al., arXiv 2211.01095, algorithm 2): one run of `steps` steps.
+
+    With alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma), from t to s:
+
+        x_s = sigma_s / sigma_t x_t + (alpha_s - sigma_s alpha_t / sigma_t) D
+        D   = x_0 + (x_0 - x_0') / 2r,    r = (lambda_t - lambda_t') / (lambda_s - lambda_t)
+
+    where ' marks the step before. The first step is of first order (D = x_0), and so is the last
+    one in runs below 15 steps or where it ends without noise.
+
+    Results equal diffusers' DPMSolverMultistepScheduler with algorithm_type dpmsolver++,
+    solver_order 2, solver_type midpoint, lower_order_final, and final_sigmas_type zero where the
+    schedule says set_alpha_to_one, else sigma_min (the level of t = 0, as in DDIM). Its "leading"
+    timesteps are not DDIM's: they leave the lowest one out, which lies next to the last level.
+    """
+
+    def __init__(self, schedule, steps):
+        ts = [t for t, _ in schedule.timesteps(steps)]
+        if schedule.timestep_spacing == "leading":
+            gap = schedule.num_train_timesteps // (steps + 1)
+            ts = [k * gap + schedule.steps_offset for k in range(steps, 0, -1)]
+        self.schedule = schedule
+        self.timesteps = list(zip(ts, [*ts[1:], -1], strict=True))
+        self.before = None  # (lambda, x_0) of the step before
+
+    def step(self, out, x, t, t_prev):
+        """The network's output at t and x_t -> x_{t_prev}; to be called in the run's order."""
+        x0, _ = self.schedule.split(out, x, t)
+        (a_t, s_t), (a_s, s_s) = (
+            (abar**0.5, (1 - abar) ** 0.5) for abar in map(self.schedule.abar_at, (t, t_prev)))
+        lambda_t, D = math.log(a_t / s_t), x0
+        last_of_first_order = t_prev < 0 and (len(self.timesteps) < 15 or s_s == 0)
+        if self.before and not last_of_first_order:
+            lambda_before, x0_before = self.before
+            r = (lambda_t - lambda_before) / (math.log(a_s / s_s) - lambda_t)
+            D = x0 + (x0 - x0_before) / (2 * r)
+        self.before = lambda_t, x0
+        return s_s / s_t * x + (a_s - s_s * a_t / s_t) * D
+
+
+SAMPLERS = {"ddim": DDIM, "dpm++": DPMSolver}
 
 
 # --------------------------------------------------------------------------------------------
@@ -328,9 +379,10 @@ def tiles(size, window, stride):
 
 
 @torch.no_grad()
-def denoise(models, x, text, hint=None, *, steps=20, guidance=7.5, control_scale=1.0,
-            window=None, stride=None, keep=None, noise=None, official_renoise=False, tile_batch=8):
-    """Yield the latents (B,C,h,w) after every DDIM step, sampled in overlapping windows.
+def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
+            control_scale=1.0, window=None, stride=None, keep=None, noise=None,
+            official_renoise=False, tile_batch=8):
+    """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
     x       (B,C,h,w) initial noise
     text    (2,B,L,D) from Models.encode_prompts
@@ -339,9 +391,12 @@ def denoise(models, x, text, hint=None, *, steps=20, guidance=7.5, control_scale
     keep    (z (B,C,h,w), mask (B,1,h,w)): after every step the latents where mask = 1 become z at
             the new noise level (section 3.3); needs `noise`, which is called once per step
 
-    Windows are averaged as in MultiDiffusion (arXiv 2302.08113): each is stepped on its own, then
-    divided by the coverage. Exact savings over the released loop: windows run in batches, those
-    wholly inside the mask are left out, and a window's hint is encoded once, not once per step.
+    Windows are averaged as in MultiDiffusion (arXiv 2302.08113). The released code averages them
+    after the step; here the network's outputs are averaged and the whole latents take one step:
+    the same, since a step is linear in x_t and the output, and a sampler's memory of steps before
+    is then that of the whole latents. Exact savings over the released loop: windows run in
+    batches, those wholly inside the mask are left out (a step is pointwise, so what it makes of
+    kept positions is never read), and a window's hint is encoded once, not once per step.
 
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
     the latents have reached (t_prev), so that the kept part is almost one step too noisy until
@@ -362,17 +417,18 @@ def denoise(models, x, text, hint=None, *, steps=20, guidance=7.5, control_scale
             [hint[b, :, f * i : f * (i + wh), f * j : f * (j + ww)] for b, i, j in chunk]
         ).to(device, dtype)) for chunk in chunks]
 
-    for t, t_prev in models.schedule.timesteps(steps):
+    solver = SAMPLERS[sampler](models.schedule, steps)
+    for t, t_prev in solver.timesteps:
         total, count = torch.zeros_like(x), torch.zeros_like(x[:, :1])
         for chunk, encoded in zip(chunks, hints, strict=True):
             part = torch.stack([x[b, :, i : i + wh, j : j + ww] for b, i, j in chunk])
             part_text = text[:, [b for b, _, _ in chunk]]
-            out = models.predict(part, t, part_text, encoded, guidance, control_scale)
-            stepped = models.schedule.step(out, part, t, t_prev)
-            for (b, i, j), latent in zip(chunk, stepped, strict=True):
-                total[b, :, i : i + wh, j : j + ww] += latent
+            outs = models.predict(part, t, part_text, encoded, guidance, control_scale)
+            for (b, i, j), out in zip(chunk, outs, strict=True):
+                total[b, :, i : i + wh, j : j + ww] += out
                 count[b, :, i : i + wh, j : j + ww] += 1
-        x = total / count.clamp(min=1)  # 0 only where nothing but kept latents lie
+        out = total / count.clamp(min=1)  # 0 only where nothing but kept latents lie
+        x = solver.step(out, x, t, t_prev)
         if keep:
             level = t - 1 if official_renoise else t_prev
             x = torch.where(mask > 0, models.schedule.add_noise(z, noise(z.shape).to(z), level), x)
@@ -465,8 +521,8 @@ class Condition:
 
     def manifest_row(self, args):
         """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
-        names = ("steps", "guidance", "control_scale", "swap", "mrlf", "stride", "window",
-                 "large_segment", "renoise", "negative", "precision")
+        names = ("sampler", "steps", "guidance", "control_scale", "swap", "mrlf", "stride",
+                 "window", "large_segment", "renoise", "negative", "precision")
         return {"image": f"images/{self.name}.png",
                 "label": f"labels/{self.name}_labelTrainIds.png", "prompt": self.prompt,
                 "weather": self.weather, "class": self.rare_class, "crop": self.crop,
@@ -506,8 +562,9 @@ def make_images(models, conditions, classes, args):
     labels = torch.from_numpy(np.stack([c.label for c in conditions]))
     hint = data.one_hot(labels, len(classes.names))
     size = hint.shape[2:]
-    options = dict(steps=args.steps, guidance=args.guidance, control_scale=args.control_scale,
-                   window=args.window, tile_batch=args.tile_batch)
+    options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
+                   control_scale=args.control_scale, window=args.window,
+                   tile_batch=args.tile_batch)
     latents = first_pass(models, size, text, hint, noise, **options)
     if args.mrlf:
         large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
@@ -1438,7 +1495,9 @@ GENERATE = {
     "size": Flag(None, "label crop and image, HxW pixels; default: the training window",
                  type=size_pair),
     "label_height": Flag(None, "shrink label maps to this height before cropping", type=int),
-    "steps": Flag(20, "DDIM steps of each pass"),
+    "sampler": Flag("ddim", "ddim, or dpm++ (DPM-Solver++ 2M), which needs fewer steps",
+                    choices=tuple(SAMPLERS)),
+    "steps": Flag(20, "steps of each pass"),
     "guidance": Flag(7.5, "classifier-free guidance", 3.0),
     "control_scale": Flag(1.0, "weight of the ControlNet's residuals"),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),

@@ -44,7 +44,7 @@ from clip_text import (
     split_words,
 )
 from controlnet import ControlNet, from_ldm_control
-from dginstyle import Models, Noise, Schedule, denoise, main, style_swap
+from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -734,6 +734,32 @@ def test_ddim_equals_diffusers(prediction, spacing, offset, to_one, tmp_path):
     assert relative(ours.add_noise(x0, eps, t), theirs.add_noise(x0, eps, t)) < 1e-6
     want = eps if prediction == "epsilon" else theirs.get_velocity(x0, eps, t)
     assert relative(ours.target(x0, eps, t), want) < 1e-6
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing,offset", [("leading", 1), ("leading", 0), ("trailing", 0)])
+@pytest.mark.parametrize("to_one", [False, True])
+def test_dpm_solver_equals_diffusers(prediction, spacing, offset, to_one):
+    """Timesteps and every step agree with DPMSolverMultistepScheduler; set_alpha_to_one is its
+    final sigma of zero."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", solver_order=2,
+        algorithm_type="dpmsolver++", solver_type="midpoint", prediction_type=prediction,
+        timestep_spacing=spacing, steps_offset=offset, lower_order_final=True,
+        final_sigmas_type="zero" if to_one else "sigma_min")
+    schedule = Schedule(prediction_type=prediction, timestep_spacing=spacing, steps_offset=offset,
+                        set_alpha_to_one=to_one)
+    for n in (20, 8, 1):
+        theirs.set_timesteps(n)
+        solver = DPMSolver(schedule, n)
+        assert [t for t, _ in solver.timesteps] == theirs.timesteps.tolist()
+        g = torch.Generator().manual_seed(n)
+        x = y = torch.randn(1, 4, 8, 8, generator=g)
+        for t, t_prev in solver.timesteps:
+            out = torch.randn(x.shape, generator=g)
+            x, y = solver.step(out, x, t, t_prev), theirs.step(out, t, y).prev_sample
+            assert relative(x, y) < 1e-5
 
 
 def test_ddim_with_the_true_noise_recovers_the_picture():
