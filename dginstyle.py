@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import json
 import math
 import os
@@ -328,22 +329,47 @@ class Models:
     @torch.no_grad()
     def encode_prompts(self, prompts, negative=""):
         """B prompts -> text (2,B,L,D): the negative prompt's encoding, then the prompts'."""
-        tokens = self.tokenizer([negative] + list(prompts)).to(self.device)
-        text = self.text_encoder(tokens)
-        return torch.stack([text[:1].expand(len(prompts), -1, -1), text[1:]])
+        different = list(dict.fromkeys([negative, *prompts]))
+        text = self.text_encoder(self.tokenizer(different).to(self.device))
+        rows = [[different.index(p) for p in side] for side in ([negative] * len(prompts), prompts)]
+        return text[torch.tensor(rows, device=text.device)]
 
-    def predict(self, x, t, text, hint=None, guidance=7.5, control_scale=1.0):
+    def encode_text(self, text, control_uncond=True):
+        """Text (2,P,L,D) -> its keys and values in the UNet and the ControlNet, for `predict`."""
+        text = text.to(self.unet.conv_in.weight.dtype)
+        both, guided = text.flatten(0, 1), text[1]
+        control = self.controlnet and self.controlnet.encode_context(
+            both if control_uncond else guided)
+        return self.unet.encode_context(both), control
+
+    def encode_time(self, t):
+        """A timestep -> its embeddings in the UNet and the ControlNet, for `predict`."""
+        return self.unet.encode_time(t), self.controlnet and self.controlnet.encode_time(t)
+
+    def predict(self, x, t, text, hint=None, guidance=7.5, control_scale=1.0, control_uncond=True):
         """Classifier-free guidance: out_u + guidance (out_c - out_u), float32.
 
-        x (n,C,h,w), text (2,n,L,D), hint encoded (n,C',h,w) or None. The control goes into both
-        halves, each with its own text, as in the paper; into one only, it drowns the style.
+        x (n,C,h,w), t a timestep, text (2,P,L,D) where P divides n and each row serves n/P samples
+        in a row, hint encoded (n,C',h,w) or None. What is the same in many calls may come encoded:
+        t by `encode_time`, text by `encode_text`.
+
+        The control goes into both halves, each with its own text, as in the paper; into the guided
+        half alone (control_uncond off) it is cheaper, but amplified by the guidance, at the
+        style's expense.
         """
-        dtype = self.unet.conv_in.weight.dtype
-        both = torch.cat([x, x]).to(dtype)
-        context = text.flatten(0, 1).to(dtype)
-        control = None
-        if hint is not None:
-            control = self.controlnet(both, t, context, torch.cat([hint, hint]), control_scale)
+        t, control_t = t if isinstance(t, tuple) else (t, t)
+        if torch.is_tensor(text):
+            text = self.encode_text(text, control_uncond)
+        context, control_context = text
+        x = x.to(self.unet.conv_in.weight.dtype)
+        both, control = torch.cat([x, x]), None
+        if hint is not None and control_uncond:
+            control = self.controlnet(both, control_t, control_context, torch.cat([hint, hint]),
+                                      control_scale)
+        elif hint is not None:
+            residuals, middle = self.controlnet(x, control_t, control_context, hint, control_scale)
+            residuals = [torch.cat([torch.zeros_like(r), r]) for r in (*residuals, middle)]
+            control = residuals[:-1], residuals[-1]
         out_u, out_c = self.unet(both, t, context, control).float().chunk(2)
         return out_u + guidance * (out_c - out_u)
 
@@ -378,25 +404,53 @@ def tiles(size, window, stride):
     return [(i, j) for i in starts[0] for j in starts[1]]
 
 
+def window_weights(kind, window):
+    """(h,w) weights of a window's positions: uniform, as in the paper, or cosine.
+
+    cosine is sin^2 on both axes (Hann), above 0 everywhere: windows fade into each other, which
+    lets them lie further apart.
+    """
+    if kind == "uniform":
+        return torch.ones(window)
+    assert kind == "cosine", kind
+    return torch.outer(*(torch.sin(math.pi * (torch.arange(n) + 0.5) / n) ** 2 for n in window))
+
+
+def windows_that_fit(models, window):
+    """How many windows to put into one network call: what free GPU memory allows, up to 32."""
+    if models.device.type != "cuda":
+        return 8
+    free = (torch.cuda.mem_get_info(models.device)[0]
+            + torch.cuda.memory_reserved(models.device)  # torch's own, in part unused
+            - torch.cuda.memory_allocated(models.device))
+    weight = models.unet.conv_in.weight
+    # the widest maps at full size alive at once in both halves of the guidance, and room to spare
+    need = 128 * weight.shape[0] * window[0] * window[1] * weight.element_size()
+    return max(1, min(32, int(0.8 * free / need)))
+
+
 @torch.no_grad()
 def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
-            control_scale=1.0, window=None, stride=None, keep=None, noise=None,
-            official_renoise=False, tile_batch=8):
+            control_scale=1.0, control_uncond=True, window=None, stride=None, weights="uniform",
+            keep=None, noise=None, official_renoise=False, tile_batch=None):
     """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
     x       (B,C,h,w) initial noise
     text    (2,B,L,D) from Models.encode_prompts
     hint    (B,K+1,H,W) one-hot label maps, or None to sample without control
     window, stride   in latent pixels, pairs; None: one window of the whole size
+    weights see `window_weights`
     keep    (z (B,C,h,w), mask (B,1,h,w)): after every step the latents where mask = 1 become z at
             the new noise level (section 3.3); needs `noise`, which is called once per step
+    tile_batch       windows in one network call; None: what memory allows
 
     Windows are averaged as in MultiDiffusion (arXiv 2302.08113). The released code averages them
     after the step; here the network's outputs are averaged and the whole latents take one step:
     the same, since a step is linear in x_t and the output, and a sampler's memory of steps before
     is then that of the whole latents. Exact savings over the released loop: windows run in
     batches, those wholly inside the mask are left out (a step is pointwise, so what it makes of
-    kept positions is never read), and a window's hint is encoded once, not once per step.
+    kept positions is never read), and a window's hint, a prompt's keys and values and a step's
+    time embedding are encoded once.
 
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
     the latents have reached (t_prev), so that the kept part is almost one step too noisy until
@@ -405,33 +459,49 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     B, _, h, w = x.shape
     wh, ww = window = window or (h, w)
     device, f = models.device, models.vae.factor
-    x, text = x.to(device), text.to(device)
-    z, mask = (k.to(device) for k in keep) if keep else (None, torch.zeros(B, 1, h, w))
+    z, mask = keep or (None, torch.zeros(B, 1, h, w))
+
+    def cut(maps, b, i, j, f=1):  # the view of a window
+        return maps[b, :, f * i : f * (i + wh), f * j : f * (j + ww)]
+
     jobs = [(b, i, j) for b in range(B) for i, j in tiles((h, w), window, stride or window)
-            if not mask[b, 0, i : i + wh, j : j + ww].all()]
-    chunks = [jobs[k : k + tile_batch] for k in range(0, len(jobs), tile_batch)]
+            if not cut(mask, b, i, j).all()]
+    n = tile_batch or windows_that_fit(models, window)
+    chunks = [jobs[k : k + n] for k in range(0, len(jobs), n)]
+    x, text, mask, weight = (
+        part.to(device) for part in (x, text, mask, window_weights(weights, window)))
+    coverage = torch.zeros_like(x[:, :1])
+    for job in jobs:
+        cut(coverage, *job).add_(weight)
+    coverage[coverage == 0] = 1  # where nothing but kept latents lie
+
+    @functools.cache
+    def encoded(rows):
+        return models.encode_text(text[:, list(rows)], control_uncond)
+
+    rows = [tuple(b for b, _, _ in chunk) for chunk in chunks]
+    texts = [encoded(r[:1] if len(set(r)) == 1 else r) for r in rows]  # one row serves many windows
     hints = [None] * len(chunks)
     if hint is not None:
         dtype = models.controlnet.conv_in.weight.dtype
-        hints = [models.controlnet.encode_hint(torch.stack(
-            [hint[b, :, f * i : f * (i + wh), f * j : f * (j + ww)] for b, i, j in chunk]
-        ).to(device, dtype)) for chunk in chunks]
+        hints = [models.controlnet.encode_hint(
+            torch.stack([cut(hint, *job, f) for job in chunk]).to(device, dtype))
+            for chunk in chunks]
 
     solver = SAMPLERS[sampler](models.schedule, steps)
     for t, t_prev in solver.timesteps:
-        total, count = torch.zeros_like(x), torch.zeros_like(x[:, :1])
-        for chunk, encoded in zip(chunks, hints, strict=True):
-            part = torch.stack([x[b, :, i : i + wh, j : j + ww] for b, i, j in chunk])
-            part_text = text[:, [b for b, _, _ in chunk]]
-            outs = models.predict(part, t, part_text, encoded, guidance, control_scale)
-            for (b, i, j), out in zip(chunk, outs, strict=True):
-                total[b, :, i : i + wh, j : j + ww] += out
-                count[b, :, i : i + wh, j : j + ww] += 1
-        out = total / count.clamp(min=1)  # 0 only where nothing but kept latents lie
-        x = solver.step(out, x, t, t_prev)
+        now, total = models.encode_time(t), torch.zeros_like(x)
+        for chunk, chunk_text, chunk_hint in zip(chunks, texts, hints, strict=True):
+            part = torch.stack([cut(x, *job) for job in chunk])
+            outs = models.predict(part, now, chunk_text, chunk_hint, guidance, control_scale,
+                                  control_uncond)
+            for job, out in zip(chunk, outs, strict=True):
+                cut(total, *job).add_(weight * out)
+        x = solver.step(total / coverage, x, t, t_prev)
         if keep:
             level = t - 1 if official_renoise else t_prev
-            x = torch.where(mask > 0, models.schedule.add_noise(z, noise(z.shape).to(z), level), x)
+            new = models.schedule.add_noise(z.to(x), noise(z.shape).to(x), level)
+            x = torch.where(mask > 0, new, x)
         yield x
 
 
@@ -451,6 +521,9 @@ def first_pass(models, size, text, hint, noise, *, window=None, **options):
     return latents
 
 
+STRIDES = {"quarter": 4, "half": 2}
+
+
 @torch.no_grad()
 def enlarge(vae, latents):
     """Latents (B,C,h,w) -> (B,C,2h,2w) through 8-bit images enlarged with LANCZOS.
@@ -464,19 +537,21 @@ def enlarge(vae, latents):
     return vae.encode(from_uint8(large).to(vae.quant_conv.weight)).float()
 
 
-def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride=None, **options):
+def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride="quarter",
+                **options):
     """MRLF (section 3.3): sample again at twice the size, in windows, keeping large segments.
 
     latents (B,C,h,w) of the first pass; mask (B,1,H,W), 1 = belongs to a large segment and is
     taken from the first pass; hint (B,K+1,H,W); text (2,B,L,D); noise: see Noise, called for the
-    initial noise and then once per step. window defaults to the training window, stride to a
-    quarter of it (16 for SD, as in the released demo). Small segments get the network's whole
-    resolution, large ones keep the layout they had. -> latents (B,C,2h,2w)
+    initial noise and then once per step. window defaults to the training window; stride: a pair,
+    or "quarter" (16 for SD, as in the released demo) or "half" of the window. Small segments get
+    the network's whole resolution, large ones keep the layout they had. -> latents (B,C,2h,2w)
     """
     z = enlarge(models.vae, latents)
     x = noise(z.shape)
     window = tuple(min(a, b) for a, b in zip(window or models.window, z.shape[2:], strict=True))
-    stride = stride or tuple(max(1, n // 4) for n in window)
+    if stride in STRIDES:
+        stride = tuple(max(1, n // STRIDES[stride]) for n in window)
     hint = F.interpolate(hint, scale_factor=2.0, mode="nearest")
     mask = F.interpolate(mask, size=z.shape[2:], mode="nearest")
     for latents in denoise(models, x, text, hint, window=window, stride=stride, keep=(z, mask),
@@ -521,8 +596,9 @@ class Condition:
 
     def manifest_row(self, args):
         """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
-        names = ("sampler", "steps", "guidance", "control_scale", "swap", "mrlf", "stride",
-                 "window", "large_segment", "renoise", "negative", "precision")
+        names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "swap", "mrlf",
+                 "stride", "window", "window_weights", "large_segment", "renoise", "negative",
+                 "precision")
         return {"image": f"images/{self.name}.png",
                 "label": f"labels/{self.name}_labelTrainIds.png", "prompt": self.prompt,
                 "weather": self.weather, "class": self.rare_class, "crop": self.crop,
@@ -563,8 +639,8 @@ def make_images(models, conditions, classes, args):
     hint = data.one_hot(labels, len(classes.names))
     size = hint.shape[2:]
     options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
-                   control_scale=args.control_scale, window=args.window,
-                   tile_batch=args.tile_batch)
+                   control_scale=args.control_scale, control_uncond=args.control_uncond,
+                   window=args.window, weights=args.window_weights, tile_batch=args.tile_batch)
     latents = first_pass(models, size, text, hint, noise, **options)
     if args.mrlf:
         large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
@@ -641,7 +717,7 @@ def merge_manifest(out, parts):
 
 def check_options(models, size, args):
     """ValueError for what would only fail in the middle of a run."""
-    if args.num < 1 or args.batch < 1 or args.tile_batch < 1:
+    if args.num < 1 or args.batch < 1 or (args.tile_batch or 1) < 1:
         raise ValueError(f"--num {args.num}, --batch {args.batch}, --tile-batch {args.tile_batch}: "
                          "all must be at least 1")
     if min(size) < 1 or size[0] % models.multiple or size[1] % models.multiple:
@@ -654,7 +730,7 @@ def check_options(models, size, args):
     factor = models.multiple // models.vae.factor
     if any(n < factor or n % factor for n in window):
         raise ValueError(f"--window {window[0]}x{window[1]}: both must be multiples of {factor}")
-    if args.stride:
+    if args.stride not in STRIDES:
         tiles(large, tuple(min(a, b) for a, b in zip(window, large, strict=True)), args.stride)
 
 
@@ -1454,6 +1530,10 @@ def size_pair(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no size like 512 or 512x1024") from None
 
 
+def stride_pair(text):
+    return text if text in STRIDES else size_pair(text)
+
+
 @dataclass(frozen=True)
 class Flag:
     """A flag with its published default and, where it differs, the one of the toy world."""
@@ -1491,7 +1571,8 @@ GENERATE = {
     "out": Flag(Path("runs/generate"), "output folder; finished images in it are kept"),
     "num": Flag(16, "number of images"),
     "batch": Flag(1, "images sampled together", 4),
-    "tile_batch": Flag(4, "windows in one network call", 32),
+    "tile_batch": Flag(None, "windows in one network call; default: what free GPU memory allows, "
+                             "8 on CPU", 32, int),
     "size": Flag(None, "label crop and image, HxW pixels; default: the training window",
                  type=size_pair),
     "label_height": Flag(None, "shrink label maps to this height before cropping", type=int),
@@ -1500,12 +1581,15 @@ GENERATE = {
     "steps": Flag(20, "steps of each pass"),
     "guidance": Flag(7.5, "classifier-free guidance", 3.0),
     "control_scale": Flag(1.0, "weight of the ControlNet's residuals"),
+    "control_uncond": Flag(True, "control in both halves of the guidance; off: the guided one"),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),
     "mrlf": Flag(True, "second pass at double resolution"),
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",
                    type=size_pair),
-    "stride": Flag(None, "second pass: step between windows, HxW latent pixels; default: a quarter "
-                         "of the window", (8, 16), size_pair),
+    "stride": Flag("quarter", "second pass: step between windows, HxW latent pixels, or quarter or "
+                              "half of the window", (8, 16), stride_pair),
+    "window_weights": Flag("uniform", "weights of a window's positions when windows are averaged",
+                           choices=("uniform", "cosine")),
     "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
                                     "of a 512x512 image"),
     "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",

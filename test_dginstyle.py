@@ -880,6 +880,49 @@ def test_guidance_one_is_the_conditional_output():
             assert relative(models.predict(x, 9, text, guidance=scale), want) < 1e-5
 
 
+def test_encoded_inputs_equal_plain_ones():
+    """Keys and values, time embedding and hint encoded beforehand give what plain inputs give, and
+    a text row that serves several samples equals that row repeated."""
+    models, g = tiny_models(), torch.Generator().manual_seed(1)
+    x, hint = torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, 20, 32, 32, generator=g).round()
+    text = models.encode_prompts(["road", "sky car"])
+    rows = text.repeat_interleave(2, dim=1)
+    with torch.no_grad():
+        encoded = models.controlnet.encode_hint(hint)
+        for cond in (True, False):
+            want = models.predict(x, 7, rows, hint, 5.0, 0.7, cond)
+            have = models.predict(x, models.encode_time(7), models.encode_text(text, cond),
+                                  encoded, 5.0, 0.7, cond)
+            assert relative(have, want) < 1e-5
+
+
+def test_control_in_the_guided_half_alone():
+    """Without control in the unguided half, that half is the UNet's own output."""
+    models, g = tiny_models(), torch.Generator().manual_seed(1)
+    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
+    text = models.encode_prompts(["road", "sky car"], "fog")
+    with torch.no_grad():
+        control = models.controlnet(x, 7, text[1], hint)
+        u, c = models.unet(x, 7, text[0]), models.unet(x, 7, text[1], control)
+        have = models.predict(x, 7, text, hint, guidance=3.0, control_uncond=False)
+    assert relative(have, u + 3 * (c - u)) < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["uniform", "cosine"])
+def test_window_weights_are_a_partition(weights, monkeypatch):
+    """Windows that agree give what one of them says, whatever their weights: a constant output
+    stays constant."""
+    assert dginstyle.window_weights(weights, (5, 8)).min() > 0
+    models = tiny_models()
+    outs = []
+    monkeypatch.setattr(models.schedule.__class__, "step", lambda self, out, *a: outs.append(out))
+    monkeypatch.setattr(Models, "predict", lambda self, x, *a: torch.full_like(x, 0.3))
+    x = torch.zeros(2, 4, 19, 24)
+    next(denoise(models, x, models.encode_prompts(["road", ""]), steps=1, window=(8, 8),
+                 stride=(5, 8), weights=weights))
+    assert (outs[0] - 0.3).abs().max() < 1e-6
+
+
 def test_image_noise_is_its_own():
     """Image k draws the same noise alone and in a batch, and its result is the same."""
     models = tiny_models()
