@@ -246,14 +246,16 @@ class Models:
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     schedule: Schedule
+    turns_on: str | None = None  # nets live elsewhere and take turns on this device
 
     @classmethod
     def from_pretrained(cls, sd, unet=None, controlnet=None, source_unet=None, swap=1.0,
-                        device="cpu", dtype=torch.float32):
+                        device="cpu", dtype=torch.float32, low_vram=False):
         """Load an SD folder or a single-file SD checkpoint, optionally with a ControlNet.
 
-        unet: another prior than the folder's; source_unet: U^S, needed when swap < 1. ValueError
-        where the parts do not fit together.
+        unet: another prior than the folder's; source_unet: U^S, needed when swap < 1; low_vram:
+        the nets stay in CPU memory and go to the device for their turn, see `on_device`.
+        ValueError where the parts do not fit together.
         """
         sd = Path(sd)
         part = (lambda name: sd / name) if sd.is_dir() else (lambda name: sd)
@@ -270,10 +272,12 @@ class Models:
         self = cls(
             unet=prior,
             controlnet=ControlNet.from_pretrained(controlnet, dtype) if controlnet else None,
-            vae=VAE.from_pretrained(part("vae"), torch.float32),  # overflows in half precision
+            vae=VAE.from_pretrained(part("vae"),  # overflows in fp16
+                                    torch.float32 if dtype == torch.float16 else dtype),
             text_encoder=TextEncoder.from_pretrained(part("text_encoder"), dtype),
             tokenizer=Tokenizer.from_pretrained(beside / "tokenizer"),
             schedule=Schedule.from_pretrained(scheduler) if scheduler.is_dir() else Schedule(),
+            turns_on=device if low_vram else None,
         )
         if not scheduler.is_dir() and prior.config.cross_attention_dim == 1024:
             raise ValueError(f"{scheduler} is missing: without it nothing tells whether this SD 2 "
@@ -281,7 +285,7 @@ class Models:
         self.check()
         for net in (self.unet, self.controlnet, self.vae, self.text_encoder):
             if net is not None:
-                net.to(device, memory_format=torch.channels_last)
+                net.to("cpu" if low_vram else device, memory_format=torch.channels_last)
         return self
 
     def check(self):
@@ -309,7 +313,21 @@ class Models:
 
     @property
     def device(self):
-        return self.unet.conv_in.weight.device
+        return torch.device(self.turns_on or self.unet.conv_in.weight.device)
+
+    @contextlib.contextmanager
+    def on_device(self, *names):
+        """Within, these nets are on the device. Those that came from elsewhere go back at the end,
+        without a copy: their weights at home were there all the time."""
+        nets = [net for net in (getattr(self, name) for name in names) if net is not None]
+        homes = [(p, p.data) for net in nets for p in net.parameters()]
+        for p, home in homes:
+            p.data = home.to(self.device)
+        try:
+            yield
+        finally:
+            for p, home in homes:
+                p.data = home
 
     @property
     def window(self):
@@ -330,7 +348,8 @@ class Models:
     def encode_prompts(self, prompts, negative=""):
         """B prompts -> text (2,B,L,D): the negative prompt's encoding, then the prompts'."""
         different = list(dict.fromkeys([negative, *prompts]))
-        text = self.text_encoder(self.tokenizer(different).to(self.device))
+        with self.on_device("text_encoder"):
+            text = self.text_encoder(self.tokenizer(different).to(self.device))
         rows = [[different.index(p) for p in side] for side in ([negative] * len(prompts), prompts)]
         return text[torch.tensor(rows, device=text.device)]
 
@@ -516,8 +535,9 @@ def first_pass(models, size, text, hint, noise, *, window=None, **options):
     window = min(wh, h), min(ww, w)
     stride = max(1, window[0] // 2), max(1, window[1] // 2)
     x = noise((text.shape[1], models.unet.config.in_channels, h, w))
-    for latents in denoise(models, x, text, hint, window=window, stride=stride, **options):
-        pass
+    with models.on_device("unet", "controlnet"):
+        for latents in denoise(models, x, text, hint, window=window, stride=stride, **options):
+            pass
     return latents
 
 
@@ -547,16 +567,18 @@ def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride
     or "quarter" (16 for SD, as in the released demo) or "half" of the window. Small segments get
     the network's whole resolution, large ones keep the layout they had. -> latents (B,C,2h,2w)
     """
-    z = enlarge(models.vae, latents)
+    with models.on_device("vae"):
+        z = enlarge(models.vae, latents)
     x = noise(z.shape)
     window = tuple(min(a, b) for a, b in zip(window or models.window, z.shape[2:], strict=True))
     if stride in STRIDES:
         stride = tuple(max(1, n // STRIDES[stride]) for n in window)
     hint = F.interpolate(hint, scale_factor=2.0, mode="nearest")
     mask = F.interpolate(mask, size=z.shape[2:], mode="nearest")
-    for latents in denoise(models, x, text, hint, window=window, stride=stride, keep=(z, mask),
-                           noise=noise, **options):
-        pass
+    with models.on_device("unet", "controlnet"):
+        for latents in denoise(models, x, text, hint, window=window, stride=stride, keep=(z, mask),
+                               noise=noise, **options):
+            pass
     return latents
 
 
@@ -648,21 +670,25 @@ def make_images(models, conditions, classes, args):
         latents = second_pass(models, latents, torch.from_numpy(mask)[:, None].float(), hint, text,
                               noise, stride=args.stride,
                               official_renoise=args.renoise == "official", **options)
-    images = decode(models.vae, latents)
+    with models.on_device("vae"):
+        images = decode(models.vae, latents)
     fit = [Image.fromarray(i).resize((size[1], size[0]), Image.LANCZOS) for i in images]
     return np.stack([np.asarray(i) for i in fit])
 
 
 def generate(args):
     """Make labelled images: images/, labels/, vis/, manifest.jsonl and grid.png in --out."""
-    args = fill_defaults(args, GENERATE, "generate", toy=args.sd is None)
+    args = fill_defaults(args, GENERATE, "generate", args.sd is None, PRESETS.get(args.preset))
     check_weather(args.weather)
     if args.controlnet is None:
         raise ValueError("--controlnet is missing: name the ControlNet that goes with --sd")
     classes, pairs = open_training_data(args, labels_only=True)
     models = Models.from_pretrained(
         args.sd, args.unet, args.controlnet, args.source_unet, args.swap, args.device,
-        DTYPES[choose_precision(args)])
+        DTYPES[choose_precision(args)], args.low_vram)
+    if args.compile:
+        for net in (models.unet, models.controlnet):
+            net.compile()
     if models.controlnet.hint_channels != len(classes.names) + 1:
         raise ValueError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                          f"the data have {len(classes.names)} classes and ignore")
@@ -681,7 +707,8 @@ def generate(args):
     rank, world = ranks(args.device)
     if rank:
         barrier(world)  # the first process makes the folder
-    out = open_run(args.out, args, ("num", "batch", "tile_batch", "device"), fresh=True)
+    out = open_run(args.out, args, ("num", "batch", "tile_batch", "device", "low_vram", "compile",
+                                    "preset"), fresh=True)
     if not rank:
         barrier(world)
     with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
@@ -845,7 +872,7 @@ def lr_factor(args, step):
 
 # what may change between two runs of one training
 RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "eval_fit",
-             "weights", "save", "images", "sample_steps", "guidance")
+             "weights", "save", "images", "sample_steps", "guidance", "compile")
 
 
 def fit(stage, objective, draw, args, save, groups=None):
@@ -862,6 +889,8 @@ def fit(stage, objective, draw, args, save, groups=None):
     barrier(world)
     device = torch.device(args.device)
     objective.to(device, memory_format=torch.channels_last).train()
+    if args.compile:
+        objective.compile()
     parameters = [p for p in objective.parameters() if p.requires_grad]
     groups = groups or [{"params": parameters, "lr": args.lr, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
@@ -1564,8 +1593,21 @@ RCS = {
     "rcs_min_pixels": Flag(3000, "a label file shows class c if it has more pixels of it", 40),
     "weather": Flag(list(data.WEATHERS), "weather words", list(data.STYLES), str, many=True),
 }
+SPEED = {
+    "precision": Flag("auto", "auto, fp32, bf16, fp16; auto is half precision on GPUs",
+                      choices=("auto", "fp32", "bf16", "fp16")),
+    "compile": Flag(False, "torch.compile the networks: minutes at the start, faster afterwards"),
+}
+PRESETS = {  # what --preset of generate sets: the published sampling, and less than a fifth of it
+    "paper": dict(sampler="ddim", steps=20, stride="quarter", window_weights="uniform"),
+    "fast": dict(sampler="dpm++", steps=8, stride="half", window_weights="cosine"),
+}
+PRESET_HELP = "flags not given: " + "; ".join(
+    f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items())
+    for name, preset in PRESETS.items())
 GENERATE = {
-    **COMMON, **MODELS, **RCS,
+    **COMMON, **MODELS, **RCS, **SPEED,
+    "preset": Flag(None, PRESET_HELP, type=str, choices=tuple(PRESETS)),
     "unet": Flag(None, "another prior UNet than the one of --sd", type=Path),
     "controlnet": Flag(None, "ControlNet folder or file", TOY / "controlnet", Path),
     "out": Flag(Path("runs/generate"), "output folder; finished images in it are kept"),
@@ -1596,9 +1638,10 @@ GENERATE = {
                     choices=("ddim", "official")),
     "weather_prob": Flag(0.5, "share of prompts with a weather sentence"),
     "negative": Flag("", "negative prompt"),
-    "precision": Flag("auto", "auto, fp32, bf16, fp16", choices=("auto", "fp32", "bf16", "fp16")),
+    "low_vram": Flag(False, "keep only the network at work on the GPU"),
 }
 LOOP = {
+    **SPEED,
     "steps": Flag(0, "updates"),
     "lr": Flag(0.0, "learning rate of AdamW"),
     "batch": Flag(1, "samples a network call"),
@@ -1608,8 +1651,6 @@ LOOP = {
     "weight_decay": Flag(0.01, "of AdamW"),
     "clip": Flag(1.0, "largest gradient norm; 0: no limit"),
     "ema": Flag(0.0, "decay of the weights' moving average; 0: none"),
-    "precision": Flag("auto", "autocast: bf16 or fp16 on GPUs, fp32 on CPU",
-                      choices=("auto", "fp32", "bf16", "fp16")),
     "save_every": Flag(1000, "steps between checkpoints and sample sheets"),
     "save_dtype": Flag("fp32", "of the final weights", "fp16", choices=("fp32", "fp16", "bf16")),
     "workers": Flag(4, "processes that load data", 0),
@@ -1673,12 +1714,14 @@ def default_of(name, flag, recipe, toy):
     return small.get(name, value if flag.toy is None else flag.toy) if toy else value
 
 
-def fill_defaults(args, table, recipe, toy):
-    """A copy of args with a value for every flag that was not given."""
+def fill_defaults(args, table, recipe, toy, preset=None):
+    """A copy of args with a value for every flag that was not given: the preset's or its default.
+    """
     filled = argparse.Namespace(**vars(args))
     for name, flag in table.items():
         if getattr(filled, name) is None:
-            setattr(filled, name, default_of(name, flag, recipe, toy))
+            value = default_of(name, flag, recipe, toy)
+            setattr(filled, name, (preset or {}).get(name, value))
     if filled.device == "auto":
         filled.device = ("cuda" if torch.cuda.is_available() else
                          "mps" if torch.backends.mps.is_available() else "cpu")
@@ -1750,6 +1793,12 @@ def main(argv=None):
         if "ValueError: " in said:  # a data loader's process hands on its whole traceback
             said = said.rpartition("ValueError: ")[2]
         print(f"dginstyle: {said}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not getattr(args, "compile", None):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        print(f"dginstyle: failed with --compile, try without it: {reason}", file=sys.stderr)
         return 2
     return 0
 

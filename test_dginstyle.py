@@ -182,6 +182,19 @@ def test_published_sizes():
         assert shapes(VAE()) == shapes(theirs)
 
 
+def test_vae_in_bands_is_the_whole(monkeypatch):
+    """Large pictures are worked on in bands of rows, small ones whole: the same numbers."""
+    auto = tiny_models().vae.to(memory_format=torch.channels_last)
+    images = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        z = auto.encode(images)
+        want = auto.decode(z)
+        for band in (2500, 7 * 8 * 32, 1):  # bands of several rows, cut unevenly, of one row
+            monkeypatch.setattr(vae_module, "BAND", band)
+            assert relative(auto.encode(images), z) < 1e-5
+            assert relative(auto.decode(z), want) < 1e-5
+
+
 def test_vae_equals_diffusers(tmp_path):
     """Encode (mean, and a sample with the same noise) and decode at a size that is not square."""
     diffusers = pytest.importorskip("diffusers")
@@ -921,6 +934,23 @@ def test_window_weights_are_a_partition(weights, monkeypatch):
     next(denoise(models, x, models.encode_prompts(["road", ""]), steps=1, window=(8, 8),
                  stride=(5, 8), weights=weights))
     assert (outs[0] - 0.3).abs().max() < 1e-6
+
+
+def test_nets_take_turns_on_the_device(monkeypatch):
+    """With low_vram a net is on the device for its turn only, and its weights come back untouched
+    (float64 stands in for a GPU)."""
+    models = tiny_models()
+    monkeypatch.setattr(Models, "device", torch.float64)
+    names = ("unet", "controlnet", "vae", "text_encoder")
+    nets = {name: getattr(models, name) for name in names}
+    before = {name: [(p, p.data) for p in net.parameters()] for name, net in nets.items()}
+    with models.on_device("unet", "controlnet"):
+        there = [name for name, net in nets.items()
+                 if all(p.dtype == torch.float64 for p in net.parameters())]
+    assert there == ["unet", "controlnet"]
+    for name, net in nets.items():
+        for p, (q, home) in zip(net.parameters(), before[name], strict=True):
+            assert p is q and p.data_ptr() == home.data_ptr()
 
 
 def test_image_noise_is_its_own():
@@ -2359,6 +2389,27 @@ def test_generate_again_finishes_what_is_missing(generated, tmp_path):
     stamp = lost.stat().st_mtime_ns
     assert main(["generate", *QUICK, "--out", str(out)]) == 0
     assert lost.stat().st_mtime_ns == stamp
+
+
+def test_presets():
+    """Explicit flags win over the preset, the preset over the defaults; fast needs at most a fifth
+    of paper's network evaluations at the published size."""
+    def parse(*words):
+        args = dginstyle.build_parser().parse_args(["generate", "--device", "cpu", *words])
+        return dginstyle.fill_defaults(args, dginstyle.GENERATE, "generate", args.sd is None,
+                                       dginstyle.PRESETS.get(args.preset))
+
+    def evaluations(args):
+        stride = 64 // dginstyle.STRIDES[args.stride]
+        return args.steps * (1 + len(dginstyle.tiles((128, 128), (64, 64), (stride, stride))))
+
+    published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
+    assert {**vars(published), "preset": "paper"} == vars(paper)
+    fast = parse("--sd", "x", "--preset", "fast")
+    assert evaluations(paper) == 520 and evaluations(paper) >= 5 * evaluations(fast)
+    mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
+    assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
+    assert parse().stride == (8, 16) and parse().sampler == "ddim"  # the toy's own
 
 
 def test_generate_from_label_maps_alone(tmp_path):
