@@ -653,8 +653,8 @@ def draw_condition(k, pairs, sampler, size, args, classes):
                      int(rng.integers(2**62)))
 
 
-def make_images(models, conditions, classes, args):
-    """Conditions of one size -> uint8 images (B,H,W,3): both passes, decoded and scaled back."""
+def sample(models, conditions, classes, args):
+    """Conditions of one size -> latents of the last pass, (B,C,h,w) or with --mrlf (B,C,2h,2w)."""
     noise = Noise([c.seed for c in conditions])
     text = models.encode_prompts([c.prompt for c in conditions], args.negative)
     labels = torch.from_numpy(np.stack([c.label for c in conditions]))
@@ -670,8 +670,15 @@ def make_images(models, conditions, classes, args):
         latents = second_pass(models, latents, torch.from_numpy(mask)[:, None].float(), hint, text,
                               noise, stride=args.stride,
                               official_renoise=args.renoise == "official", **options)
+    return latents
+
+
+def make_images(models, conditions, classes, args):
+    """Conditions of one size -> uint8 images (B,H,W,3): sampled, decoded and scaled back."""
+    latents = sample(models, conditions, classes, args)
     with models.on_device("vae"):
         images = decode(models.vae, latents)
+    size = conditions[0].label.shape
     fit = [Image.fromarray(i).resize((size[1], size[0]), Image.LANCZOS) for i in images]
     return np.stack([np.asarray(i) for i in fit])
 

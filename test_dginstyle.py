@@ -7,6 +7,7 @@ loops, data, segmenter, commands, bad input, the house rules. Oracles are skippe
 weights and a ControlNet with 20 hint channels, for timing and memory.
 """
 
+import argparse
 import ast
 import colorsys
 import json
@@ -45,6 +46,7 @@ from clip_text import (
 )
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
+from experiments import bench
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -2647,6 +2649,33 @@ def test_another_runs_folder_is_refused(capsys, generated, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "mine")], "not empty")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+# ---- experiments/bench.py ------------------------------------------------------------------------
+
+
+def test_bench_loop_is_ours():
+    """The released loop that the bench times us against gives what we give."""
+    models, args = tiny_models(), bench.settings("--steps", "2", "--large-segment", "60000")
+    label = np.zeros((32, 32), np.uint8)
+    label[20:] = 10
+    condition = dginstyle.Condition("x", label, "road sky", None, None, (0, 0), 3)
+    assert bench.large_mask(condition, args)[0, 0] == 1
+    assert bench.check_same(models, condition, args) < 1e-5
+
+
+def test_bench_reports_ratios(tmp_path, monkeypatch):
+    """A case is timed on all sides, a missing package leaves its cell empty, both files appear."""
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    a, run = torch.ones(64, 64), bench.Bench(torch.device("cpu"), quick=True)
+    run.peaks = {torch.float32: 1e9}
+    run.run(bench.Case("product", lambda: a @ a, {"twice": lambda: a @ a @ a, "absent": None}))
+    row = run.rows[0]
+    assert row["ratio"]["absent"] is None and row["ratio"]["twice"] > 0
+    assert abs(row["of peak"] - 2 * 64**3 / row["seconds"]["ours"] / 1e9) < 1e-9
+    bench.report(run, argparse.Namespace(sd_size=False))
+    assert json.loads((tmp_path / "bench.json").read_text())["toy size, cpu"]["rows"] == [row]
+    assert "absent: not installed" in (tmp_path / "bench.md").read_text()
 
 
 # ---- the house -----------------------------------------------------------------------------------
