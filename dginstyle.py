@@ -554,7 +554,8 @@ def enlarge(vae, latents):
     images = decode(vae, latents)
     size = images.shape[2] * 2, images.shape[1] * 2
     large = np.stack([np.asarray(Image.fromarray(i).resize(size, Image.LANCZOS)) for i in images])
-    return vae.encode(from_uint8(large).to(vae.quant_conv.weight)).float()
+    large = from_uint8(large).to(vae.quant_conv.weight)
+    return torch.cat([vae.encode(i[None]) for i in large]).float()
 
 
 def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride="quarter",

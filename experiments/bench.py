@@ -59,7 +59,8 @@ class Case:
     ours: Callable
     others: dict[str, Callable | None]  # None: not installed
     dtype: torch.dtype = torch.float32  # whose peak is the yardstick of ours
-    seconds: float = 8.0  # rounds go on for about this long
+    rounds: int = 4  # at least, and
+    seconds: float = 5.0  # at least
     count: bool = True  # count the operations of ours
 
 
@@ -99,15 +100,15 @@ class Bench:
         if case.count:
             with counter:
                 case.ours()
-        times, end = {k: [] for k in sides}, time.perf_counter() + case.seconds
-        while True:  # the first round warms up, unless it is the only one
+        times, start, rounds = {k: [] for k in sides}, time.perf_counter(), 0
+        while rounds < (1 if self.quick else case.rounds) or (
+                time.perf_counter() < start + case.seconds and not self.quick):
             for name, function in sides.items():
                 times[name].append(self.clock(function))
-            if self.quick or (time.perf_counter() > end and len(times["ours"]) > 1) or (
-                    time.perf_counter() > end + case.seconds):
-                break
+            rounds += 1
+        # the first round warms up, unless it is the only one
         medians = {k: statistics.median(t[1:] or t) for k, t in times.items()}
-        row = {"case": case.name, "rounds": len(times["ours"]), "seconds": medians,
+        row = {"case": case.name, "rounds": rounds, "seconds": medians,
                "ratio": {k: medians[k] / medians["ours"] if k in medians else None
                          for k in case.others}}
         if flops := counter.get_total_flops():
@@ -221,7 +222,7 @@ def settings(*flags):
 
 def street(size, seed=1):
     """What `generate` draws for one image: a toy street's label map, of this size in pixels."""
-    label = np.asarray(Image.fromarray(data.toy_street(seed)[1]).resize(size[::-1], Image.NEAREST))
+    label = np.array(Image.fromarray(data.toy_street(seed)[1]).resize(size[::-1], Image.NEAREST))
     prompt = data.weather_prompt(data.caption(label, CLASSES), "rainy")
     return Condition("street", label, prompt, "rainy", None, (0, 0), seed)
 
@@ -377,15 +378,15 @@ def image_case(name, models, fast, condition, args, dtype):
         "literal": lambda: literal_image(models, our_nets(models), condition, args),
         "diffusers": nets and (
             lambda: literal_image(models, diffusers_loop_nets(nets), condition, args)),
-    }, dtype, seconds=60)
+    }, dtype)
 
 
 def preset_case(models, conditions, dtype):
-    """The same images by --preset fast (ours) and --preset paper."""
+    """The same images by --preset fast (ours) and --preset paper: the ratio is images a second."""
     fast, paper = (settings("--preset", p) for p in ("fast", "paper"))
     return Case("preset fast", lambda: dginstyle.make_images(models, conditions, CLASSES, fast),
                 {"paper": lambda: dginstyle.make_images(models, conditions, CLASSES, paper)},
-                dtype, seconds=30)
+                dtype, count=False)
 
 
 def training_step(net, loss):
@@ -512,12 +513,12 @@ def toy_bench(bench):
     args = settings("--stride", "quarter", "--steps", 2 if quick else 20)
     condition = street(models.size)
     for case in network_cases(models, torch.float32):
-        bench.run(replace(case, seconds=2))
+        bench.run(case)
     fault = check_same(models, condition, with_(args, steps=2))
     print(f"ours and the literal loop agree to {fault:.1e}")
     title = f"one MRLF image, {args.steps} steps, stride a quarter of the window"
     bench.run(image_case(title, models, models, condition, args, torch.float32))
-    bench.run(preset_case(models, [condition] * (1 if quick else 4), torch.float32))
+    bench.run(preset_case(models, [condition] * (1 if quick else 2), torch.float32))
     bench.add(precision_row(models, half, condition, args))
     for row in scaling_rows(bench, models, 1 if quick else 4):
         bench.add(row)
@@ -525,7 +526,7 @@ def toy_bench(bench):
     bench.run(segmenter_training_case(device, "b0", (64, 128), 2 if quick else 8))
     for case in segmenter_cases(device, ("b0",) if quick else ("b0", "b1", "b2", "b3", "b4", "b5"),
                                 (128, 128) if quick else (256, 512)):
-        bench.run(replace(case, seconds=5))
+        bench.run(case)
 
 
 def sd_bench(bench):
@@ -538,7 +539,7 @@ def sd_bench(bench):
     condition = street(models.size)
     for name, nets, dtype in (("fp32", models, torch.float32), ("bf16", half, torch.bfloat16)):
         for case in network_cases(nets, dtype):
-            bench.run(replace(case, name=f"{case.name}, {name}", seconds=10))
+            bench.run(replace(case, name=f"{case.name}, {name}"))
     if gpu:
         torch.cuda.reset_peak_memory_stats()
         dginstyle.make_images(half, [condition], CLASSES, with_(args, tile_batch=8))
@@ -546,7 +547,8 @@ def sd_bench(bench):
         bench.add({"case": "peak GPU memory with both precisions loaded", "gb": gb,
                    "note": f"{gb:.1f} GB"})
     title = f"one MRLF image in bf16, {steps} steps, the loops in fp32"
-    bench.run(image_case(title, models, half, condition, args, torch.bfloat16))
+    case = image_case(title, models, half, condition, args, torch.bfloat16)
+    bench.run(replace(case, rounds=4 if gpu else 1))  # minutes on a CPU
     bench.add(precision_row(models, half, condition, args))
 
 
