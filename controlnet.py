@@ -26,6 +26,7 @@ from unet import (
     TimeEmbedding,
     call,
     call_checkpointed,
+    encode_context,
     from_ldm,
     infer_config,
     load_strict,
@@ -96,18 +97,26 @@ class ControlNet(nn.Module):
         """hint (B,K,H,W) -> (B,C,h,w). The same in every step, so a sampler calls it once."""
         return self.controlnet_cond_embedding(hint)
 
+    def encode_time(self, t):
+        """As UNet.encode_time."""
+        return self.time_embedding(t)
+
+    def encode_context(self, context):
+        """As UNet.encode_context."""
+        return encode_context(self, context)
+
     def forward(self, x, t, context, hint, scale=1.0):
         """-> (list of residuals for the UNet's skips, residual for its middle), times scale.
 
-        x (B,C,h,w), t a number or (B,), context (B,L,D), hint the one-hot map (B,K,H,W), or what
-        `encode_hint` made of it (B,C,h,w).
+        x (B,C,h,w), t a number or (B,), context (B,L,D), hint the one-hot map (B,K,H,W); each of
+        the last three may come encoded, the hint as (B,C,h,w).
         """
         run = call_checkpointed if self.checkpointing and self.training else call
         if hint.shape[1:] != (self.config.block_out_channels[0], *x.shape[2:]):
             hint = self.encode_hint(hint)
         assert hint.shape[2:] == x.shape[2:], (tuple(hint.shape), tuple(x.shape))
 
-        emb = self.time_embedding(t, x)
+        emb = self.time_embedding(t)
         x = self.conv_in(x) + hint
         skips = [x]
         for block in self.down_blocks:

@@ -3,7 +3,7 @@
 Paper: Jia et al., "DGInStyle: Domain-Generalizable Semantic Segmentation with Image Diffusion
 Models and Stylized Semantic Control", ECCV 2024, arXiv 2312.03048. In the paper's order:
 
-    1  Schedule                     DDIM, in the paper's symbols
+    1  Schedule, DDIM, DPMSolver    noise levels and samplers, in the papers' symbols
     2  style_swap                   U^S under the ControlNet in training, then U^P in its place
     3  Models                       what is needed to sample, and guidance
     4  denoise, first_pass,         sampling in overlapping tiles, and multi-resolution latent
@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import json
 import math
 import os
@@ -126,25 +127,25 @@ class Schedule:
             ts = [round(n - k * n / steps) - 1 for k in range(steps)]
         return [(t, t - n // steps) for t in ts]
 
+    def split(self, out, x, t):
+        """The network's output for x_t -> the (x_0, eps) that it stands for."""
+        a, s = self.abar_at(t) ** 0.5, (1 - self.abar_at(t)) ** 0.5
+        if self.prediction_type == "epsilon":
+            return (x - s * out) / a, out
+        return a * x - s * out, a * out + s * x
+
     def step(self, out, x, t, t_prev):
         """One DDIM step (eq. 12, sigma = 0): the network's output at t and x_t -> x_{t_prev}."""
-        abar, abar_prev = self.abar_at(t), self.abar_at(t_prev)
-        if self.prediction_type == "epsilon":
-            eps = out
-            x0 = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
-        else:
-            eps = abar**0.5 * out + (1 - abar) ** 0.5 * x
-            x0 = abar**0.5 * x - (1 - abar) ** 0.5 * out
-        return abar_prev**0.5 * x0 + (1 - abar_prev) ** 0.5 * eps
+        x0, eps = self.split(out, x, t)
+        return self.add_noise(x0, eps, t_prev)
 
     def add_noise(self, x0, eps, t):
         """x_t from x_0 (B,…); t a timestep or (B,)."""
-        if not torch.is_tensor(t):
-            abar = torch.tensor(self.abar_at(t))
+        if torch.is_tensor(t):
+            abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1)).to(x0)
         else:
-            abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1))
-        abar = abar.to(x0)
-        return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+            abar = self.abar_at(t)
+        return abar**0.5 * x0 + (1 - abar) ** 0.5 * eps
 
     def target(self, x0, eps, t):
         """What the network is trained to put out for x_t: eps, or v = sqrt(abar) eps - … x_0."""
@@ -152,6 +153,57 @@ class Schedule:
             return eps
         abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1)).to(x0)
         return abar.sqrt() * eps - (1 - abar).sqrt() * x0
+
+
+class DDIM:
+    """The published sampler: one run of `steps` steps, each a `Schedule.step`."""
+
+    def __init__(self, schedule, steps):
+        self.timesteps, self.step = schedule.timesteps(steps), schedule.step
+
+
+class DPMSolver:
+    """DPM-Solver++ 2M (Lu et al., arXiv 2211.01095, algorithm 2): one run of `steps` steps.
+
+    With alpha = sqrt(abar), sigma = sqrt(1 - abar), lambda = log(alpha / sigma), from t to s:
+
+        x_s = sigma_s / sigma_t x_t + (alpha_s - sigma_s alpha_t / sigma_t) D
+        D   = x_0 + (x_0 - x_0') / 2r,    r = (lambda_t - lambda_t') / (lambda_s - lambda_t)
+
+    where ' marks the step before. The first step is of first order (D = x_0), and so is the last
+    one in runs below 15 steps or where it ends without noise.
+
+    Results equal diffusers' DPMSolverMultistepScheduler with algorithm_type dpmsolver++,
+    solver_order 2, solver_type midpoint, lower_order_final, and final_sigmas_type zero where the
+    schedule says set_alpha_to_one, else sigma_min (the level of t = 0, as in DDIM). Its "leading"
+    timesteps are not DDIM's: they leave the lowest one out, which lies next to the last level.
+    """
+
+    def __init__(self, schedule, steps):
+        ts = [t for t, _ in schedule.timesteps(steps)]
+        if schedule.timestep_spacing == "leading":
+            gap = schedule.num_train_timesteps // (steps + 1)
+            ts = [k * gap + schedule.steps_offset for k in range(steps, 0, -1)]
+        self.schedule = schedule
+        self.timesteps = list(zip(ts, [*ts[1:], -1], strict=True))
+        self.before = None  # (lambda, x_0) of the step before
+
+    def step(self, out, x, t, t_prev):
+        """The network's output at t and x_t -> x_{t_prev}; to be called in the run's order."""
+        x0, _ = self.schedule.split(out, x, t)
+        (a_t, s_t), (a_s, s_s) = (
+            (abar**0.5, (1 - abar) ** 0.5) for abar in map(self.schedule.abar_at, (t, t_prev)))
+        lambda_t, D = math.log(a_t / s_t), x0
+        last_of_first_order = t_prev < 0 and (len(self.timesteps) < 15 or s_s == 0)
+        if self.before and not last_of_first_order:
+            lambda_before, x0_before = self.before
+            r = (lambda_t - lambda_before) / (math.log(a_s / s_s) - lambda_t)
+            D = x0 + (x0 - x0_before) / (2 * r)
+        self.before = lambda_t, x0
+        return s_s / s_t * x + (a_s - s_s * a_t / s_t) * D
+
+
+SAMPLERS = {"ddim": DDIM, "dpm++": DPMSolver}
 
 
 # --------------------------------------------------------------------------------------------
@@ -195,14 +247,16 @@ class Models:
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     schedule: Schedule
+    turns_on: str | None = None  # nets live elsewhere and take turns on this device
 
     @classmethod
     def from_pretrained(cls, sd, unet=None, controlnet=None, source_unet=None, swap=1.0,
-                        device="cpu", dtype=torch.float32):
+                        device="cpu", dtype=torch.float32, low_vram=False):
         """Load an SD folder or a single-file SD checkpoint, optionally with a ControlNet.
 
-        unet: another prior than the folder's; source_unet: U^S, needed when swap < 1. ValueError
-        where the parts do not fit together.
+        unet: another prior than the folder's; source_unet: U^S, needed when swap < 1; low_vram:
+        the nets stay in CPU memory and go to the device for their turn, see `on_device`.
+        ValueError where the parts do not fit together.
         """
         sd = Path(sd)
         part = (lambda name: sd / name) if sd.is_dir() else (lambda name: sd)
@@ -219,10 +273,12 @@ class Models:
         self = cls(
             unet=prior,
             controlnet=ControlNet.from_pretrained(controlnet, dtype) if controlnet else None,
-            vae=VAE.from_pretrained(part("vae"), torch.float32),  # overflows in half precision
+            vae=VAE.from_pretrained(part("vae"),  # overflows in fp16
+                                    torch.float32 if dtype == torch.float16 else dtype),
             text_encoder=TextEncoder.from_pretrained(part("text_encoder"), dtype),
             tokenizer=Tokenizer.from_pretrained(beside / "tokenizer"),
             schedule=Schedule.from_pretrained(scheduler) if scheduler.is_dir() else Schedule(),
+            turns_on=device if low_vram else None,
         )
         if not scheduler.is_dir() and prior.config.cross_attention_dim == 1024:
             raise ValueError(f"{scheduler} is missing: without it nothing tells whether this SD 2 "
@@ -230,7 +286,7 @@ class Models:
         self.check()
         for net in (self.unet, self.controlnet, self.vae, self.text_encoder):
             if net is not None:
-                net.to(device, memory_format=torch.channels_last)
+                net.to("cpu" if low_vram else device, memory_format=torch.channels_last)
         return self
 
     def check(self):
@@ -258,7 +314,21 @@ class Models:
 
     @property
     def device(self):
-        return self.unet.conv_in.weight.device
+        return torch.device(self.turns_on or self.unet.conv_in.weight.device)
+
+    @contextlib.contextmanager
+    def on_device(self, *names):
+        """Within, these nets are on the device. Those that came from elsewhere go back at the end,
+        without a copy: their weights at home were there all the time."""
+        nets = [net for net in (getattr(self, name) for name in names) if net is not None]
+        homes = [(p, p.data) for net in nets for p in net.parameters()]
+        for p, home in homes:
+            p.data = home.to(self.device)
+        try:
+            yield
+        finally:
+            for p, home in homes:
+                p.data = home
 
     @property
     def window(self):
@@ -278,22 +348,48 @@ class Models:
     @torch.no_grad()
     def encode_prompts(self, prompts, negative=""):
         """B prompts -> text (2,B,L,D): the negative prompt's encoding, then the prompts'."""
-        tokens = self.tokenizer([negative] + list(prompts)).to(self.device)
-        text = self.text_encoder(tokens)
-        return torch.stack([text[:1].expand(len(prompts), -1, -1), text[1:]])
+        different = list(dict.fromkeys([negative, *prompts]))
+        with self.on_device("text_encoder"):
+            text = self.text_encoder(self.tokenizer(different).to(self.device))
+        rows = [[different.index(p) for p in side] for side in ([negative] * len(prompts), prompts)]
+        return text[torch.tensor(rows, device=text.device)]
 
-    def predict(self, x, t, text, hint=None, guidance=7.5, control_scale=1.0):
+    def encode_text(self, text, control_uncond=True):
+        """Text (2,P,L,D) -> its keys and values in the UNet and the ControlNet, for `predict`."""
+        text = text.to(self.unet.conv_in.weight.dtype)
+        both, guided = text.flatten(0, 1), text[1]
+        control = self.controlnet and self.controlnet.encode_context(
+            both if control_uncond else guided)
+        return self.unet.encode_context(both), control
+
+    def encode_time(self, t):
+        """A timestep -> its embeddings in the UNet and the ControlNet, for `predict`."""
+        return self.unet.encode_time(t), self.controlnet and self.controlnet.encode_time(t)
+
+    def predict(self, x, t, text, hint=None, guidance=7.5, control_scale=1.0, control_uncond=True):
         """Classifier-free guidance: out_u + guidance (out_c - out_u), float32.
 
-        x (n,C,h,w), text (2,n,L,D), hint encoded (n,C',h,w) or None. The control goes into both
-        halves, each with its own text, as in the paper; into one only, it drowns the style.
+        x (n,C,h,w), t a timestep, text (2,P,L,D) where P divides n and each row serves n/P samples
+        in a row, hint encoded (n,C',h,w) or None. What is the same in many calls may come encoded:
+        t by `encode_time`, text by `encode_text`.
+
+        The control goes into both halves, each with its own text, as in the paper; into the guided
+        half alone (control_uncond off) it is cheaper, but amplified by the guidance, at the
+        style's expense.
         """
-        dtype = self.unet.conv_in.weight.dtype
-        both = torch.cat([x, x]).to(dtype)
-        context = text.flatten(0, 1).to(dtype)
-        control = None
-        if hint is not None:
-            control = self.controlnet(both, t, context, torch.cat([hint, hint]), control_scale)
+        t, control_t = t if isinstance(t, tuple) else (t, t)
+        if torch.is_tensor(text):
+            text = self.encode_text(text, control_uncond)
+        context, control_context = text
+        x = x.to(self.unet.conv_in.weight.dtype)
+        both, control = torch.cat([x, x]), None
+        if hint is not None and control_uncond:
+            control = self.controlnet(both, control_t, control_context, torch.cat([hint, hint]),
+                                      control_scale)
+        elif hint is not None:
+            residuals, middle = self.controlnet(x, control_t, control_context, hint, control_scale)
+            residuals = [torch.cat([torch.zeros_like(r), r]) for r in (*residuals, middle)]
+            control = residuals[:-1], residuals[-1]
         out_u, out_c = self.unet(both, t, context, control).float().chunk(2)
         return out_u + guidance * (out_c - out_u)
 
@@ -328,21 +424,53 @@ def tiles(size, window, stride):
     return [(i, j) for i in starts[0] for j in starts[1]]
 
 
+def window_weights(kind, window):
+    """(h,w) weights of a window's positions: uniform, as in the paper, or cosine.
+
+    cosine is sin^2 on both axes (Hann), above 0 everywhere: windows fade into each other, which
+    lets them lie further apart.
+    """
+    if kind == "uniform":
+        return torch.ones(window)
+    assert kind == "cosine", kind
+    return torch.outer(*(torch.sin(math.pi * (torch.arange(n) + 0.5) / n) ** 2 for n in window))
+
+
+def windows_that_fit(models, window):
+    """How many windows to put into one network call: what free GPU memory allows, up to 32."""
+    if models.device.type != "cuda":
+        return 8
+    free = (torch.cuda.mem_get_info(models.device)[0]
+            + torch.cuda.memory_reserved(models.device)  # torch's own, in part unused
+            - torch.cuda.memory_allocated(models.device))
+    weight = models.unet.conv_in.weight
+    # the widest maps at full size alive at once in both halves of the guidance, and room to spare
+    need = 128 * weight.shape[0] * window[0] * window[1] * weight.element_size()
+    return max(1, min(32, int(0.8 * free / need)))
+
+
 @torch.no_grad()
-def denoise(models, x, text, hint=None, *, steps=20, guidance=7.5, control_scale=1.0,
-            window=None, stride=None, keep=None, noise=None, official_renoise=False, tile_batch=8):
-    """Yield the latents (B,C,h,w) after every DDIM step, sampled in overlapping windows.
+def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
+            control_scale=1.0, control_uncond=True, window=None, stride=None, weights="uniform",
+            keep=None, noise=None, official_renoise=False, tile_batch=None):
+    """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
     x       (B,C,h,w) initial noise
     text    (2,B,L,D) from Models.encode_prompts
     hint    (B,K+1,H,W) one-hot label maps, or None to sample without control
     window, stride   in latent pixels, pairs; None: one window of the whole size
+    weights see `window_weights`
     keep    (z (B,C,h,w), mask (B,1,h,w)): after every step the latents where mask = 1 become z at
             the new noise level (section 3.3); needs `noise`, which is called once per step
+    tile_batch       windows in one network call; None: what memory allows
 
-    Windows are averaged as in MultiDiffusion (arXiv 2302.08113): each is stepped on its own, then
-    divided by the coverage. Exact savings over the released loop: windows run in batches, those
-    wholly inside the mask are left out, and a window's hint is encoded once, not once per step.
+    Windows are averaged as in MultiDiffusion (arXiv 2302.08113). The released code averages them
+    after the step; here the network's outputs are averaged and the whole latents take one step:
+    the same, since a step is linear in x_t and the output, and a sampler's memory of steps before
+    is then that of the whole latents. Exact savings over the released loop: windows run in
+    batches, those wholly inside the mask are left out (a step is pointwise, so what it makes of
+    kept positions is never read), and a window's hint, a prompt's keys and values and a step's
+    time embedding are encoded once.
 
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
     the latents have reached (t_prev), so that the kept part is almost one step too noisy until
@@ -351,32 +479,49 @@ def denoise(models, x, text, hint=None, *, steps=20, guidance=7.5, control_scale
     B, _, h, w = x.shape
     wh, ww = window = window or (h, w)
     device, f = models.device, models.vae.factor
-    x, text = x.to(device), text.to(device)
-    z, mask = (k.to(device) for k in keep) if keep else (None, torch.zeros(B, 1, h, w))
+    z, mask = keep or (None, torch.zeros(B, 1, h, w))
+
+    def cut(maps, b, i, j, f=1):  # the view of a window
+        return maps[b, :, f * i : f * (i + wh), f * j : f * (j + ww)]
+
     jobs = [(b, i, j) for b in range(B) for i, j in tiles((h, w), window, stride or window)
-            if not mask[b, 0, i : i + wh, j : j + ww].all()]
-    chunks = [jobs[k : k + tile_batch] for k in range(0, len(jobs), tile_batch)]
+            if not cut(mask, b, i, j).all()]
+    n = tile_batch or windows_that_fit(models, window)
+    chunks = [jobs[k : k + n] for k in range(0, len(jobs), n)]
+    x, text, mask, weight = (
+        part.to(device) for part in (x, text, mask, window_weights(weights, window)))
+    coverage = torch.zeros_like(x[:, :1])
+    for job in jobs:
+        cut(coverage, *job).add_(weight)
+    coverage[coverage == 0] = 1  # where nothing but kept latents lie
+
+    @functools.cache
+    def encoded(rows):
+        return models.encode_text(text[:, list(rows)], control_uncond)
+
+    rows = [tuple(b for b, _, _ in chunk) for chunk in chunks]
+    texts = [encoded(r[:1] if len(set(r)) == 1 else r) for r in rows]  # one row serves many windows
     hints = [None] * len(chunks)
     if hint is not None:
         dtype = models.controlnet.conv_in.weight.dtype
-        hints = [models.controlnet.encode_hint(torch.stack(
-            [hint[b, :, f * i : f * (i + wh), f * j : f * (j + ww)] for b, i, j in chunk]
-        ).to(device, dtype)) for chunk in chunks]
+        hints = [models.controlnet.encode_hint(
+            torch.stack([cut(hint, *job, f) for job in chunk]).to(device, dtype))
+            for chunk in chunks]
 
-    for t, t_prev in models.schedule.timesteps(steps):
-        total, count = torch.zeros_like(x), torch.zeros_like(x[:, :1])
-        for chunk, encoded in zip(chunks, hints, strict=True):
-            part = torch.stack([x[b, :, i : i + wh, j : j + ww] for b, i, j in chunk])
-            part_text = text[:, [b for b, _, _ in chunk]]
-            out = models.predict(part, t, part_text, encoded, guidance, control_scale)
-            stepped = models.schedule.step(out, part, t, t_prev)
-            for (b, i, j), latent in zip(chunk, stepped, strict=True):
-                total[b, :, i : i + wh, j : j + ww] += latent
-                count[b, :, i : i + wh, j : j + ww] += 1
-        x = total / count.clamp(min=1)  # 0 only where nothing but kept latents lie
+    solver = SAMPLERS[sampler](models.schedule, steps)
+    for t, t_prev in solver.timesteps:
+        now, total = models.encode_time(t), torch.zeros_like(x)
+        for chunk, chunk_text, chunk_hint in zip(chunks, texts, hints, strict=True):
+            part = torch.stack([cut(x, *job) for job in chunk])
+            outs = models.predict(part, now, chunk_text, chunk_hint, guidance, control_scale,
+                                  control_uncond)
+            for job, out in zip(chunk, outs, strict=True):
+                cut(total, *job).add_(weight * out)
+        x = solver.step(total / coverage, x, t, t_prev)
         if keep:
             level = t - 1 if official_renoise else t_prev
-            x = torch.where(mask > 0, models.schedule.add_noise(z, noise(z.shape).to(z), level), x)
+            new = models.schedule.add_noise(z.to(x), noise(z.shape).to(x), level)
+            x = torch.where(mask > 0, new, x)
         yield x
 
 
@@ -391,9 +536,13 @@ def first_pass(models, size, text, hint, noise, *, window=None, **options):
     window = min(wh, h), min(ww, w)
     stride = max(1, window[0] // 2), max(1, window[1] // 2)
     x = noise((text.shape[1], models.unet.config.in_channels, h, w))
-    for latents in denoise(models, x, text, hint, window=window, stride=stride, **options):
-        pass
+    with models.on_device("unet", "controlnet"):
+        for latents in denoise(models, x, text, hint, window=window, stride=stride, **options):
+            pass
     return latents
+
+
+STRIDES = {"quarter": 4, "half": 2}
 
 
 @torch.no_grad()
@@ -406,27 +555,32 @@ def enlarge(vae, latents):
     images = decode(vae, latents)
     size = images.shape[2] * 2, images.shape[1] * 2
     large = np.stack([np.asarray(Image.fromarray(i).resize(size, Image.LANCZOS)) for i in images])
-    return vae.encode(from_uint8(large).to(vae.quant_conv.weight)).float()
+    large = from_uint8(large).to(vae.quant_conv.weight)
+    return torch.cat([vae.encode(i[None]) for i in large]).float()
 
 
-def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride=None, **options):
+def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride="quarter",
+                **options):
     """MRLF (section 3.3): sample again at twice the size, in windows, keeping large segments.
 
     latents (B,C,h,w) of the first pass; mask (B,1,H,W), 1 = belongs to a large segment and is
     taken from the first pass; hint (B,K+1,H,W); text (2,B,L,D); noise: see Noise, called for the
-    initial noise and then once per step. window defaults to the training window, stride to a
-    quarter of it (16 for SD, as in the released demo). Small segments get the network's whole
-    resolution, large ones keep the layout they had. -> latents (B,C,2h,2w)
+    initial noise and then once per step. window defaults to the training window; stride: a pair,
+    or "quarter" (16 for SD, as in the released demo) or "half" of the window. Small segments get
+    the network's whole resolution, large ones keep the layout they had. -> latents (B,C,2h,2w)
     """
-    z = enlarge(models.vae, latents)
+    with models.on_device("vae"):
+        z = enlarge(models.vae, latents)
     x = noise(z.shape)
     window = tuple(min(a, b) for a, b in zip(window or models.window, z.shape[2:], strict=True))
-    stride = stride or tuple(max(1, n // 4) for n in window)
+    if stride in STRIDES:
+        stride = tuple(max(1, n // STRIDES[stride]) for n in window)
     hint = F.interpolate(hint, scale_factor=2.0, mode="nearest")
     mask = F.interpolate(mask, size=z.shape[2:], mode="nearest")
-    for latents in denoise(models, x, text, hint, window=window, stride=stride, keep=(z, mask),
-                           noise=noise, **options):
-        pass
+    with models.on_device("unet", "controlnet"):
+        for latents in denoise(models, x, text, hint, window=window, stride=stride, keep=(z, mask),
+                               noise=noise, **options):
+            pass
     return latents
 
 
@@ -466,8 +620,9 @@ class Condition:
 
     def manifest_row(self, args):
         """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
-        names = ("steps", "guidance", "control_scale", "swap", "mrlf", "stride", "window",
-                 "large_segment", "renoise", "negative", "precision")
+        names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "swap", "mrlf",
+                 "stride", "window", "window_weights", "large_segment", "renoise", "negative",
+                 "precision")
         return {"image": f"images/{self.name}.png",
                 "label": f"labels/{self.name}_labelTrainIds.png", "prompt": self.prompt,
                 "weather": self.weather, "class": self.rare_class, "crop": self.crop,
@@ -500,15 +655,16 @@ def draw_condition(k, pairs, sampler, size, args, classes):
                      int(rng.integers(2**62)))
 
 
-def make_images(models, conditions, classes, args):
-    """Conditions of one size -> uint8 images (B,H,W,3): both passes, decoded and scaled back."""
+def sample(models, conditions, classes, args):
+    """Conditions of one size -> latents of the last pass, (B,C,h,w) or with --mrlf (B,C,2h,2w)."""
     noise = Noise([c.seed for c in conditions])
     text = models.encode_prompts([c.prompt for c in conditions], args.negative)
     labels = torch.from_numpy(np.stack([c.label for c in conditions]))
     hint = data.one_hot(labels, len(classes.names))
     size = hint.shape[2:]
-    options = dict(steps=args.steps, guidance=args.guidance, control_scale=args.control_scale,
-                   window=args.window, tile_batch=args.tile_batch)
+    options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
+                   control_scale=args.control_scale, control_uncond=args.control_uncond,
+                   window=args.window, weights=args.window_weights, tile_batch=args.tile_batch)
     latents = first_pass(models, size, text, hint, noise, **options)
     if args.mrlf:
         large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
@@ -516,21 +672,32 @@ def make_images(models, conditions, classes, args):
         latents = second_pass(models, latents, torch.from_numpy(mask)[:, None].float(), hint, text,
                               noise, stride=args.stride,
                               official_renoise=args.renoise == "official", **options)
-    images = decode(models.vae, latents)
+    return latents
+
+
+def make_images(models, conditions, classes, args):
+    """Conditions of one size -> uint8 images (B,H,W,3): sampled, decoded and scaled back."""
+    latents = sample(models, conditions, classes, args)
+    with models.on_device("vae"):
+        images = decode(models.vae, latents)
+    size = conditions[0].label.shape
     fit = [Image.fromarray(i).resize((size[1], size[0]), Image.LANCZOS) for i in images]
     return np.stack([np.asarray(i) for i in fit])
 
 
 def generate(args):
     """Make labelled images in --out: images/, labels/, vis/, manifest.jsonl, grid, gallery."""
-    args = fill_defaults(args, GENERATE, "generate", toy=args.sd is None)
+    args = fill_defaults(args, GENERATE, "generate", args.sd is None, PRESETS.get(args.preset))
     check_weather(args.weather)
     if args.controlnet is None:
         raise ValueError("--controlnet is missing: name the ControlNet that goes with --sd")
     classes, pairs = open_training_data(args, labels_only=True)
     models = Models.from_pretrained(
         args.sd, args.unet, args.controlnet, args.source_unet, args.swap, args.device,
-        DTYPES[choose_precision(args)])
+        DTYPES[choose_precision(args)], args.low_vram)
+    if args.compile:
+        for net in (models.unet, models.controlnet):
+            net.compile()
     if models.controlnet.hint_channels != len(classes.names) + 1:
         raise ValueError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                          f"the data have {len(classes.names)} classes and ignore")
@@ -549,7 +716,8 @@ def generate(args):
     rank, world = ranks(args.device)
     if rank:
         barrier(world)  # the first process makes the folder
-    out = open_run(args.out, args, ("num", "batch", "tile_batch", "device"), fresh=True)
+    out = open_run(args.out, args, ("num", "batch", "tile_batch", "device", "low_vram", "compile",
+                                    "preset"), fresh=True)
     if not rank:
         barrier(world)
     with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
@@ -587,7 +755,7 @@ def merge_manifest(out, parts):
 
 def check_options(models, size, args):
     """ValueError for what would only fail in the middle of a run."""
-    if args.num < 1 or args.batch < 1 or args.tile_batch < 1:
+    if args.num < 1 or args.batch < 1 or (args.tile_batch or 1) < 1:
         raise ValueError(f"--num {args.num}, --batch {args.batch}, --tile-batch {args.tile_batch}: "
                          "all must be at least 1")
     if min(size) < 1 or size[0] % models.multiple or size[1] % models.multiple:
@@ -600,7 +768,7 @@ def check_options(models, size, args):
     factor = models.multiple // models.vae.factor
     if any(n < factor or n % factor for n in window):
         raise ValueError(f"--window {window[0]}x{window[1]}: both must be multiples of {factor}")
-    if args.stride:
+    if args.stride not in STRIDES:
         tiles(large, tuple(min(a, b) for a, b in zip(window, large, strict=True)), args.stride)
 
 
@@ -715,7 +883,7 @@ def lr_factor(args, step):
 
 # what may change between two runs of one training
 RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "eval_fit",
-             "weights", "save", "images", "sample_steps", "guidance")
+             "weights", "save", "images", "sample_steps", "guidance", "compile")
 
 
 def fit(stage, objective, draw, args, save, groups=None):
@@ -732,6 +900,8 @@ def fit(stage, objective, draw, args, save, groups=None):
     barrier(world)
     device = torch.device(args.device)
     objective.to(device, memory_format=torch.channels_last).train()
+    if args.compile:
+        objective.compile()
     parameters = [p for p in objective.parameters() if p.requires_grad]
     groups = groups or [{"params": parameters, "lr": args.lr, "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
@@ -1426,6 +1596,10 @@ def size_pair(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no size like 512 or 512x1024") from None
 
 
+def stride_pair(text):
+    return text if text in STRIDES else size_pair(text)
+
+
 @dataclass(frozen=True)
 class Flag:
     """A flag with its published default and, where it differs, the one of the toy world."""
@@ -1456,35 +1630,55 @@ RCS = {
     "rcs_min_pixels": Flag(3000, "a label file shows class c if it has more pixels of it", 40),
     "weather": Flag(list(data.WEATHERS), "weather words", list(data.STYLES), str, many=True),
 }
+SPEED = {
+    "precision": Flag("auto", "auto, fp32, bf16, fp16; auto is half precision on GPUs",
+                      choices=("auto", "fp32", "bf16", "fp16")),
+    "compile": Flag(False, "torch.compile the networks: minutes at the start, faster afterwards"),
+}
+PRESETS = {  # what --preset of generate sets: the published sampling, and less than a fifth of it
+    "paper": dict(sampler="ddim", steps=20, stride="quarter", window_weights="uniform"),
+    "fast": dict(sampler="dpm++", steps=8, stride="half", window_weights="cosine"),
+}
+PRESET_HELP = "flags not given: " + "; ".join(
+    f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items())
+    for name, preset in PRESETS.items())
 GENERATE = {
-    **COMMON, **MODELS, **RCS,
+    **COMMON, **MODELS, **RCS, **SPEED,
+    "preset": Flag(None, PRESET_HELP, type=str, choices=tuple(PRESETS)),
     "unet": Flag(None, "another prior UNet than the one of --sd", type=Path),
     "controlnet": Flag(None, "ControlNet folder or file", TOY / "controlnet", Path),
     "out": Flag(Path("runs/generate"), "output folder; finished images in it are kept"),
     "num": Flag(16, "number of images"),
     "batch": Flag(1, "images sampled together", 4),
-    "tile_batch": Flag(4, "windows in one network call", 32),
+    "tile_batch": Flag(None, "windows in one network call; default: what free GPU memory allows, "
+                             "8 on CPU", 32, int),
     "size": Flag(None, "label crop and image, HxW pixels; default: the training window",
                  type=size_pair),
     "label_height": Flag(None, "shrink label maps to this height before cropping", type=int),
-    "steps": Flag(20, "DDIM steps of each pass"),
+    "sampler": Flag("ddim", "ddim, or dpm++ (DPM-Solver++ 2M), which needs fewer steps",
+                    choices=tuple(SAMPLERS)),
+    "steps": Flag(20, "steps of each pass"),
     "guidance": Flag(7.5, "classifier-free guidance", 3.0),
     "control_scale": Flag(1.0, "weight of the ControlNet's residuals"),
+    "control_uncond": Flag(True, "control in both halves of the guidance; off: the guided one"),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),
     "mrlf": Flag(True, "second pass at double resolution"),
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",
                    type=size_pair),
-    "stride": Flag(None, "second pass: step between windows, HxW latent pixels; default: a quarter "
-                         "of the window", (8, 16), size_pair),
+    "stride": Flag("quarter", "second pass: step between windows, HxW latent pixels, or quarter or "
+                              "half of the window", (8, 16), stride_pair),
+    "window_weights": Flag("uniform", "weights of a window's positions when windows are averaged",
+                           choices=("uniform", "cosine")),
     "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
                                     "of a 512x512 image"),
     "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",
                     choices=("ddim", "official")),
     "weather_prob": Flag(0.5, "share of prompts with a weather sentence"),
     "negative": Flag("", "negative prompt"),
-    "precision": Flag("auto", "auto, fp32, bf16, fp16", choices=("auto", "fp32", "bf16", "fp16")),
+    "low_vram": Flag(False, "keep only the network at work on the GPU"),
 }
 LOOP = {
+    **SPEED,
     "steps": Flag(0, "updates"),
     "lr": Flag(0.0, "learning rate of AdamW"),
     "batch": Flag(1, "samples a network call"),
@@ -1494,8 +1688,6 @@ LOOP = {
     "weight_decay": Flag(0.01, "of AdamW"),
     "clip": Flag(1.0, "largest gradient norm; 0: no limit"),
     "ema": Flag(0.0, "decay of the weights' moving average; 0: none"),
-    "precision": Flag("auto", "autocast: bf16 or fp16 on GPUs, fp32 on CPU",
-                      choices=("auto", "fp32", "bf16", "fp16")),
     "save_every": Flag(1000, "steps between checkpoints and sample sheets"),
     "save_dtype": Flag("fp32", "of the final weights", "fp16", choices=("fp32", "fp16", "bf16")),
     "workers": Flag(4, "processes that load data", 0),
@@ -1560,12 +1752,14 @@ def default_of(name, flag, recipe, toy):
     return small.get(name, value if flag.toy is None else flag.toy) if toy else value
 
 
-def fill_defaults(args, table, recipe, toy):
-    """A copy of args with a value for every flag that was not given."""
+def fill_defaults(args, table, recipe, toy, preset=None):
+    """A copy of args with a value for every flag that was not given: the preset's or its default.
+    """
     filled = argparse.Namespace(**vars(args))
     for name, flag in table.items():
         if getattr(filled, name) is None:
-            setattr(filled, name, default_of(name, flag, recipe, toy))
+            value = default_of(name, flag, recipe, toy)
+            setattr(filled, name, (preset or {}).get(name, value))
     if filled.device == "auto":
         filled.device = ("cuda" if torch.cuda.is_available() else
                          "mps" if torch.backends.mps.is_available() else "cpu")
@@ -1637,6 +1831,12 @@ def main(argv=None):
         if "ValueError: " in said:  # a data loader's process hands on its whole traceback
             said = said.rpartition("ValueError: ")[2]
         print(f"dginstyle: {said}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not getattr(args, "compile", None):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        print(f"dginstyle: failed with --compile, try without it: {reason}", file=sys.stderr)
         return 2
     return 0
 

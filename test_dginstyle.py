@@ -7,6 +7,7 @@ loops, data, segmenter, commands, bad input, the house rules. Oracles are skippe
 weights and a ControlNet with 20 hint channels, for timing and memory.
 """
 
+import argparse
 import ast
 import colorsys
 import json
@@ -45,7 +46,8 @@ from clip_text import (
     split_words,
 )
 from controlnet import ControlNet, from_ldm_control
-from dginstyle import Models, Noise, Schedule, denoise, main, style_swap
+from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
+from experiments import bench
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -181,6 +183,19 @@ def test_published_sizes():
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
             block_out_channels=(128, 256, 512, 512), layers_per_block=2)
         assert shapes(VAE()) == shapes(theirs)
+
+
+def test_vae_in_bands_is_the_whole(monkeypatch):
+    """Large pictures are worked on in bands of rows, small ones whole: the same numbers."""
+    auto = tiny_models().vae.to(memory_format=torch.channels_last)
+    images = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        z = auto.encode(images)
+        want = auto.decode(z)
+        for band in (2500, 7 * 8 * 32, 1):  # bands of several rows, cut unevenly, of one row
+            monkeypatch.setattr(vae_module, "BAND", band)
+            assert relative(auto.encode(images), z) < 1e-5
+            assert relative(auto.decode(z), want) < 1e-5
 
 
 def test_vae_equals_diffusers(tmp_path):
@@ -737,6 +752,32 @@ def test_ddim_equals_diffusers(prediction, spacing, offset, to_one, tmp_path):
     assert relative(ours.target(x0, eps, t), want) < 1e-6
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing,offset", [("leading", 1), ("leading", 0), ("trailing", 0)])
+@pytest.mark.parametrize("to_one", [False, True])
+def test_dpm_solver_equals_diffusers(prediction, spacing, offset, to_one):
+    """Timesteps and every step agree with DPMSolverMultistepScheduler; set_alpha_to_one is its
+    final sigma of zero."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", solver_order=2,
+        algorithm_type="dpmsolver++", solver_type="midpoint", prediction_type=prediction,
+        timestep_spacing=spacing, steps_offset=offset, lower_order_final=True,
+        final_sigmas_type="zero" if to_one else "sigma_min")
+    schedule = Schedule(prediction_type=prediction, timestep_spacing=spacing, steps_offset=offset,
+                        set_alpha_to_one=to_one)
+    for n in (20, 8, 1):
+        theirs.set_timesteps(n)
+        solver = DPMSolver(schedule, n)
+        assert [t for t, _ in solver.timesteps] == theirs.timesteps.tolist()
+        g = torch.Generator().manual_seed(n)
+        x = y = torch.randn(1, 4, 8, 8, generator=g)
+        for t, t_prev in solver.timesteps:
+            out = torch.randn(x.shape, generator=g)
+            x, y = solver.step(out, x, t, t_prev), theirs.step(out, t, y).prev_sample
+            assert relative(x, y) < 1e-5
+
+
 def test_ddim_with_the_true_noise_recovers_the_picture():
     """If the network knew the noise, DDIM would end at x_0 with the last level's noise."""
     schedule, g = Schedule(), torch.Generator().manual_seed(0)
@@ -853,6 +894,66 @@ def test_guidance_one_is_the_conditional_output():
         for scale, row in ((1.0, 1), (0.0, 0)):
             want = models.unet(x, 9, text[row])
             assert relative(models.predict(x, 9, text, guidance=scale), want) < 1e-5
+
+
+def test_encoded_inputs_equal_plain_ones():
+    """Keys and values, time embedding and hint encoded beforehand give what plain inputs give, and
+    a text row that serves several samples equals that row repeated."""
+    models, g = tiny_models(), torch.Generator().manual_seed(1)
+    x, hint = torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, 20, 32, 32, generator=g).round()
+    text = models.encode_prompts(["road", "sky car"])
+    rows = text.repeat_interleave(2, dim=1)
+    with torch.no_grad():
+        encoded = models.controlnet.encode_hint(hint)
+        for cond in (True, False):
+            want = models.predict(x, 7, rows, hint, 5.0, 0.7, cond)
+            have = models.predict(x, models.encode_time(7), models.encode_text(text, cond),
+                                  encoded, 5.0, 0.7, cond)
+            assert relative(have, want) < 1e-5
+
+
+def test_control_in_the_guided_half_alone():
+    """Without control in the unguided half, that half is the UNet's own output."""
+    models, g = tiny_models(), torch.Generator().manual_seed(1)
+    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
+    text = models.encode_prompts(["road", "sky car"], "fog")
+    with torch.no_grad():
+        control = models.controlnet(x, 7, text[1], hint)
+        u, c = models.unet(x, 7, text[0]), models.unet(x, 7, text[1], control)
+        have = models.predict(x, 7, text, hint, guidance=3.0, control_uncond=False)
+    assert relative(have, u + 3 * (c - u)) < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["uniform", "cosine"])
+def test_window_weights_are_a_partition(weights, monkeypatch):
+    """Windows that agree give what one of them says, whatever their weights: a constant output
+    stays constant."""
+    assert dginstyle.window_weights(weights, (5, 8)).min() > 0
+    models = tiny_models()
+    outs = []
+    monkeypatch.setattr(models.schedule.__class__, "step", lambda self, out, *a: outs.append(out))
+    monkeypatch.setattr(Models, "predict", lambda self, x, *a: torch.full_like(x, 0.3))
+    x = torch.zeros(2, 4, 19, 24)
+    next(denoise(models, x, models.encode_prompts(["road", ""]), steps=1, window=(8, 8),
+                 stride=(5, 8), weights=weights))
+    assert (outs[0] - 0.3).abs().max() < 1e-6
+
+
+def test_nets_take_turns_on_the_device(monkeypatch):
+    """With low_vram a net is on the device for its turn only, and its weights come back untouched
+    (float64 stands in for a GPU)."""
+    models = tiny_models()
+    monkeypatch.setattr(Models, "device", torch.float64)
+    names = ("unet", "controlnet", "vae", "text_encoder")
+    nets = {name: getattr(models, name) for name in names}
+    before = {name: [(p, p.data) for p in net.parameters()] for name, net in nets.items()}
+    with models.on_device("unet", "controlnet"):
+        there = [name for name, net in nets.items()
+                 if all(p.dtype == torch.float64 for p in net.parameters())]
+    assert there == ["unet", "controlnet"]
+    for name, net in nets.items():
+        for p, (q, home) in zip(net.parameters(), before[name], strict=True):
+            assert p is q and p.data_ptr() == home.data_ptr()
 
 
 def test_image_noise_is_its_own():
@@ -2295,6 +2396,27 @@ def test_generate_again_finishes_what_is_missing(generated, tmp_path):
     assert lost.stat().st_mtime_ns == stamp
 
 
+def test_presets():
+    """Explicit flags win over the preset, the preset over the defaults; fast needs at most a fifth
+    of paper's network evaluations at the published size."""
+    def parse(*words):
+        args = dginstyle.build_parser().parse_args(["generate", "--device", "cpu", *words])
+        return dginstyle.fill_defaults(args, dginstyle.GENERATE, "generate", args.sd is None,
+                                       dginstyle.PRESETS.get(args.preset))
+
+    def evaluations(args):
+        stride = 64 // dginstyle.STRIDES[args.stride]
+        return args.steps * (1 + len(dginstyle.tiles((128, 128), (64, 64), (stride, stride))))
+
+    published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
+    assert {**vars(published), "preset": "paper"} == vars(paper)
+    fast = parse("--sd", "x", "--preset", "fast")
+    assert evaluations(paper) == 520 and evaluations(paper) >= 5 * evaluations(fast)
+    mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
+    assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
+    assert parse().stride == (8, 16) and parse().sampler == "ddim"  # the toy's own
+
+
 def test_generate_from_label_maps_alone(tmp_path):
     """A folder of *_labelTrainIds.png without pictures is enough, in other classes' sizes too."""
     (tmp_path / "maps").mkdir()
@@ -2570,6 +2692,33 @@ def test_another_runs_folder_is_refused(capsys, generated, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "mine")], "not empty")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+# ---- experiments/bench.py ------------------------------------------------------------------------
+
+
+def test_bench_loop_is_ours():
+    """The released loop that the bench times us against gives what we give."""
+    models, args = tiny_models(), bench.settings("--steps", "2", "--large-segment", "60000")
+    label = np.zeros((32, 32), np.uint8)
+    label[20:] = 10
+    condition = dginstyle.Condition("x", label, "road sky", None, None, (0, 0), 3)
+    assert bench.large_mask(condition, args)[0, 0] == 1
+    assert bench.check_same(models, condition, args) < 1e-5
+
+
+def test_bench_reports_ratios(tmp_path, monkeypatch):
+    """A case is timed on all sides, a missing package leaves its cell empty, both files appear."""
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    a, run = torch.ones(64, 64), bench.Bench(torch.device("cpu"), quick=True)
+    run.peaks = {torch.float32: 1e9}
+    run.run(bench.Case("product", lambda: a @ a, {"twice": lambda: a @ a @ a, "absent": None}))
+    row = run.rows[0]
+    assert row["ratio"]["absent"] is None and row["ratio"]["twice"] > 0
+    assert abs(row["of peak"] - 2 * 64**3 / row["seconds"]["ours"] / 1e9) < 1e-9
+    bench.report(run, argparse.Namespace(sd_size=False))
+    assert json.loads((tmp_path / "bench.json").read_text())["toy size, cpu"]["rows"] == [row]
+    assert "absent: not installed" in (tmp_path / "bench.md").read_text()
 
 
 # ---- the house -----------------------------------------------------------------------------------

@@ -82,9 +82,11 @@ class TimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(c, dim)
         self.linear_2 = nn.Linear(dim, dim)
 
-    def forward(self, t, x):
-        """Timesteps, a number or (B,), for a batch x (B,…) -> (B, dim) in the precision of x."""
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+    def forward(self, t):
+        """Timesteps, a number or (B,) -> (1, dim) or (B, dim); an embedding passes through."""
+        if torch.is_tensor(t) and t.ndim == 2:
+            return t
+        t = torch.as_tensor(t, device=self.linear_1.weight.device).reshape(-1)
         e = timestep_embedding(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(e)))
 
@@ -110,7 +112,11 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B,N,C) to itself or to a context (B,L,D) -> (B,N,C)."""
+    """Multi-head attention of x (B,N,C) to itself or to a context (P,L,D) -> (B,N,C).
+
+    P divides B, and each row of the context serves B/P samples in a row: samples that share their
+    keys and values are nothing but more queries.
+    """
 
     def __init__(self, c, context_dim, heads):
         super().__init__()
@@ -120,13 +126,18 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, c, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list in the public keys: to_out.0
 
+    def keys_values(self, context):
+        """(P,L,D) -> keys and values, each (P, heads, L, C/heads)."""
+        return [y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+                for y in (self.to_k(context), self.to_v(context))]
+
     def forward(self, x, context):
         B, N, C = x.shape
-        split = (B, -1, self.heads, C // self.heads)
-        q = self.to_q(x).view(split).transpose(1, 2)  # (B, heads, N, C/heads)
-        k = self.to_k(context).view(split).transpose(1, 2)
-        v = self.to_v(context).view(split).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v)
+        k, v = context[self] if isinstance(context, dict) else self.keys_values(context)
+        P = k.shape[0]
+        assert B % P == 0, (B, P)
+        q = self.to_q(x).view(P, -1, self.heads, C // self.heads).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v)  # (P, heads, B/P·N, C/heads)
         return self.to_out[0](out.transpose(1, 2).reshape(B, N, C))
 
 
@@ -283,6 +294,12 @@ class UpBlock(Level):
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
+def encode_context(net, context):
+    """A text (P,L,D) -> {cross-attention of a UNet or ControlNet: its keys and values}."""
+    return {block.attn2: block.attn2.keys_values(context)
+            for block in net.modules() if isinstance(block, TransformerBlock)}
+
+
 def call(function, *args):
     return function(*args)
 
@@ -321,16 +338,26 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, width[0], eps=1e-5)
         self.conv_out = nn.Conv2d(width[0], cfg.out_channels, 3, padding=1)
 
+    def encode_time(self, t):
+        """A timestep -> its embedding: `t` for all calls of one step of a sampler."""
+        return self.time_embedding(t)
+
+    def encode_context(self, context):
+        """(P,L,D) -> keys and values: `context` for all calls with one text."""
+        return encode_context(self, context)
+
     def forward(self, x, t, context, control=None):
         """x (B,C,h,w), t a number or (B,) in 0..999, context (B,L,D) -> eps (B,C,h,w).
 
+        t and context may come encoded, by `encode_time` and `encode_context`; a context of P rows,
+        P a divisor of B, serves B/P samples in a row with each of them.
         control: (residuals of the skips, residual of the middle) from a ControlNet, or None.
         """
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         assert x.shape[2] % factor == 0 and x.shape[3] % factor == 0, (tuple(x.shape), factor)
         run = call_checkpointed if self.checkpointing and self.training else call
 
-        emb = self.time_embedding(t, x)
+        emb = self.time_embedding(t)
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:

@@ -50,6 +50,44 @@ PRESETS = {
 LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+BAND = 2**25  # maps with more numbers than this are worked on in bands of rows: 512 x 512 is whole
+
+
+def in_bands(layer, x, scale=1):
+    """layer(x), (B,C,H,W) -> (B,C',scale·H,scale·W), a band of rows at a time where maps are large.
+
+    Every band comes with the row above and the row below it, all that a 3x3 convolution sees, so
+    the result is that of the whole map; only what lies between input and output is smaller.
+    """
+    H = x.shape[2]
+    rows = max(1, H * BAND // (x.numel() * scale**2))
+    if rows >= H:
+        return layer(x)
+    for top in range(0, H, rows):
+        above = min(top, 1)
+        band = layer(x[:, :, top - above : top + rows + 1])
+        if top == 0:
+            channels_last = band.is_contiguous(memory_format=torch.channels_last)
+            out = torch.empty(
+                *band.shape[:2], scale * H, band.shape[3], dtype=band.dtype, device=band.device,
+                memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        band = band[:, :, scale * above : scale * (above + rows)]
+        out[:, :, scale * top : scale * (top + rows)] = band
+    return out
+
+
+def norm_silu_conv(norm, conv, x):
+    """conv(silu(norm(x))), in bands where the map is large, with the statistics of the whole."""
+    if x.numel() <= BAND:
+        return conv(F.silu(norm(x)))
+    groups = x.float().unflatten(1, (norm.num_groups, -1))  # (B,G,C/G,H,W)
+    var, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)
+    weight, bias = (p.view(norm.num_groups, -1, 1, 1) for p in (norm.weight, norm.bias))
+    a = weight * (var + norm.eps).rsqrt()
+    a, b = a.flatten(1, 2), (bias - a * mean).flatten(1, 2)  # (B,C,1,1)
+    return in_bands(lambda band: conv(F.silu((a * band + b).to(x.dtype))), x)
+
+
 class ResnetBlock(nn.Module):
     """(B,C,h,w) -> (B,C',h,w): GN SiLU conv, GN SiLU conv, plus a shortcut."""
 
@@ -63,8 +101,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
+        h = norm_silu_conv(self.norm2, self.conv2, h)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -83,7 +121,10 @@ class Attention(nn.Module):
         B, C, h, w = x.shape
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1 head, h·w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
+        rows = max(1, BAND // (h * w))  # queries at a time, should all their weights be kept
+        out = torch.cat([F.scaled_dot_product_attention(part, k, v)
+                         for part in q.split(rows, dim=2)], dim=2)
+        out = self.to_out[0](out)
         return x + out[:, 0].transpose(1, 2).reshape(B, C, h, w)
 
 
@@ -118,7 +159,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return in_bands(lambda band: self.conv(
+            F.interpolate(band, scale_factor=2.0, mode="nearest")), x, scale=2)
 
 
 class Level(nn.Module):
@@ -166,7 +208,7 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Decoder(nn.Module):
@@ -189,7 +231,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class VAE(nn.Module):

@@ -1,0 +1,590 @@
+"""Bench: how fast this implementation is, next to others on the same machine in the same run.
+
+    python -m experiments.bench                     toy size, minutes on two cores
+    python -m experiments.bench --sd-size           the SD1.5 configuration with random weights
+    python -m experiments.bench --device cuda       either of them on a GPU
+    python -m experiments.bench --quick             once through everything, to see that it runs
+
+Every case times our way and the others in turn, round after round, and reports medians and their
+ratio (above 1: ours is faster). The others are
+
+    literal     the released loop written out below: one window at a time, the hint encoded in
+                every step, windows inside the mask not skipped, each window stepped on its own
+    diffusers   the same loop around diffusers' UNet and ControlNet, or diffusers' module alone
+    transformers
+
+The two packages may be missing; their rows are then left empty. `of peak` is the rate of counted
+operations (torch's FlopCounterMode) over that of a large matrix product in the same precision.
+
+Writes experiments/bench.json and experiments/bench.md. The weights are made here or are the toy
+pack's; nothing is downloaded.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import dginstyle
+from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
+from controlnet import ControlNet
+from dginstyle import Condition, Models, Noise, Schedule
+from segformer import PRESETS as MIT
+from segformer import SegFormer, SegFormerConfig
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+HERE = Path(__file__).resolve().parent
+CLASSES = data.CITYSCAPES
+
+
+@dataclass
+class Case:
+    """One row: our way and others of doing the same thing, functions without arguments."""
+
+    name: str
+    ours: Callable
+    others: dict[str, Callable | None]  # None: not installed
+    dtype: torch.dtype = torch.float32  # whose peak is the yardstick of ours
+    rounds: int = 4  # at least, and
+    seconds: float = 5.0  # at least
+    count: bool = True  # count the operations of ours
+
+
+@dataclass
+class Bench:
+    """The machine, the settings, and the rows so far."""
+
+    device: torch.device
+    quick: bool
+    rows: list = field(default_factory=list)
+    peaks: dict = field(default_factory=dict)
+
+    def clock(self, function):
+        """Seconds of one call, the device's work included."""
+        self.wait()
+        start = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak(self, dtype):
+        """Operations a second of a square matrix product, the best of several."""
+        if dtype not in self.peaks:
+            n = 8192 if self.device.type == "cuda" else 2048
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+            self.peaks[dtype] = 2 * n**3 / min(self.clock(lambda: a @ b) for _ in range(10))
+        return self.peaks[dtype]
+
+    def run(self, case):
+        """Time a case, print its row and keep it."""
+        sides = {"ours": case.ours, **{k: f for k, f in case.others.items() if f}}
+        counter = FlopCounterMode(display=False)
+        if case.count:
+            with counter:
+                case.ours()
+        times, start, rounds = {k: [] for k in sides}, time.perf_counter(), 0
+        while rounds < (1 if self.quick else case.rounds) or (
+                time.perf_counter() < start + case.seconds and not self.quick):
+            for name, function in sides.items():
+                times[name].append(self.clock(function))
+            rounds += 1
+        # the first round warms up, unless it is the only one
+        medians = {k: statistics.median(t[1:] or t) for k, t in times.items()}
+        row = {"case": case.name, "rounds": rounds, "seconds": medians,
+               "ratio": {k: medians[k] / medians["ours"] if k in medians else None
+                         for k in case.others}}
+        if flops := counter.get_total_flops():
+            row["of peak"] = flops / medians["ours"] / self.peak(case.dtype)
+        self.add(row)
+
+    def add(self, row):
+        self.rows.append(row)
+        print(line(row), flush=True)
+
+
+def line(row):
+    """A row as a line of the markdown table."""
+    if "note" in row:
+        return f"| {row['case']} | | | {row['note']} |"
+    ratios = ", ".join(f"{k}: " + (f"{v:.2f}" if v else "not installed")
+                       for k, v in row["ratio"].items())
+    peak = f"{100 * row['of peak']:.0f} %" if "of peak" in row else ""
+    return f"| {row['case']} | {row['seconds']['ours']:.4g} | {peak} | {ratios} |"
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+# --------------------------------------------------------------------------------------------
+# Models and inputs
+
+
+def toy_models(device):
+    return Models.from_pretrained(dginstyle.TOY, controlnet=dginstyle.TOY / "controlnet",
+                                  device=device)
+
+
+def sd_models(device, window):
+    """The SD1.5 configuration with random weights, zero convolutions included."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = UNet(UNetConfig(sample_size=window))
+        control = ControlNet(net.config, hint_channels=len(CLASSES.names) + 1)
+        nets = net, control, VAE(VAEConfig()), TextEncoder(TextEncoderConfig())
+    for conv in (*control.controlnet_down_blocks, control.controlnet_mid_block,
+                 control.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(conv.weight, std=0.02)
+    for part in nets:
+        part.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Models(*nets, Tokenizer.train(["a city street scene in rainy weather"], 20), Schedule())
+
+
+def cast(models, dtype):
+    """The same weights in another precision."""
+    names = ("unet", "controlnet", "vae", "text_encoder")
+    return replace(models, **{n: copy.deepcopy(getattr(models, n)).to(dtype) for n in names})
+
+
+def diffusers_nets(models):
+    """diffusers' UNet, ControlNet and VAE on the very weights of ours, or None."""
+    if not installed("diffusers"):
+        return None
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+
+    u, c, v = (asdict(n.config) for n in (models.unet, models.unet, models.vae))
+    up = [kind.replace("Down", "Up") for kind in reversed(u["down_block_types"])]
+    for name in ("sample_size", "out_channels"):
+        del c[name]
+    levels = len(v["block_out_channels"])
+    with torch.device("meta"):
+        nets = (UNet2DConditionModel(**u, up_block_types=up),
+                ControlNetModel(**c, conditioning_channels=models.controlnet.hint_channels,
+                                conditioning_embedding_out_channels=models.controlnet.hint_widths),
+                AutoencoderKL(**v, down_block_types=["DownEncoderBlock2D"] * levels,
+                              up_block_types=["UpDecoderBlock2D"] * levels))
+    for net, own in zip(nets, (models.unet, models.controlnet, models.vae), strict=True):
+        net.load_state_dict(own.state_dict(), assign=True)
+        net.eval().requires_grad_(False)
+    return nets
+
+
+def transformers_text_encoder(encoder):
+    if not installed("transformers"):
+        return None
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    V = encoder.config.vocab_size
+    config = CLIPTextConfig(**asdict(encoder.config), bos_token_id=V - 2, eos_token_id=V - 1)
+    net = CLIPTextModel(config)
+    prefix = "text_model."  # some versions have it in memory, some do not
+    drop = "" if any(k.startswith(prefix) for k in net.state_dict()) else prefix
+    state = {k.removeprefix(drop): v for k, v in encoder.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    return net.to(next(encoder.parameters()).device).eval()
+
+
+def transformers_segmenter(config):
+    if not installed("transformers"):
+        return None
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    return SegformerForSemanticSegmentation(SegformerConfig(
+        hidden_sizes=list(config.hidden_sizes), depths=list(config.depths),
+        num_attention_heads=list(config.num_heads), decoder_hidden_size=config.decoder_dim,
+        num_labels=config.num_classes))
+
+
+def settings(*flags):
+    """The arguments of `generate` for the toy pack, with these flags."""
+    args = dginstyle.build_parser().parse_args(["generate", *map(str, flags)])
+    return dginstyle.fill_defaults(args, dginstyle.GENERATE, "generate", args.sd is None,
+                                   dginstyle.PRESETS.get(args.preset))
+
+
+def street(size, seed=1):
+    """What `generate` draws for one image: a toy street's label map, of this size in pixels."""
+    label = np.array(Image.fromarray(data.toy_street(seed)[1]).resize(size[::-1], Image.NEAREST))
+    prompt = data.weather_prompt(data.caption(label, CLASSES), "rainy")
+    return Condition("street", label, prompt, "rainy", None, (0, 0), seed)
+
+
+# --------------------------------------------------------------------------------------------
+# The released loop, written out
+
+
+def our_nets(models):
+    """(x, t, text, hint) -> the network's output, ControlNet and UNet called plainly."""
+    return lambda x, t, text, hint: models.unet(x, t, text, models.controlnet(x, t, text, hint))
+
+
+def diffusers_loop_nets(nets):
+    def predict(x, t, text, hint):
+        down, middle = nets[1](x, t, text, hint, return_dict=False)
+        return nets[0](x, t, text, down_block_additional_residuals=down,
+                       mid_block_additional_residual=middle).sample
+
+    return predict
+
+
+def literal_step(models, predict, x, t, t_prev, text, hint, guidance):
+    """One window, both halves of the guidance in a batch of two, and its own DDIM step."""
+    both = torch.cat([x, x]), t, text, torch.cat([hint, hint])
+    out_u, out_c = predict(*both).chunk(2)
+    return models.schedule.step(out_u + guidance * (out_c - out_u), x, t, t_prev)
+
+
+@torch.no_grad()
+def literal_first_pass(models, predict, condition, noise, args):
+    """Label map -> latents (1,C,h,w), one window."""
+    text = models.encode_prompts([condition.prompt], args.negative)[:, 0]
+    hint = one_hot(condition.label, models)
+    x = noise((1, models.unet.config.in_channels,
+               *(n // models.vae.factor for n in condition.label.shape))).to(models.device)
+    for t, t_prev in models.schedule.timesteps(args.steps):
+        x = literal_step(models, predict, x, t, t_prev, text, hint, args.guidance)
+    return x
+
+
+@torch.no_grad()
+def literal_second_pass(models, predict, condition, latents, noise, args):
+    """Latents of the first pass -> (1,C,2h,2w): window after window in every step."""
+    schedule, f = models.schedule, models.vae.factor
+    z = dginstyle.enlarge(models.vae, latents).to(models.device)
+    mask = torch.from_numpy(large_mask(condition, args))[None, None]
+    mask = F.interpolate(mask, z.shape[2:]).to(z)
+    hint = F.interpolate(one_hot(condition.label, models), scale_factor=2.0)
+    text = models.encode_prompts([condition.prompt], args.negative)[:, 0]
+    h, w = models.window
+    windows = dginstyle.tiles(z.shape[2:], (h, w), (h // 4, w // 4))
+    x = noise(z.shape).to(z)
+    for t, t_prev in schedule.timesteps(args.steps):
+        value, count = torch.zeros_like(x), torch.zeros_like(x)
+        for i, j in windows:
+            piece = hint[:, :, f * i : f * (i + h), f * j : f * (j + w)]
+            value[:, :, i : i + h, j : j + w] += literal_step(
+                models, predict, x[:, :, i : i + h, j : j + w], t, t_prev, text, piece,
+                args.guidance)
+            count[:, :, i : i + h, j : j + w] += 1
+        kept = schedule.add_noise(z, noise(z.shape).to(z), t_prev)
+        x = mask * kept + (1 - mask) * value / count
+    return x
+
+
+def literal_image(models, predict, condition, args):
+    """Label map -> uint8 image (H,W,3)."""
+    noise = Noise([condition.seed])
+    latents = literal_first_pass(models, predict, condition, noise, args)
+    latents = literal_second_pass(models, predict, condition, latents, noise, args)
+    image = Image.fromarray(dginstyle.decode(models.vae, latents)[0])
+    return np.asarray(image.resize(condition.label.shape[::-1], Image.LANCZOS))
+
+
+def one_hot(label, models):
+    return data.one_hot(torch.from_numpy(label)[None], len(CLASSES.names)).to(models.device)
+
+
+def check_same(models, condition, args):
+    """Largest relative difference of ours from the literal loop, pass by pass; at most 1e-4.
+
+    Pass by pass, since between them stands an 8-bit picture: a rounding there is no difference of
+    the methods.
+    """
+    predict, first, second = our_nets(models), Noise([1]), Noise([2])
+    text, hint = models.encode_prompts([condition.prompt]), one_hot(condition.label, models)
+    options = dict(steps=args.steps, guidance=args.guidance)
+    latents = dginstyle.first_pass(models, condition.label.shape, text, hint, first, **options)
+    want = literal_first_pass(models, predict, condition, Noise([1]), args)
+    fault = relative(latents, want)
+    mask = torch.from_numpy(large_mask(condition, args))[None, None]
+    latents = dginstyle.second_pass(models, want, mask, hint, text, second, **options)
+    want = literal_second_pass(models, predict, condition, want, Noise([2]), args)
+    fault = max(fault, relative(latents, want))
+    assert fault <= 1e-4, f"ours differs from the literal loop by {fault}"
+    return fault
+
+
+def large_mask(condition, args):
+    """(H,W) float32, 1 = in a large segment."""
+    H, W = condition.label.shape
+    large = data.large_segments(condition.label, args.large_segment * H * W / 512**2)
+    return large.astype(np.float32)
+
+
+def with_(args, **changes):
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def relative(a, b):
+    """max |a - b| / max |b|."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# --------------------------------------------------------------------------------------------
+# The cases
+
+
+def network_cases(models, dtype):
+    """One call of each network: a window in both halves of the guidance; the VAE, one image."""
+    device, (h, w) = models.device, models.window
+    g = torch.Generator().manual_seed(0)
+    text = models.encode_prompts(["a city street scene"])[:, 0].to(dtype)
+    x = torch.randn(2, models.unet.config.in_channels, h, w, generator=g).to(device, dtype)
+    hint = torch.rand(2, models.controlnet.hint_channels, *models.size, generator=g)
+    hint = hint.round().to(device, dtype)
+    image = (torch.rand(1, 3, *models.size, generator=g) * 2 - 1).to(device, dtype)
+    z = x[:1, : models.vae.config.latent_channels]
+    tokens = models.tokenizer(["a city street scene in rainy weather"] * 2).to(device)
+
+    time_, context = models.encode_time(501), models.encode_text(text[:, None])
+    encoded = models.controlnet.encode_hint(hint)
+    nets, clip = diffusers_nets(models), transformers_text_encoder(models.text_encoder)
+    unet, control, vae = nets or (None, None, None)
+    return [Case(name, ours, {who: other and theirs}, dtype) for name, ours, who, other, theirs in (
+        ("UNet step", lambda: models.unet(x, time_[0], context[0]), "diffusers",
+         unet, lambda: unet(x, 501, text)),
+        ("ControlNet step", lambda: models.controlnet(x, time_[1], context[1], encoded),
+         "diffusers", control, lambda: control(x, 501, text, hint)),
+        ("VAE encode", lambda: models.vae.encode(image), "diffusers",
+         vae, lambda: vae.encode(image)),
+        ("VAE decode", lambda: models.vae.decode(z), "diffusers", vae, lambda: vae.decode(z)),
+        ("text encoder", lambda: models.text_encoder(tokens), "transformers",
+         clip, lambda: clip(tokens)),
+    )]
+
+
+def image_case(name, models, fast, condition, args, dtype):
+    """One image with MRLF: ours with the models `fast`, the loops with `models` in fp32."""
+    nets = diffusers_nets(models)
+    return Case(name, lambda: dginstyle.make_images(fast, [condition], CLASSES, args), {
+        "literal": lambda: literal_image(models, our_nets(models), condition, args),
+        "diffusers": nets and (
+            lambda: literal_image(models, diffusers_loop_nets(nets), condition, args)),
+    }, dtype)
+
+
+def preset_case(models, conditions, dtype):
+    """The same images by --preset fast (ours) and --preset paper: the ratio is images a second."""
+    fast, paper = (settings("--preset", p) for p in ("fast", "paper"))
+    return Case("preset fast", lambda: dginstyle.make_images(models, conditions, CLASSES, fast),
+                {"paper": lambda: dginstyle.make_images(models, conditions, CLASSES, paper)},
+                dtype, count=False)
+
+
+def training_step(net, loss):
+    """A function that makes one update of net's weights: loss, gradients, AdamW."""
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-5)
+
+    def step():
+        with torch.enable_grad():
+            loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def controlnet_training_case(models, batch):
+    """An update of the ControlNet under the frozen UNet, on latents that are at hand."""
+    g, device = torch.Generator().manual_seed(0), models.device
+    z = torch.randn(batch, models.unet.config.in_channels, *models.window, generator=g).to(device)
+    text = models.encode_prompts(["road sky car"] * batch)[1]
+    hint = torch.rand(batch, models.controlnet.hint_channels, *models.size, generator=g)
+    hint = hint.round().to(device)
+    models.unet.requires_grad_(False)
+    models.controlnet.requires_grad_(True).train()
+
+    def theirs():
+        eps = torch.randn_like(z)
+        t = torch.randint(1000, (batch,), device=device)
+        x = models.schedule.add_noise(z, eps, t)
+        out = diffusers_loop_nets((unet, control))(x, t, text, hint)
+        return F.mse_loss(out, models.schedule.target(z, eps, t))
+
+    unet, control, _ = diffusers_nets(models) or (None, None, None)
+    control = control and copy.deepcopy(control).requires_grad_(True).train()
+    return Case(f"ControlNet training step, batch {batch}", training_step(
+        models.controlnet, lambda: dginstyle.diffusion_loss(models, z, text, hint)),
+        {"diffusers": control and training_step(control, theirs)}, count=False)
+
+
+def segmenter_training_case(device, backbone, size, batch):
+    """An update of the segmenter; `data` is the time that one process needs to make a batch."""
+    config = SegFormerConfig(**{**MIT[backbone], "num_classes": len(CLASSES.names)})
+    ours, theirs = SegFormer(config), transformers_segmenter(config)
+    args = argparse.Namespace(arch="segformer", rcs=True, rcs_temperature=0.01, rcs_min_pixels=40,
+                              fit=(), crop=size, distort=True, fd=0.0)
+    pairs = data.Joined([data.ToyStreets(("sunny",), 50)])
+    draw, rng = dginstyle.segmenter_draw(pairs, args), np.random.default_rng(0)
+
+    def make_batch():
+        samples = [draw(rng) for _ in range(batch)]
+        return [torch.stack(part).to(device) for part in zip(*samples, strict=True)]
+
+    images, labels = make_batch()
+    loss = dginstyle.segmenter_loss(ours.to(device).train(), None, args)
+    pixels = images.float() / 255
+    return Case(f"segmenter training step, MiT-{backbone}, batch {batch}",
+                training_step(ours, lambda: loss((images, labels))),
+                {"transformers": theirs and training_step(
+                    theirs.to(device).train(),
+                    lambda: theirs(pixel_values=pixels, labels=labels).loss),
+                 "data": make_batch}, count=False)
+
+
+def segmenter_cases(device, names, size):
+    """The forward pass of the published sizes."""
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    for name in names:
+        config = SegFormerConfig(**{**MIT[name], "head": "segformer",
+                                    "num_classes": len(CLASSES.names)})
+        ours = SegFormer(config).to(device).eval()
+        theirs = transformers_segmenter(config)
+        theirs = theirs and theirs.to(device).eval()
+        yield Case(f"SegFormer MiT-{name.upper()}, {size[0]}x{size[1]}", lambda: ours(x),  # noqa: B023
+                   {"transformers": theirs and (lambda: theirs(x))})  # noqa: B023
+
+
+def precision_row(models, half, condition, args):
+    """How far bf16 ends from fp32: latents relative, image as PSNR."""
+    latents = [dginstyle.sample(m, [condition], CLASSES, args).cpu() for m in (models, half)]
+    images = [dginstyle.make_images(m, [condition], CLASSES, args)[0] for m in (models, half)]
+    error = ((latents[1] - latents[0]).norm() / latents[0].norm()).item()
+    mse = np.mean((images[0].astype(float) - images[1]) ** 2)
+    psnr = float(10 * np.log10(255**2 / mse)) if mse else float("inf")
+    return {"case": "bf16 against fp32", "error": error, "psnr": psnr,
+            "note": f"relative error of the latents {error:.1e}, image {psnr:.1f} dB"}
+
+
+def scaling_rows(bench, models, steps):
+    """Seconds against image size, number of windows and number of images, and a straight line."""
+    h, w = models.size
+
+    def picture(width=w, images=1, **changes):
+        args = with_(settings("--preset", "paper", "--steps", steps), **changes)
+        made = [street((h, width), seed) for seed in range(images)]
+        return lambda: dginstyle.make_images(models, made, CLASSES, args)
+
+    def windows(stride):
+        large = [2 * n for n in models.window]
+        return len(dginstyle.tiles(large, models.window, stride))
+
+    strides = [tuple(n // k for n in models.window) for k in (1, 2, 4, 8)]
+    sweeps = {
+        "pixels": [(h * w * k, picture(w * k, mrlf=False)) for k in (2, 4, 6, 8)],
+        "windows": [(windows(s), picture(stride=s, large_segment=1e12)) for s in strides],
+        "images": [(n, picture(images=n, mrlf=False)) for n in (1, 2, 4, 8)],
+    }
+    for name, points in sweeps.items():
+        x = np.array([n for n, _ in points], float)
+        rounds = [[bench.clock(f) for _, f in points] for _ in range(1 if bench.quick else 4)]
+        y = np.median(rounds[1:] or rounds, axis=0)
+        slope, start = np.polyfit(x, y, 1)
+        off = float(np.abs(slope * x + start - y).max() / y.max())
+        yield {"case": f"cost against {name}", "x": x.tolist(), "seconds": y.tolist(),
+               "slope": slope, "start": start, "residual": off,
+               "note": f"{start:.2f} s + {slope:.3g} s each, {100 * off:.0f} % off a straight line "
+                       f"from {x[0]:.0f} to {x[-1]:.0f}"}
+
+
+def toy_bench(bench):
+    """Everything at the size of the toy pack."""
+    quick, device = bench.quick, bench.device
+    models = toy_models(device)
+    half = cast(models, torch.bfloat16)
+    args = settings("--stride", "quarter", "--steps", 2 if quick else 20)
+    condition = street(models.size)
+    for case in network_cases(models, torch.float32):
+        bench.run(case)
+    fault = check_same(models, condition, with_(args, steps=2))
+    print(f"ours and the literal loop agree to {fault:.1e}")
+    title = f"one MRLF image, {args.steps} steps, stride a quarter of the window"
+    bench.run(image_case(title, models, models, condition, args, torch.float32))
+    bench.run(preset_case(models, [condition] * (1 if quick else 2), torch.float32))
+    bench.add(precision_row(models, half, condition, args))
+    for row in scaling_rows(bench, models, 1 if quick else 4):
+        bench.add(row)
+    bench.run(controlnet_training_case(models, 2 if quick else 8))
+    bench.run(segmenter_training_case(device, "b0", (64, 128), 2 if quick else 8))
+    for case in segmenter_cases(device, ("b0",) if quick else ("b0", "b1", "b2", "b3", "b4", "b5"),
+                                (128, 128) if quick else (256, 512)):
+        bench.run(case)
+
+
+def sd_bench(bench):
+    """The published size. On a CPU the window is 32 instead of 64 and the runs have few steps."""
+    gpu = bench.device.type == "cuda"
+    models = sd_models(bench.device, 64 if gpu else 32)
+    half = cast(models, torch.bfloat16)
+    steps = 1 if bench.quick else 20 if gpu else 2
+    args = with_(settings("--preset", "paper", "--steps", steps), guidance=7.5, tile_batch=None)
+    condition = street(models.size)
+    for name, nets, dtype in (("fp32", models, torch.float32), ("bf16", half, torch.bfloat16)):
+        for case in network_cases(nets, dtype):
+            bench.run(replace(case, name=f"{case.name}, {name}"))
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        dginstyle.make_images(half, [condition], CLASSES, with_(args, tile_batch=8))
+        gb = torch.cuda.max_memory_allocated() / 1e9
+        bench.add({"case": "peak GPU memory with both precisions loaded", "gb": gb,
+                   "note": f"{gb:.1f} GB"})
+    title = f"one MRLF image in bf16, {steps} steps, the loops in fp32"
+    case = image_case(title, models, half, condition, args, torch.bfloat16)
+    bench.run(replace(case, rounds=4 if gpu else 1))  # minutes on a CPU
+    bench.add(precision_row(models, half, condition, args))
+
+
+def report(bench, args):
+    """bench.json and bench.md, one section a size and device; other sections are kept."""
+    section = f"{'SD1.5' if args.sd_size else 'toy'} size, {bench.device.type}"
+    file = HERE / "bench.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    machine = (torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda"
+               else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    peaks = {str(k).removeprefix("torch."): v for k, v in bench.peaks.items()}
+    results[section] = {"machine": machine, "torch": torch.__version__, "quick": bench.quick,
+                        "peak": peaks, "rows": bench.rows}
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    lines = []
+    for name, result in results.items():
+        peaks = ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in result["peak"].items())
+        lines += [f"### {name}", "", f"{result['machine']}, torch {result['torch']}; measured "
+                  f"peak: {peaks}.", "", "| | ours, seconds | of peak | others' time / ours |",
+                  "|---|---|---|---|", *map(line, result["rows"]), ""]
+    (HERE / "bench.md").write_text("\n".join(lines))
+    print(f"\nwritten to {file} and {HERE / 'bench.md'}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench")
+    parser.add_argument("--sd-size", action="store_true", help="SD1.5's size, random weights")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--quick", action="store_true", help="one short round of everything")
+    args = parser.parse_args(argv)
+    torch.set_flush_denormal(True)
+    bench = Bench(torch.device(args.device), args.quick)
+    with torch.no_grad():
+        (sd_bench if args.sd_size else toy_bench)(bench)
+    report(bench, args)
+
+
+if __name__ == "__main__":
+    main()
