@@ -1097,6 +1097,8 @@ def segment(args):
         raise ValueError("--eval-data is missing: name the sets to measure on")
     if args.stage in (None, "train"):
         train_segmenter(args)
+    if ranks(args.device)[0]:
+        return  # several processes train, the first one measures
     if args.stage in (None, "eval"):
         evaluate(args)
     if args.stage == "predict":
