@@ -174,7 +174,8 @@ class Pairs:
 
     classes    trainIds to deliver. Public sets lead to the 19 of Cityscapes; for other classes
                their raw ids go through `classes.ids`, and so does labels/NAME.png of a plain folder
-    split      sub-folder of the published sets; default train for Cityscapes, val for the others
+    split      train or val of the published sets (Mapillary's training and validation); default
+               train for Cityscapes, val for the others. Plain folders have none and ignore it
     condition  fog, night, rain or snow: one part of ACDC in its original folders
 
     `images` and `labels` are sorted lists of equal length, `skipped` lists (image, reason).
@@ -185,15 +186,17 @@ class Pairs:
     def __init__(self, root, classes=CITYSCAPES, split=None, condition=None):
         self.root, self.classes, self.also_ignore, self.unused = Path(root), classes, (), 0
         for self.layout, (where, _, self._tag, _, default) in LAYOUTS.items():
-            where = where.format(split=split or default, condition=condition or "*")
+            own = {"train": "training", "val": "validation"} if self.layout == "mapillary" else {}
+            self.split = default and own.get(split, split or default)
+            where = where.format(split=self.split, condition=condition or "*")
             folders = [f for f in self.root.glob(where) if f.is_dir()]
-            if folders and (default or not split) and (self.layout == "acdc" or not condition):
+            if folders and (self.layout == "acdc" or not condition):
                 break
         else:
             asked = " and ".join(filter(None, (split, condition)))
             raise ValueError(f"{root} is no data set folder{asked and f' with {asked}'}: it needs "
                              "images/ and labels/, or one of the published layouts")
-        self.split, self.condition = split or default, condition
+        self.condition = condition
         self.images, self.labels, self._ids, self.skipped = [], [], [], []
         for path in sorted(path for folder in folders for path in folder.rglob("[!.]*")):
             if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
@@ -206,7 +209,8 @@ class Pairs:
         if self.layout == "plain":
             self._look()
         times = (f / time for f in folders for time in ("night", "twilight", "day"))
-        if self.layout == "dark_zurich" and not any(time.is_dir() for time in times):
+        if self.layout == "dark_zurich" and not any(time.is_dir() for time in times) and (
+                "zurich" not in self.root.name.lower()):
             self.layout = "acdc"  # flattened into rgb_anon/SPLIT, as the segmenter's authors did
 
     def _add(self, path):
@@ -286,15 +290,20 @@ class Pairs:
         return text + "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
 
 
-def open_data(specs, classes=CITYSCAPES, seed=0, split=None, condition=None):
-    """["root", "root:N"] → [Pairs]. N pairs are chosen by `seed`; ValueError if there are fewer."""
-    opened = []
+def open_data(specs, classes=CITYSCAPES, seed=0, split=None):
+    """["root", "root:N", "root:CONDITION", "root:CONDITION:N"] → [Pairs].
+
+    A condition (fog, night, rain, snow) is one part of ACDC. N pairs are chosen by `seed`;
+    ValueError if there are fewer.
+    """
+    opened, form = [], r"(.+?)(?::(fog|night|rain|snow))?(?::(\d+))?"
     for spec in map(str, specs):
-        root, number = re.fullmatch(r"(.+?)(?::(\d+))?", spec).groups()
-        if number is None or Path(spec).exists():
-            opened.append(Pairs(spec, classes, split, condition))
-            continue
+        root, condition, number = re.fullmatch(form, spec).groups()
+        if Path(spec).exists():  # a folder whose own name looks like that
+            root, condition, number = spec, None, None
         opened.append(data := Pairs(root, classes, split, condition))
+        if number is None:
+            continue
         if not 0 < int(number) <= len(data):
             raise ValueError(f"{spec} asks for {number} pairs: {root} holds {len(data)}")
         data.keep(np.sort(np.random.default_rng(seed).permutation(len(data))[:int(number)]))
@@ -317,10 +326,9 @@ def class_counts(data, workers=4):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
     One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
-    size and time of its file and the way it is read stay the same. The authors' ROOT/sample_class_
-    stats.json ([{"0": n, ..., "file": path}], matched by base name) spares the pass. Several data
-    sets joined in `data.sets` are counted one by one; any other object with `label(i)` and a length
-    is counted in this process and not kept.
+    size and time of its file and the way it is read stay the same. The authors' JSON files in ROOT
+    spare the pass. Several data sets joined in `data.sets` are counted one by one; any other object
+    with `label(i)` and a length is counted in this process and not kept.
     """
     if hasattr(data, "sets"):
         return np.concatenate([class_counts(part, workers) for part in data.sets])
@@ -329,12 +337,8 @@ def class_counts(data, workers=4):
         every = tqdm(range(len(data)), "class counts", leave=False)
         return np.stack([_count(len(classes), data.label(i)) for i in every])
 
-    def load(name):
-        return json.loads(path.read_text()) if (path := data.root / name).is_file() else {}
-
-    authors = load("sample_class_stats.json") if classes.names == CITYSCAPES.names else {}
-    authors = {Path(e["file"]).stem.removesuffix("_labelTrainIds"): e for e in authors}
-    cache, keys, todo = load(".class_counts.json"), [], []
+    authors = _authors_counts(data.root) if classes.names == CITYSCAPES.names else {}
+    cache, keys, todo = _read_json(data.root / ".class_counts.json"), [], []
     counts = np.zeros((len(data), len(classes)), np.int64)
     for i, (path, ids) in enumerate(zip(data.labels, data._ids, strict=True)):
         stat, reading = path.stat(), repr((classes.names, ids, data.also_ignore)).encode()
@@ -356,6 +360,32 @@ def class_counts(data, workers=4):
     if jobs:
         _save_cache(data.root / ".class_counts.json", cache)
     return counts
+
+
+def _read_json(path):  # {} where there is no such file
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as e:
+        raise ValueError(f"{path} is no JSON file: {e}; delete it to count the labels") from e
+
+
+def _authors_counts(root):
+    """{label name: {"0": pixels, ...}} from the JSON files of the authors' converter, if any.
+
+    sample_class_stats.json is [{"0": n, ..., "file": path}], samples_with_class.json says the same
+    as {"0": [[path, n], ...]}. Their paths are those of the converter's day: base names count.
+    """
+    def name(path):
+        return Path(path).stem.removesuffix("_labelTrainIds")
+
+    found = {}
+    for row in _read_json(root / "sample_class_stats.json"):
+        found[name(row["file"])] = row
+    if not found:
+        for c, files in _read_json(root / "samples_with_class.json").items():
+            for path, n in files:
+                found.setdefault(name(path), {})[c] = n
+    return found
 
 
 def _save_cache(path, cache):
@@ -1171,20 +1201,20 @@ def scaled_crop(image, label, size, rng, ratios):
 def main(argv=None):
     """python data.py stats ROOT | rcs-subset ROOT OUT → exit code, 2 for errors of the user."""
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--split", help="sub-folder of the published sets")
+    parser.add_argument("--split", help="train or val of the published sets")
     parser.add_argument("--classes", help="JSON file of other classes than the 19")
     commands = parser.add_subparsers(dest="command", required=True)
     stats = commands.add_parser("stats", help="classes of a data set and how often RCS draws them")
     subset = commands.add_parser("rcs-subset", help="the GTA-6000 subset of the authors")
     for command in (stats, subset):
-        command.add_argument("root", help="data set folder")
+        command.add_argument("root", help="data set folder; one condition of ACDC: FOLDER:night")
     subset.add_argument("out", help="new folder")
     subset.add_argument("--num", type=int, default=6000, help="distinct files (%(default)s)")
     subset.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args(argv)
     try:
         classes = Classes.from_json(args.classes) if args.classes else CITYSCAPES
-        data = Pairs(args.root, classes, args.split)
+        data, = open_data([args.root], classes, split=args.split)
         print(data.report())
         if args.command == "rcs-subset":
             write_rcs_subset(data, args.out, args.num, args.seed)

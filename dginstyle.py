@@ -912,7 +912,8 @@ def fit(stage, objective, draw, args, save, groups=None):
     average = [p.detach().clone() for p in parameters] if args.ema else []
     state = {"nets": objective.nets, "optimizer": optimizer, "scaler": scaler}
     first = resume(stage, state, average, args)
-    parallel = torch.nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
+    parallel = objective if world == 1 else torch.nn.parallel.DistributedDataParallel(
+        objective, gradient_as_bucket_view=True)  # no second copy of the gradients
 
     per_step = args.batch * args.accumulate * world  # samples in one update
     order = range(first * per_step + rank, args.steps * per_step, world)
@@ -1186,17 +1187,19 @@ def train_controlnet(args, pairs, classes):
 
     Crops around rare classes at native scale (RCS), captions of the classes in the crop, no
     dropout of prompts. The sample sheets are drawn with the prior U^P swapped in, which is what
-    the released `--inference_basemodel_path` promises and does not do.
+    the released `--inference_basemodel_path` promises and does not do. What is frozen is held in
+    the precision that autocast computes in; the ControlNet's own weights stay float32.
     """
     left = Path(args.out) / "unet_source"  # by the stage before
     source = args.source_unet or (left if left.exists() else TOY / "unet_source")
-    models = Models.from_pretrained(args.sd, device=args.device)
-    prior, models.unet = models.unet, UNet.from_pretrained(source).to(args.device)
+    dtype = DTYPES[choose_precision(args)]
+    models = Models.from_pretrained(args.sd, device=args.device, dtype=dtype)
+    prior, models.unet = models.unet, UNet.from_pretrained(source)
     models.check()
-    models.unet.requires_grad_(False).to(memory_format=torch.channels_last)
     models.controlnet = ControlNet.from_unet(models.unet, len(classes.names) + 1,
                                              models.vae.factor)
     models.controlnet.checkpointing = args.checkpointing
+    models.unet.requires_grad_(False).to(args.device, dtype, memory_format=torch.channels_last)
     size = training_size(args, models.multiple, models.size)
     sampler = data.RareClassSampler(data.class_counts(pairs), args.rcs_temperature,
                                     args.rcs_min_pixels) if args.rcs else None
@@ -1239,9 +1242,11 @@ def sheet_prompts(args):
 
 def sample_sheet(models, prompts, hints, args, path, classes=None):
     """First-pass samples for prompts (and one-hot label maps), as one picture."""
-    text = models.encode_prompts(prompts)
-    latents = first_pass(models, models.size, text, hints, Noise(range(len(prompts))),
-                         steps=args.sample_steps, guidance=args.guidance)
+    precision = choose_precision(args)
+    with torch.autocast(models.device.type, DTYPES[precision], precision != "fp32"):
+        text = models.encode_prompts(prompts)
+        latents = first_pass(models, models.size, text, hints, Noise(range(len(prompts))),
+                             steps=args.sample_steps, guidance=args.guidance)
     images = decode(models.vae, latents)
     if hints is not None:
         labels = hints.argmax(1).numpy().astype(np.uint8)
@@ -1285,6 +1290,8 @@ def segment(args):
         raise ValueError("--eval-data is missing: name the sets to measure on")
     if args.stage in (None, "train"):
         train_segmenter(args)
+    if ranks(args.device)[0]:
+        return  # several processes train, the first one measures
     if args.stage in (None, "eval"):
         evaluate(args)
     if args.stage == "predict":
@@ -1330,25 +1337,35 @@ def train_segmenter(args):
 
 
 def segmenter_draw(pairs, args):
-    """-> draw(rng): one training crop, image uint8 (3,h,w) and label int64 (h,w)."""
+    """-> draw(rng): one training crop, image uint8 (3,h,w) and label int64 (h,w).
+
+    Source pictures show a rare class: one drawn by RCS, or in the authors' RCS subset, which was
+    drawn so, the one their name begins with. HRDA's crop has four times the pixels, of the class
+    as well.
+    """
+    scale = 1 + (args.arch == "hrda")
+    size = args.crop or (512 * scale, 512 * scale)
+    fit = (720 * scale, 1280 * scale) if args.fit is None else args.fit
     samplers = {}
     if args.rcs:
         samplers = {id(part): data.RareClassSampler(data.class_counts(part), args.rcs_temperature,
                                                     args.rcs_min_pixels)
-                    for part in pairs.sets if part.layout != "generated"}
+                    for part in pairs.sets if part.layout not in ("generated", "rcs_subset")}
 
     def draw(rng):
         part, i = pairs.find(int(rng.integers(len(pairs))))
         cls = None
         if id(part) in samplers:
             cls, i = samplers[id(part)].draw(rng)
+        elif args.rcs and part.layout == "rcs_subset":
+            cls = int(part.name(i).partition("_")[0])
         image, label = part.pair(i)
-        if args.fit and part.layout != "generated":
-            image, label = data.resize_to_fit(image, label, args.fit[::-1])
-        image, label = data.cover(image, label, args.crop, exact=part.layout == "generated")
+        if fit and part.layout != "generated":
+            image, label = data.resize_to_fit(image, label, fit[::-1])
+        image, label = data.cover(image, label, size, exact=part.layout == "generated")
         for _ in range(10):  # until the crop shows enough of the rare class
-            crop, crop_label = data.random_crop_cat_max(image, label, args.crop, rng)
-            if cls is None or (crop_label == cls).sum() > args.rcs_min_pixels / 2:
+            crop, crop_label = data.random_crop_cat_max(image, label, size, rng)
+            if cls is None or (crop_label == cls).sum() > args.rcs_min_pixels / 2 * scale**2:
                 break
         if rng.random() < 0.5:
             crop, crop_label = crop[:, ::-1], crop_label[:, ::-1]
@@ -1428,18 +1445,19 @@ def predict_logits(model, image, args, layout=None):
     """uint8 (H,W,3) -> logits (K,H,W): scaled, in sliding windows, scaled back (section 4.1).
 
     The published scales: pictures fit within 1024 x 512, ACDC and Dark Zurich within 960 x 540,
-    both doubled for HRDA; other sets at their own size, or all at --eval-fit.
+    windows of 512 x 512, all doubled for HRDA; other sets at their own size, or all at --eval-fit.
     """
-    fit = args.eval_fit
+    fit, scale = args.eval_fit, 1 + (model.config.head == "hrda")
     if fit is None and layout in ("cityscapes", "bdd100k", "mapillary", "acdc", "dark_zurich"):
         fit = (540, 960) if layout in ("acdc", "dark_zurich") else (512, 1024)
-        fit = tuple((1 + (model.config.head == "hrda")) * n for n in fit)
+        fit = tuple(scale * n for n in fit)
+    window = args.crop or (512 * scale, 512 * scale)
     small = data.resize_to_fit(image, None, fit[::-1])[0] if fit else image
     x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(args.device).float() / 255
     h, w = x.shape[2:]
     pad = [max(64, 8 * math.ceil(n / 8)) - n for n in (h, w)]  # what the smallest net can take
     x = F.pad(x, (0, pad[1], 0, pad[0]), mode="replicate")
-    crop = tuple(min(a, b) for a, b in zip(args.crop, x.shape[2:], strict=True))
+    crop = tuple(min(a, b) for a, b in zip(window, x.shape[2:], strict=True))
     stride = tuple(max(1, n // 2) for n in crop)
     logits = segformer.slide_inference(model, x, crop, stride)[..., :h, :w]
     return F.interpolate(logits, image.shape[:2], mode="bilinear")[0]
@@ -1535,13 +1553,16 @@ def read_classes(args):
 def open_sets(specs, classes, args, split, labels_only=False):
     """Data-set arguments -> [(spec, data set)], each reported in one line.
 
-    FOLDER, FOLDER:N (N of its pairs) or toy:STYLE[:N] (toy:all takes every style in turn).
+    FOLDER[:CONDITION][:N] (data.open_data) or toy:STYLE[:N] (toy:all takes every style in turn).
+    split: train or test; published sets are trained on by their train split and measured on val.
     labels_only: a folder of *_labelTrainIds.png will do, as it does for `generate`.
     """
     opened = []
     for spec in specs:
         name, _, rest = spec.partition(":")
         if name == "toy" and not Path(spec).exists():
+            if classes is not data.CITYSCAPES:
+                raise ValueError(f"{spec}: toy streets have Cityscapes' classes, not --classes")
             style, _, n = rest.partition(":")
             if n and (not n.isdigit() or int(n) < 1):
                 raise ValueError(f"--data {spec}: {n!r} is no number of pictures")
@@ -1550,9 +1571,9 @@ def open_sets(specs, classes, args, split, labels_only=False):
                 styles, int(n or (50 if split == "test" else 500)), split)))
         elif labels_only and any(Path(spec).glob("*_labelTrainIds.png")):
             opened.append((spec, data.LabelMaps(spec, classes)))
-        else:  # Cityscapes is trained on by default, but measured on its val split
-            val = "val" if split == "test" and (Path(name) / "leftImg8bit").is_dir() else None
-            opened.append((spec, data.open_data([spec], classes, args.seed, val)[0]))
+        else:
+            part = "val" if split == "test" else "train"
+            opened.append((spec, data.open_data([spec], classes, args.seed, part)[0]))
         print(opened[-1][1].report())
     return opened
 
@@ -1612,7 +1633,8 @@ class Flag:
     many: bool = False
 
 
-DATA_HELP = "FOLDER, FOLDER:N (N of its pairs), or toy:STYLE[:N]; several are joined"
+DATA_HELP = ("FOLDER, FOLDER:N (N of its pairs), FOLDER:night (or fog, rain, snow: a part of "
+             "ACDC), or toy:STYLE[:N]; several are joined")
 COMMON = {
     "data": Flag(None, DATA_HELP, ["toy:sunny"], str, many=True),
     "classes": Flag(None, "JSON with names, colours, ids; default: Cityscapes' 19", type=str),
@@ -1714,12 +1736,15 @@ SEGMENT = {
     "backbone": Flag("b5", "MiT size: b0 to b5, tiny", "tiny", choices=tuple(segformer.PRESETS)),
     "arch": Flag("daformer", "decode head", "segformer", choices=("segformer", "daformer", "hrda")),
     "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", type=Path),
-    "fit": Flag((720, 1280), "train: scale pictures, not generated ones, to fit within HxW before "
-                             "cropping; none: leave them", (), size_pair),
+    "fit": Flag(None, "train: scale pictures, not generated ones, to fit within HxW before "
+                      "cropping; none: leave them; default: 720x1280, hrda 1440x2560", (),
+                size_pair),
     "eval_fit": Flag(None, "eval, predict: scale to fit within HxW; default: the published scale "
                            "of a known data set, else none", type=size_pair),
-    "fd": Flag(0.005, "weight of the feature distance to the --pretrained backbone"),
-    "crop": Flag((512, 512), "training crop and sliding window, HxW pixels", (64, 128), size_pair),
+    "fd": Flag(0.005, "weight of the feature distance to the --pretrained backbone; not with "
+                      "--classes, whose things nobody knows"),
+    "crop": Flag(None, "training crop and sliding window, HxW pixels; default: 512x512, hrda "
+                       "1024x1024", (64, 128), size_pair),
     "augment": Flag("photometric", "colours of the training crops: none, photometric (published) "
                     "or strong", choices=("none", "photometric", "strong")),
     "save": Flag(False, "eval: write label, colour and overlay pictures"),

@@ -1238,15 +1238,25 @@ def test_data_layouts(tmp_path, kind):
 
 
 def test_data_split_and_condition(tmp_path):
-    """Split and condition choose sub-folders; where there are none they are refused."""
+    """Split and condition choose sub-folders; where there are none they are refused.
+
+    Plain folders have no splits, flattened ones no conditions.
+    """
     data_fake(tmp_path / "cs", "cityscapes")
     assert data.Pairs(tmp_path / "cs", split="val").label(0).max() == 255
     assert {p.parent.parent.name for p in data.Pairs(tmp_path / "cs").images} == {"train"}
     data_fake(tmp_path / "acdc", "acdc original")
     assert len(data.Pairs(tmp_path / "acdc", condition="fog")) == 1
     assert data.Pairs(tmp_path / "acdc", split="train").name(1) == "nighttrain"
+    data_fake(tmp_path / "vistas", "mapillary")
+    assert data.Pairs(tmp_path / "vistas", split="train").name(0) == "trainingx"
+    assert data.Pairs(tmp_path / "vistas", split="val").name(0) == "validationx"
     data_fake(tmp_path / "plain", "plain")
-    for root, options in (("plain", {"split": "val"}), ("plain", {"condition": "fog"}),
+    assert len(data.Pairs(tmp_path / "plain", split="val")) == 2
+    data_fake(tmp_path / "flat", "acdc")
+    (tmp_path / "my_dark_zurich").symlink_to(tmp_path / "flat")  # nothing but the name tells
+    assert data.Pairs(tmp_path / "my_dark_zurich").layout == "dark_zurich"
+    for root, options in (("flat", {"condition": "fog"}), ("plain", {"condition": "fog"}),
                           ("acdc", {"condition": "rain"}), ("cs", {"split": "test"})):
         with pytest.raises(ValueError, match=f"{root} is no data set folder with"):
             data.Pairs(tmp_path / root, **options)
@@ -1315,6 +1325,20 @@ def test_data_open(tmp_path):
             data.open_data([f"{root}:{n}"])
 
 
+def test_data_open_by_condition(tmp_path):
+    """root:night is that part of ACDC, root:night:N some of it; elsewhere it is refused."""
+    data_fake(tmp_path / "acdc", "acdc original night")
+    night, = data.open_data([f"{tmp_path}/acdc:night"])
+    assert (len(night), night.condition) == (2, "night") and "acdc val night" in night.report()
+    assert len(data.open_data([f"{tmp_path}/acdc:night:1"])[0]) == 1
+    assert len(data.open_data([f"{tmp_path}/acdc:fog"], split="train")[0]) == 1
+    data_plain(tmp_path / "plain", ["a"])
+    with pytest.raises(ValueError, match="plain is no data set folder with night"):
+        data.open_data([f"{tmp_path}/plain:night"])
+    data_plain(tmp_path / "plain:night", ["a"])
+    assert len(data.open_data([f"{tmp_path}/plain:night"])[0]) == 1
+
+
 # ---------------------------------------------------------------------------------------------
 # counts and rare class sampling
 
@@ -1356,13 +1380,18 @@ def test_data_counts_on_processes(tmp_path):
 
 
 def test_data_counts_of_the_authors(tmp_path):
-    """sample_class_stats.json is matched by base name; files it does not know are counted."""
-    pairs = data.Pairs(data_plain(tmp_path, ["a", "b"]))
-    (tmp_path / "sample_class_stats.json").write_text(json.dumps(
-        [{"3": 5, "18": 7, "file": "data/gta/labels/b_labelTrainIds.png"}]))
-    counts = data.class_counts(pairs)
-    assert np.array_equal(counts[0], np.bincount(TRAIN.ravel(), minlength=256)[:19])
-    assert (counts[1, 3], counts[1, 18], counts[1].sum()) == (5, 7, 12)
+    """Their JSON files are matched by base name; label files they do not know are counted."""
+    pairs, file = data.Pairs(data_plain(tmp_path, ["a", "b"])), "old/gta/labels/b_labelTrainIds.png"
+    for name, content in (("sample_class_stats.json", [{"3": 5, "18": 7, "file": file}]),
+                          ("samples_with_class.json", {"18": [[file, 7]], "3": [[file, 5]]})):
+        (tmp_path / name).write_text(json.dumps(content))
+        counts = data.class_counts(pairs)
+        assert np.array_equal(counts[0], np.bincount(TRAIN.ravel(), minlength=256)[:19])
+        assert (counts[1, 3], counts[1, 18], counts[1].sum()) == (5, 7, 12)
+        (tmp_path / name).unlink()
+    (tmp_path / "samples_with_class.json").write_text("{")
+    with pytest.raises(ValueError, match="samples_with_class.json is no JSON file"):
+        data.class_counts(pairs)
 
 
 def test_data_counts_of_other_objects(tmp_path):
@@ -2566,11 +2595,159 @@ def test_gallery_in_a_browser(tmp_path):
     assert none == "0 of 2000" and some == f"{len(wanted)} of 2000"
 
 
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    """Two processes end with one ControlNet, that of one process with both shares of a batch."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys, torch, dginstyle\n"
+        "fit = dginstyle.fit\n"
+        "def watched(stage, objective, *rest):\n"
+        "    fit(stage, objective, *rest)\n"
+        "    torch.save(objective.nets.state_dict(), sys.argv[1] + os.environ['RANK'])\n"
+        "dginstyle.fit = watched\n"
+        "sys.exit(dginstyle.main(sys.argv[2:]))\n")
+    flags = ["train", "controlnet", "--data", "toy:sunny:4", "--batch", "1", "--steps", "2",
+             "--cache", "0", "--ema", "0", "--sample-steps", "1", "--save-dtype", "fp32", "--out"]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--",
+                    str(tmp_path / "script.py"), str(tmp_path / "rank"), *flags,
+                    str(tmp_path / "two")], check=True, capture_output=True,
+                   env={**os.environ, "PYTHONPATH": str(HERE)})
+    ranks = [torch.load(tmp_path / f"rank{r}", weights_only=True) for r in (0, 1)]
+    assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
+
+    encode, seeds = dginstyle.encode_images, iter(range(99))
+
+    def seeded(vae, images):  # the generators of update 0, process 0; 0, 1; 1, 0; ...
+        torch.manual_seed(next(seeds))
+        return encode(vae, images)
+
+    monkeypatch.setattr(dginstyle, "encode_images", seeded)
+    assert main([*flags, str(tmp_path / "one"), "--accumulate", "2"]) == 0
+    two, one = (ControlNet.from_pretrained(tmp_path / name / "controlnet").state_dict()
+                for name in ("two", "one"))
+    assert all(torch.equal(ranks[0]["controlnet." + k], two[k]) for k in two)
+    start = UNet.from_pretrained(HERE / "toy" / "unet_source").state_dict()
+    moved = sum((one[k] - start[k]).abs().sum() for k in one if k in start)
+    apart = sum((one[k] - two[k]).abs().sum() for k in one if k in start)
+    assert moved > 0 and apart < 1e-4 * moved
+
+
 def test_joined_sets_are_all_used():
     """Concatenation reaches every picture of every set (the released code loses the second)."""
     joined = data.Joined([data.ToyStreets(("sunny",), 3), data.ToyStreets(("night",), 2)])
     names = [joined.name(i) for i in range(len(joined))]
     assert len(names) == 5 and sum("night" in n for n in names) == 2
+
+
+def segment_draw(argv):
+    """The training draw of a segment command."""
+    args = dginstyle.build_parser().parse_args(["segment", *argv])
+    args = dginstyle.fill_defaults(args, dginstyle.SEGMENT, "segment", toy=False)
+    return dginstyle.segmenter_draw(dginstyle.open_training_data(args)[1], args)
+
+
+def test_segmenter_learns_from_the_source_and_the_generated_set(tmp_path):
+    """Crops come from both folders in proportion to their pictures; none of them is dropped."""
+    for name, value in (("1_source", 1), ("a_made", 2)):
+        root = data_plain(tmp_path / name[2:], [name], np.full((3, 4), value, np.uint8))
+        data_plain(root, [name + "2"], np.full((3, 4), value, np.uint8))
+    data_plain(tmp_path / "made", ["a_made3", "a_made4"], np.full((3, 4), 2, np.uint8))
+    draw = segment_draw(["--data", str(tmp_path / "source"), str(tmp_path / "made"), "--crop",
+                         "6x8", "--fit", "none", "--augment", "none"])
+    rng = np.random.default_rng(0)
+    labels = [draw(rng)[1] for _ in range(300)]
+    assert all(label.shape == (6, 8) and len(label.unique()) == 1 for label in labels)
+    share = np.mean([int(label[0, 0]) == 2 for label in labels])
+    assert abs(share - 4 / 6) < 0.09
+
+
+def test_segmenter_crops_show_the_rare_class(tmp_path):
+    """In the authors' RCS subset the class a name begins with, elsewhere one drawn by RCS."""
+    label = np.zeros((64, 256), np.uint8)
+    label[:, 8:], label[:8, -32:] = 1, 7  # enough of it in one crop of seven
+    for name in ("7_a", "plain"):
+        root = tmp_path / name
+        for folder, array, end in (("images", np.repeat(label[..., None], 3, 2), ""),
+                                   ("labels", label, "_labelTrainIds")):
+            data_png(root / folder / f"{name}{end}.png", array)
+    seen = {}
+    for name, *more in (("7_a",), ("plain",), ("7_a", "--no-rcs"), ("plain", "--no-rcs")):
+        draw = segment_draw(["--data", str(tmp_path / name), "--crop", "64x64", "--fit", "none",
+                             "--augment", "none", "--rcs-min-pixels", "60", *more])
+        rng = np.random.default_rng(0)
+        seen[name, *more] = np.mean([(draw(rng)[1] == 7).sum() > 30 for _ in range(40)])
+    assert seen["7_a",] > 0.4 and seen["plain",] > 0.4, seen
+    assert seen["7_a", "--no-rcs"] < 0.35 and seen["plain", "--no-rcs"] < 0.35, seen
+
+
+def test_hrda_has_the_published_sizes():
+    """--arch hrda doubles scale, crop and window; an HRDA file is measured in its own windows."""
+    big = data.ToyStreets(("sunny",), 1, size=(72, 128))
+    args = dginstyle.build_parser().parse_args(["segment", "--no-rcs", "--augment", "none"])
+    args = dginstyle.fill_defaults(args, dginstyle.SEGMENT, "segment", toy=False)
+    windows = []
+
+    def model(x):
+        windows.append(tuple(x.shape[2:]))
+        return torch.zeros(len(x), 19, 8, 8)
+
+    for arch, scale in (("daformer", 1), ("hrda", 2)):
+        args.arch = arch
+        image, label = dginstyle.segmenter_draw(data.Joined([big]), args)(np.random.default_rng(0))
+        assert image.shape[1:] == label.shape == (512 * scale, 512 * scale)
+        model.config = SegFormerConfig(head=arch)
+        dginstyle.predict_logits(model, big.image(0), args, "cityscapes")
+        assert windows.pop() == (512 * scale, 512 * scale)
+
+
+def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
+    """Whatever the layout calls its splits; ACDC by condition gets a row of its own."""
+    args = dginstyle.build_parser().parse_args(["segment"])
+    args = dginstyle.fill_defaults(args, dginstyle.SEGMENT, "segment", toy=True)
+    for kind in ("cityscapes", "bdd100k", "mapillary", "acdc original"):
+        data_fake(tmp_path / kind, kind)
+        for split in ("train", "test"):
+            spec = str(tmp_path / kind)
+            (_, pairs), = dginstyle.open_sets([spec], data.CITYSCAPES, args, split)
+            part = pairs.images[0].relative_to(spec).as_posix()
+            assert ("train" in part, "val" in part) == (split == "train", split == "test"), part
+    specs = [str(tmp_path / "acdc original") + c for c in (":fog", ":night")]
+    rows = dginstyle.open_sets(specs, data.CITYSCAPES, args, "test")
+    assert [(spec, len(pairs)) for spec, pairs in rows] == [(specs[0], 1), (specs[1], 1)]
+
+
+def test_other_classes_everywhere(tmp_path, capsys):
+    """Three classes of a JSON file: hint, captions, palette, sampling, logits and metric."""
+    file, colours = tmp_path / "classes.json", [[9, 0, 0], [0, 9, 0], [0, 0, 9]]
+    file.write_text(json.dumps({"names": ["water", "ship", "quay"], "colours": colours,
+                                "ids": {"5": 0, "7": 1, "9": 2, "0": None}}))
+    for k in range(2):
+        image, label = data.toy_street(k)
+        raw = np.array([5, 7, 9], np.uint8)[np.minimum(label // 5, 2)]
+        raw[:4] = 0
+        data_png(tmp_path / f"set/images/{k}.png", image)
+        data_png(tmp_path / f"set/labels/{k}.png", raw)
+    common = ["--data", str(tmp_path / "set"), "--classes", str(file)]
+    out = str(tmp_path / "train")
+    assert main(["train", "controlnet", *common, "--steps", "1", "--batch", "1", "--cache", "0",
+                 "--sample-steps", "1", "--out", out]) == 0
+    made = tmp_path / "made"
+    flags = ["--controlnet", out + "/controlnet", "--steps", "1", "--no-mrlf", "--num", "2"]
+    assert main(["generate", *common, *flags, "--out", str(made)]) == 0
+    for row in map(json.loads, open(made / "manifest.jsonl")):
+        assert row["class"] in ("water", "ship", "quay") and row["class"] in row["prompt"]
+        label = Image.open(made / row["label"])
+        assert set(np.unique(np.array(label)).tolist()) <= {0, 1, 2, 255}
+        assert label.getpalette()[:9] == sum(colours, [])
+    segment = [*common, "--out", str(tmp_path / "seg"), "--crop", "64x128"]
+    segment.insert(2, str(made))  # a second set
+    assert main(["segment", *segment, "--backbone", "tiny", "--batch", "2", "--steps", "1",
+                 "--workers", "0", "--eval-data", str(tmp_path / "set")]) == 0
+    result = json.loads((tmp_path / "seg" / "eval.json").read_text())[str(tmp_path / "set")]
+    assert {k for k in result if k.startswith("IoU")} == {"IoU.water", "IoU.ship", "IoU.quay"}
+    assert np.shape(result["confusion"]) == (3, 3)
+    assert np.sum(result["confusion"]) == 2 * 124 * 256
+    assert SegFormer.from_pretrained(tmp_path / "seg" / "segformer").config.num_classes == 3
+    refuses(capsys, ["generate", "--classes", str(file), "--out", str(tmp_path / "x")], "toy:sunny")
 
 
 # ---- bad input -----------------------------------------------------------------------------------
