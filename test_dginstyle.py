@@ -2631,6 +2631,37 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     assert moved > 0 and apart < 1e-4 * moved
 
 
+def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
+    """The claim experiment runs its commands once, and reports every row, seed and class."""
+    tmp_path = tmp_path_factory.mktemp("claim") / "run"
+    claim = pytest.importorskip("experiments.claim")
+    monkeypatch.setattr(claim, "QUICK", claim.Scale(
+        source=4, images=2, seeds=2, pretrain=1, steps=1, test=1, classifier=2))
+    monkeypatch.setattr(claim, "SAMPLING", ["--steps", "1"])
+    rows = [r for r in claim.ROWS if r.title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE)]
+    rows += [r for r in claim.ROWS if "full filtered" in r.sets]
+    monkeypatch.setattr(claim, "ROWS", [replace(r, quick=True) for r in rows])
+    claim.main(["--quick", "--out", str(tmp_path)])
+    before = {k: v for k, v in files(tmp_path).items() if "log" not in k}
+    runs = json.loads((tmp_path / "claim.json").read_text())
+    assert [(r["row"], r["seed"]) for r in runs] == [(r.title, s) for s in (0, 1) for r in rows]
+    assert all(len(r["IoU"]) == 7 and len(r["IoU"]["night"]) == 19 for r in runs)
+    table = (tmp_path / "claim.md").read_text()
+    for row in rows:
+        mean = np.mean([100 * r["unseen"] for r in runs if r["row"] == row.title])
+        assert f"| {row.title} | {mean:.1f} ±" in table
+    sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
+    claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
+    filtered, plain = data.Pairs(tmp_path.parent / "filtered"), data.Pairs(sets / "full-0")
+    gone = [(filtered.label(i), plain.label(i)) for i in range(2)]
+    assert any((a != b).any() for a, b in gone)
+    assert all((a[a != b] == data.IGNORE).all() for a, b in gone)
+    capsys.readouterr()
+    claim.main(["--quick", "--out", str(tmp_path)])  # nothing is left to do
+    assert "to do" not in capsys.readouterr().out
+    assert {k: v for k, v in files(tmp_path).items() if "log" not in k} == before
+
+
 def test_joined_sets_are_all_used():
     """Concatenation reaches every picture of every set (the released code loses the second)."""
     joined = data.Joined([data.ToyStreets(("sunny",), 3), data.ToyStreets(("night",), 2)])

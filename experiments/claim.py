@@ -55,6 +55,7 @@ class Scale:
     pretrain: int  # steps of each seed's encoder on the sunny pictures
     steps: int  # steps of every row
     test: int  # test pictures of each style
+    classifier: int = 400  # steps of the style classifier
 
 
 FULL = Scale(source=300, images=120, seeds=3, pretrain=1000, steps=600, test=40)
@@ -266,7 +267,7 @@ def filter_jobs(out, scale, rows):
 # Fidelity: does an image show its label, and the weather of its prompt?
 
 
-def style_classifier(steps=400, size=(64, 128)):
+def style_classifier(steps, size=(64, 128)):
     """A small CNN that tells the seven styles apart on real crops -> (net, accuracy on val)."""
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -285,7 +286,7 @@ def style_classifier(steps=400, size=(64, 128)):
             styles.append(data.STYLES.index(pairs.weather(i)))
         return torch.stack(images), torch.tensor(styles)
 
-    pairs, rng = data.ToyStreets(data.STYLES, 700, "train"), np.random.default_rng(0)
+    pairs, rng = data.ToyStreets(data.STYLES, 2 * steps, "train"), np.random.default_rng(0)
     for _ in range(steps):
         x, y = batch(pairs, rng)
         loss = F.cross_entropy(net(x), y)
@@ -337,7 +338,7 @@ def fidelity(folder, judge, classifier, source):
 def measure_fidelity(out, scale, names):
     """fidelity.json: every set of every seed."""
     judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
-    classifier, accuracy = style_classifier()
+    classifier, accuracy = style_classifier(scale.classifier)
     found = {"style classifier on real pictures": accuracy}
     for name in names:
         found[name] = [fidelity(set_path(out, name, s), judge, classifier, scale.source)
