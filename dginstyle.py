@@ -1053,8 +1053,10 @@ def train_vae(args, pairs, classes):
     light KL, and an anchor that holds the latents near the whitened principal components of the
     patches they stand for. Left alone such a small net learns one component after the other, the
     strongest first, and is far from fine detail when training ends (24 dB; 10 dB below the anchor).
-    At the end the latents are brought to mean 0 and standard deviation 1 channel by channel; the
-    1x1 convolutions on both sides of the latents absorb that, so the format stays the public one.
+    At the end every channel is brought to mean 0 and to a standard deviation that falls with the
+    root of its component's: a prior that has to learn all of them at equal weight learns the many
+    fine ones and no layout. The 1x1 convolutions on both sides of the latents absorb that, so the
+    format stays the public one.
     """
     vae = VAE(VAEConfig(**vae_module.PRESETS["tiny"]))
     for block in vae.modules():  # every residual branch starts as nothing
@@ -1063,8 +1065,9 @@ def train_vae(args, pairs, classes):
     size = training_size(args, vae.factor, (32, 64))
     draw = picture_draw(pairs, size, args)
     sample = torch.stack([draw(np.random.default_rng([1, k]))[0] for k in range(512)])
-    filters, bias = (t.to(args.device) for t in patch_components(
+    filters, bias, spread = (t.to(args.device) for t in patch_components(
         sample, vae.factor, vae.config.latent_channels))
+    scale = 1.2 * (spread / spread.max()).sqrt()
 
     def loss(batch):
         x, = batch
@@ -1077,7 +1080,7 @@ def train_vae(args, pairs, classes):
         return error.square().mean() + 5 * edges + 0.05 * anchor + args.kl * kl
 
     def save():
-        normalise_latents(vae, sample).save_pretrained(
+        normalise_latents(vae, sample, scale).save_pretrained(
             Path(args.out) / "vae", DTYPES[args.save_dtype])
 
     fit("vae", Objective(loss, vae=vae), draw, args, save)
@@ -1086,20 +1089,21 @@ def train_vae(args, pairs, classes):
 def patch_components(images, f, k):
     """Whitened PCA of f x f patches of images (B,3,H,W), as a convolution of stride f.
 
-    -> filters (k,3,f,f) and bias (k,): its outputs are uncorrelated, with mean 0 and variance 1.
+    -> filters (k,3,f,f) and bias (k,), whose outputs are uncorrelated, with mean 0 and variance 1,
+    the strongest component last; and the standard deviations (k,) the components had.
     """
     patches = F.unfold(images, f, stride=f).transpose(1, 2).flatten(0, 1)  # (n, 3ff)
     mean = patches.mean(0)
     variance, axes = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     filters = (axes[:, -k:] / variance[-k:].sqrt()).T
-    return filters.view(k, -1, f, f).contiguous(), -filters @ mean
+    return filters.view(k, -1, f, f).contiguous(), -filters @ mean, variance[-k:].sqrt()
 
 
 @torch.no_grad()
-def normalise_latents(vae, images):
-    """A copy of the VAE whose latents have mean 0 and standard deviation 1 in every channel."""
+def normalise_latents(vae, images, scale):
+    """A copy of the VAE whose latents have mean 0 and standard deviation `scale` (Z,)."""
     z = torch.cat([vae.posterior(x[None].to(vae.quant_conv.weight.device))[0] for x in images])
-    m, s = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    m, s = z.mean((0, 2, 3)), z.std((0, 2, 3)) / scale
     copy = VAE(vae.config).to(z.device)
     copy.load_state_dict(vae.state_dict())
     Z = len(m)

@@ -983,16 +983,30 @@ def test_denoise_yields_every_step_and_writes_no_argument():
 
 
 def test_latents_can_be_normalised_inside_the_vae():
-    """The folded statistics give latents of mean 0 and deviation 1, and the same pictures."""
+    """The folded statistics give latents of mean 0 and the asked deviation, and the same pictures."""
     auto = tiny_models().vae
     images = list(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    folded = dginstyle.normalise_latents(auto, images)
+    scale = torch.linspace(0.2, 1.2, auto.config.latent_channels)
+    folded = dginstyle.normalise_latents(auto, images, scale)
     with torch.no_grad():
         z = folded.encode(torch.stack(images))
         assert z.mean((0, 2, 3)).abs().max() < 1e-4
-        assert (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
+        assert (z.std((0, 2, 3)) - scale).abs().max() < 1e-3
         want = auto.decode(auto.encode(torch.stack(images)))
         assert relative(folded.decode(z), want) < 1e-4
+
+
+def test_patch_components_are_a_whitened_basis():
+    """The convolution's outputs are uncorrelated with unit variance, the strongest one last."""
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = F.avg_pool2d(images, 3, 1, 1) + 0.3
+    filters, bias, spread = dginstyle.patch_components(images, 4, 10)
+    z = F.conv2d(images, filters, bias, stride=4).transpose(0, 1).flatten(1)
+    assert z.mean(1).abs().max() < 1e-3
+    assert (torch.cov(z, correction=0) - torch.eye(10)).abs().max() < 1e-3
+    assert (spread.diff() >= 0).all()
+    unit = filters.flatten(1) * spread[:, None]
+    assert (unit @ unit.T - torch.eye(10)).abs().max() < 1e-4
 
 
 # ---- data.py -------------------------------------------------------------------------------------
