@@ -983,7 +983,7 @@ def test_denoise_yields_every_step_and_writes_no_argument():
 
 
 def test_latents_can_be_normalised_inside_the_vae():
-    """The folded statistics give latents of mean 0 and the asked deviation, and the same pictures."""
+    """The folded statistics give latents of mean 0, the deviation asked for and equal pictures."""
     auto = tiny_models().vae
     images = list(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     scale = torch.linspace(0.2, 1.2, auto.config.latent_channels)
