@@ -720,22 +720,25 @@ def generate(args):
                                     "preset"), fresh=True)
     if not rank:
         barrier(world)
-    with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
-          open(out / f"manifest.{rank}.part", "w") as manifest):
-        for start in range(rank * args.batch, args.num, world * args.batch):
-            batch = conditions(start)
-            todo = [c for c in batch if not (out / "vis" / f"{c.name}.png").is_file()]
-            if todo:
-                images = make_images(models, todo, classes, args)
-                for c, image in zip(todo, images, strict=True):
-                    save_generated(out, c, image, classes)
-            for c in batch:
-                manifest.write(json.dumps(c.manifest_row(args)) + "\n")
-            bar.update(len(batch) * world)
-    barrier(world)
+    try:
+        with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
+              open(out / f"manifest.{rank}.part", "w") as manifest):
+            for start in range(rank * args.batch, args.num, world * args.batch):
+                batch = conditions(start)
+                todo = [c for c in batch if not (out / "vis" / f"{c.name}.png").is_file()]
+                if todo:
+                    images = make_images(models, todo, classes, args)
+                    for c, image in zip(todo, images, strict=True):
+                        save_generated(out, c, image, classes)
+                for c in batch:
+                    manifest.write(json.dumps(c.manifest_row(args)) + "\n")
+                bar.update(len(batch) * world)
+        barrier(world)
+    finally:  # a run that is stopped leaves a manifest of what it has made
+        if not rank:
+            merge_manifest(out, [out / f"manifest.{r}.part" for r in range(world)])
     if rank:
         return
-    merge_manifest(out, [out / f"manifest.{r}.part" for r in range(world)])
     pictures = [np.asarray(Image.open(f)) for f in sorted((out / "vis").iterdir())[:32]]
     write_image(out / "grid.png", contact_sheet(pictures))
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
@@ -750,7 +753,7 @@ def merge_manifest(out, parts):
     parts[0].write_text("".join(rows))
     os.replace(parts[0], out / "manifest.jsonl")
     for part in parts[1:]:
-        part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def check_options(models, size, args):
@@ -1128,9 +1131,10 @@ def train_prior(args, pairs, classes):
     schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
     text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
                                        "vocab_size": len(tokenizer.vocab)})
-    models = Models(UNet(UNetConfig(**unet_module.PRESETS["tiny"])), None,
-                    VAE.from_pretrained(Path(args.sd) / "vae"), TextEncoder(text_config),
-                    tokenizer, schedule)
+    vae = VAE.from_pretrained(Path(args.sd) / "vae")
+    Z = vae.config.latent_channels
+    unet = UNet(UNetConfig(**{**unet_module.PRESETS["tiny"], "in_channels": Z, "out_channels": Z}))
+    models = Models(unet, None, vae, TextEncoder(text_config), tokenizer, schedule)
     models.check()
     size = models.size
 
@@ -1767,7 +1771,7 @@ RECIPES = {
                    dict(steps=1800, lr=1e-3, batch=32, accumulate=1, ema=0.995,
                         lr_schedule="cosine", cache=5000)),
     "segment": (dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
-                dict(steps=1500, lr=4e-4, batch=16, warmup=100)),
+                dict(steps=2500, lr=2e-3, batch=16, warmup=100)),
 }
 
 

@@ -2569,6 +2569,24 @@ def test_two_processes_make_the_images_of_one(generated, tmp_path):
         assert np.abs(a - b).max() <= 2
 
 
+def test_generate_when_stopped_leaves_a_manifest(tmp_path, monkeypatch):
+    """Ctrl-C in the second of two batches: one image, and its row."""
+    made, make_images = [], dginstyle.make_images
+
+    def interrupted(*args):
+        if made:
+            raise KeyboardInterrupt
+        made.append(make_images(*args))
+        return made[0]
+
+    monkeypatch.setattr(dginstyle, "make_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(tmp_path / "run")])
+    rows = (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()
+    assert len(rows) == len(list((tmp_path / "run" / "images").iterdir())) == 1
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
 def test_gallery_lists_every_image(generated):
     """gallery.html names the files of every row and none that is missing."""
     page = (generated / "gallery.html").read_text()
