@@ -1771,7 +1771,7 @@ RECIPES = {
                    dict(steps=1800, lr=1e-3, batch=32, accumulate=1, ema=0.995,
                         lr_schedule="cosine", cache=5000)),
     "segment": (dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
-                dict(steps=2500, lr=2e-3, batch=16, warmup=100)),
+                dict(steps=2200, lr=2e-3, batch=16, warmup=100)),
 }
 
 
