@@ -21,7 +21,8 @@ PAPER, INK = (255, 255, 255), (30, 30, 30)
 def options(*flags):
     """The settings of `generate` with these flags."""
     args = dginstyle.build_parser().parse_args(["generate", *flags])
-    return dginstyle.fill_defaults(args, dginstyle.GENERATE, "generate", toy=True)
+    return dginstyle.fill_defaults(args, dginstyle.GENERATE, "generate", True,
+                                   dginstyle.PRESETS["fast"])
 
 
 def paint(labels, weathers, args, seed=0):
