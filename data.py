@@ -290,18 +290,20 @@ class Pairs:
         return text + "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
 
 
-def open_data(specs, classes=CITYSCAPES, seed=0, split=None):
+def open_data(specs, classes=CITYSCAPES, seed=0, split=None, condition=None):
     """["root", "root:N", "root:CONDITION", "root:CONDITION:N"] → [Pairs].
 
-    A condition (fog, night, rain, snow) is one part of ACDC. N pairs are chosen by `seed`;
-    ValueError if there are fewer.
+    A condition (fog, night, rain, snow) is one part of ACDC; `condition` is that of the sets which
+    have it and name none. N pairs are chosen by `seed`; ValueError if there are fewer.
     """
     opened, form = [], r"(.+?)(?::(fog|night|rain|snow))?(?::(\d+))?"
     for spec in map(str, specs):
-        root, condition, number = re.fullmatch(form, spec).groups()
+        root, part, number = re.fullmatch(form, spec).groups()
         if Path(spec).exists():  # a folder whose own name looks like that
-            root, condition, number = spec, None, None
-        opened.append(data := Pairs(root, classes, split, condition))
+            root, part, number = spec, None, None
+        if not part and condition and (Path(root) / "rgb_anon" / condition).is_dir():
+            part = condition
+        opened.append(data := Pairs(root, classes, split, part))
         if number is None:
             continue
         if not 0 < int(number) <= len(data):

@@ -1581,7 +1581,8 @@ def open_sets(specs, classes, args, split, labels_only=False):
             opened.append((spec, data.LabelMaps(spec, classes)))
         else:
             part = "val" if split == "test" else "train"
-            opened.append((spec, data.open_data([spec], classes, args.seed, part)[0]))
+            opened.append((spec, data.open_data(
+                [spec], classes, args.seed, part, args.condition)[0]))
         print(opened[-1][1].report())
     return opened
 
@@ -1645,6 +1646,8 @@ DATA_HELP = ("FOLDER, FOLDER:N (N of its pairs), FOLDER:night (or fog, rain, sno
              "ACDC), or toy:STYLE[:N]; several are joined")
 COMMON = {
     "data": Flag(None, DATA_HELP, ["toy:sunny"], str, many=True),
+    "condition": Flag(None, "of ACDC sets in their original folders, where FOLDER:CONDITION says "
+                            "none", type=str, choices=("fog", "night", "rain", "snow")),
     "classes": Flag(None, "JSON with names, colours, ids; default: Cityscapes' 19", type=str),
     "seed": Flag(0, "seed of everything random"),
     "device": Flag("auto", "auto, cpu, cuda, cuda:1, mps"),

@@ -1346,6 +1346,10 @@ def test_data_open_by_condition(tmp_path):
     assert (len(night), night.condition) == (2, "night") and "acdc val night" in night.report()
     assert len(data.open_data([f"{tmp_path}/acdc:night:1"])[0]) == 1
     assert len(data.open_data([f"{tmp_path}/acdc:fog"], split="train")[0]) == 1
+    data_fake(tmp_path / "city", "cityscapes")
+    specs = [f"{tmp_path}/acdc", f"{tmp_path}/acdc:fog", f"{tmp_path}/city"]
+    opened = data.open_data(specs, condition="night")
+    assert [p.condition for p in opened] == ["night", "fog", None]
     data_plain(tmp_path / "plain", ["a"])
     with pytest.raises(ValueError, match="plain is no data set folder with night"):
         data.open_data([f"{tmp_path}/plain:night"])
