@@ -7,7 +7,6 @@ loops, data, segmenter, commands, bad input, the house rules. Oracles are skippe
 weights and a ControlNet with 20 hint channels, for timing and memory.
 """
 
-import argparse
 import ast
 import colorsys
 import json
@@ -2960,7 +2959,6 @@ def test_bench_reports_ratios(tmp_path, monkeypatch):
     row = run.rows[0]
     assert row["ratio"]["absent"] is None and row["ratio"]["twice"] > 0
     assert abs(row["of peak"] - 2 * 64**3 / row["seconds"]["ours"] / 1e9) < 1e-9
-    bench.report(run, argparse.Namespace(sd_size=False))
     assert json.loads((tmp_path / "bench.json").read_text())["toy size, cpu"]["rows"] == [row]
     assert "absent: not installed" in (tmp_path / "bench.md").read_text()
 

@@ -69,7 +69,8 @@ class Bench:
     """The machine, the settings, and the rows so far."""
 
     device: torch.device
-    quick: bool
+    quick: bool = False
+    sd_size: bool = False
     rows: list = field(default_factory=list)
     peaks: dict = field(default_factory=dict)
 
@@ -116,8 +117,10 @@ class Bench:
         self.add(row)
 
     def add(self, row):
+        """Keep a row, print it and write both files: a stopped run leaves what it has measured."""
         self.rows.append(row)
         print(line(row), flush=True)
+        report(self)
 
 
 def line(row):
@@ -552,9 +555,9 @@ def sd_bench(bench):
     bench.add(precision_row(models, half, condition, args))
 
 
-def report(bench, args):
+def report(bench):
     """bench.json and bench.md, one section a size and device; other sections are kept."""
-    section = f"{'SD1.5' if args.sd_size else 'toy'} size, {bench.device.type}"
+    section = f"{'SD1.5' if bench.sd_size else 'toy'} size, {bench.device.type}"
     file = HERE / "bench.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     machine = (torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda"
@@ -570,7 +573,6 @@ def report(bench, args):
                   f"peak: {peaks}.", "", "| | ours, seconds | of peak | others' time / ours |",
                   "|---|---|---|---|", *map(line, result["rows"]), ""]
     (HERE / "bench.md").write_text("\n".join(lines))
-    print(f"\nwritten to {file} and {HERE / 'bench.md'}")
 
 
 def main(argv=None):
@@ -580,10 +582,10 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="one short round of everything")
     args = parser.parse_args(argv)
     torch.set_flush_denormal(True)
-    bench = Bench(torch.device(args.device), args.quick)
+    bench = Bench(torch.device(args.device), args.quick, args.sd_size)
     with torch.no_grad():
         (sd_bench if args.sd_size else toy_bench)(bench)
-    report(bench, args)
+    print(f"\nalso in {HERE / 'bench.json'} and {HERE / 'bench.md'}")
 
 
 if __name__ == "__main__":
