@@ -109,7 +109,7 @@ class ControlNet(nn.Module):
         """-> (list of residuals for the UNet's skips, residual for its middle), times scale.
 
         x (B,C,h,w), t a number or (B,), context (B,L,D), hint the one-hot map (B,K,H,W); each of
-        the last three may come encoded, the hint as (B,C,h,w).
+        the last three may come encoded, the hint as (B,C,h,w); scale a number or (B,1,1,1).
         """
         run = call_checkpointed if self.checkpointing and self.training else call
         if hint.shape[1:] != (self.config.block_out_channels[0], *x.shape[2:]):

@@ -58,7 +58,7 @@ class Scale:
     classifier: int = 400  # steps of the style classifier
 
 
-FULL = Scale(source=300, images=120, seeds=3, pretrain=1000, steps=600, test=40)
+FULL = Scale(source=150, images=100, seeds=3, pretrain=800, steps=400, test=30)
 QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
 # how the toy images are made, in every set; chosen on validation scenes
 SAMPLING = ["--preset", "fast"]
@@ -120,7 +120,7 @@ class Job:
     name: str
     done: Path  # written last
     call: tuple  # an argv of dginstyle.py, or (function, *arguments)
-    cost: float  # relative, for the estimate of the time left
+    cost: float  # seconds on one core, roughly: only their ratios count, for the time left
 
 
 def run_job(job, threads, log):
@@ -165,7 +165,7 @@ def run_path(out, row, seed):
     return out / "runs" / f"{'-'.join(words)}-{seed}"
 
 
-def generate_jobs(out, scale, rows):
+def generate_jobs(out, scale, rows, precision):
     """One `generate` for every set that a row needs and every seed."""
     names = {s.partition(":")[0].removesuffix(" filtered") for r in rows for s in r.sets}
     jobs = []
@@ -176,9 +176,10 @@ def generate_jobs(out, scale, rows):
                 if "--seed-shift" in flags:
                     run_seed, flags = seed + int(flags[1]), []
                 argv = ["generate", "--data", f"toy:sunny:{scale.source}", "--num", scale.images,
-                        "--seed", run_seed, "--out", path, *SAMPLING, *flags]
-                jobs.append(Job(f"{name}, seed {seed}", path / "gallery.html", tuple(argv),
-                                0.15 if name == "no fusion" else 1.0))
+                        "--seed", run_seed, "--out", path, "--precision", precision, *SAMPLING,
+                        *flags]
+                cost = scale.images * (0.2 if name == "no fusion" else 1.0)
+                jobs.append(Job(f"{name}, seed {seed}", path / "gallery.html", tuple(argv), cost))
     return jobs
 
 
@@ -200,7 +201,7 @@ def encoder_jobs(out, scale):
         argv = segment_argv(["train"], scale, seed, path, [f"toy:sunny:{scale.source}"],
                             ["--steps", scale.pretrain])
         jobs.append(Job(f"encoder, seed {seed}", path / "segformer" / "model.safetensors", argv,
-                        scale.pretrain))
+                        0.2 * scale.pretrain))
     return jobs
 
 
@@ -219,7 +220,8 @@ def row_jobs(out, scale, rows):
             encoder = encoder_path(out, seed) / "segformer"
             argv = segment_argv([], scale, seed, path, specs, [
                 "--steps", scale.steps, "--pretrained", encoder, "--fd", 0, *row.flags])
-            jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv, scale.steps))
+            jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv,
+                            0.2 * scale.steps + 0.05 * scale.test * len(data.STYLES)))
     return jobs
 
 
@@ -260,7 +262,8 @@ def filter_jobs(out, scale, rows):
         return []
     return [Job(f"pixel filter, seed {s}", set_path(out, "full filtered", s) / "filtered",
                 (filter_set, set_path(out, "full", s), set_path(out, "full filtered", s),
-                 encoder_path(out, s) / "segformer"), 1.0) for s in range(scale.seeds)]
+                 encoder_path(out, s) / "segformer"), 0.05 * scale.images)
+            for s in range(scale.seeds)]
 
 
 # --------------------------------------------------------------------------------------------
@@ -523,6 +526,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="default: runs/claim or runs/claim-quick")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="runs at once, each with its share of the cores (%(default)s)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"),
+                        help="of `generate`; bf16 where the CPU has matrix units for it (fp32)")
     parser.add_argument("--install", action="store_true", help="copy the results to experiments/")
     args = parser.parse_args(argv)
     scale = QUICK if args.quick else FULL
@@ -531,10 +536,11 @@ def main(argv=None):
     for folder in ("sets", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     start = time.time()
-    sets = generate_jobs(out, scale, rows)
+    sets = generate_jobs(out, scale, rows, args.precision)
     run_all([*sets, *encoder_jobs(out, scale)], out, args.jobs)
     names = [n for n in SETS if set_path(out, n, 0).exists()]
-    fidelity_job = Job("fidelity", out / "fidelity.json", (measure_fidelity, out, scale, names), 1)
+    fidelity_job = Job("fidelity", out / "fidelity.json", (measure_fidelity, out, scale, names),
+                       30 + 0.1 * scale.images * scale.seeds * len(names))
     run_all([*filter_jobs(out, scale, rows), fidelity_job], out, args.jobs)
     run_all(row_jobs(out, scale, rows), out, args.jobs)
 

@@ -1,6 +1,7 @@
 """Operations and memory of the full recipe, counted without a GPU and without weights.
 
-    python -m experiments.count     # about half a minute on one core
+    python -m experiments.count             # about half a minute on one core
+    python -m experiments.count --measure   # a real update of the ControlNet, on this CPU
 
 Operations: torch's FlopCounterMode on meta tensors of the true sizes (two for a multiply-add). It
 counts the backward pass of grouped convolutions as if they were dense, so that an update of a
@@ -10,6 +11,10 @@ size but no content, under bf16 autocast with the norms in float32 as on GPUs. W
 its workspaces and fragmentation take is not in it.
 """
 
+import resource
+import statistics
+import sys
+import time
 import weakref
 
 import torch
@@ -116,20 +121,25 @@ def in_float32(norm):
     return run
 
 
+def networks(control):
+    """What `train controlnet` (else: `train dreambooth`) holds: VAE, UNet, text, prior, trained."""
+    vae = VAE().requires_grad_(False)
+    torch.set_default_dtype(torch.bfloat16 if control else torch.float32)  # of what is frozen
+    unet, text = UNet(), TextEncoder().requires_grad_(False)
+    prior = UNet().requires_grad_(False) if control else None
+    torch.set_default_dtype(torch.float32)
+    net = ControlNet(unet.config, 20) if control else unet
+    if control:
+        unet.eval().requires_grad_(False)
+    net.train().checkpointing = True
+    return vae, unet, text, prior, net
+
+
 def memory(stage):
     """-> {moment: GiB} of a training update of `stage` at 512 x 512, batch 1."""
     control, alive, gib = stage == "controlnet", Alive(), 2**30
-    half = torch.bfloat16 if control else torch.float32  # of what is frozen beside the ControlNet
     with FakeTensorMode():
-        vae = VAE().requires_grad_(False)
-        torch.set_default_dtype(half)
-        unet, text = UNet(), TextEncoder().requires_grad_(False)
-        prior = UNet().requires_grad_(False) if control else None
-        torch.set_default_dtype(torch.float32)
-        net = ControlNet(unet.config, 20) if control else unet
-        if control:
-            unet.eval().requires_grad_(False)
-        net.train().checkpointing = True
+        vae, unet, text, prior, net = networks(control)
         for model in {vae, unet, text, prior, net} - {None}:
             for p in model.parameters():
                 alive.add(p)
@@ -162,7 +172,41 @@ def memory(stage):
     return result
 
 
+def measured(updates=3):
+    """The ControlNet's update at 512 x 512, batch 1, bf16, checkpointing, run on this CPU.
+
+    -> (median seconds of an update, peak GiB of the process above that of the bare program); the
+    first update, in which AdamW's state appears, counts for the memory only.
+    """
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    bare = peak()
+    vae, unet, text, prior, net = networks(True)
+    optimizer = torch.optim.AdamW(net.parameters())
+    picture, tokens = torch.randn(1, 3, 512, 512), torch.zeros(1, 77, dtype=torch.long)
+    label = torch.randint(20, (1, 512, 512))
+    hint, t, seconds = F.one_hot(label).permute(0, 3, 1, 2).float(), torch.tensor([500.0]), []
+    for _ in range(1 + updates):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                z = vae.posterior(picture)[0]
+            with torch.no_grad():
+                c = text(tokens)
+            loss = F.mse_loss(unet(z, t, c, net(z, t, c, hint)).float(), torch.randn_like(z))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]), peak() - bare
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--measure"]:
+        seconds, gib = measured()
+        print(f"controlnet, update on this CPU: {seconds:.1f} s, {gib:.1f} GiB")
+        sys.exit()
     for name, value in operations().items():
         print(f"{name:26}{value:10.2f} TFLOP")
     F.group_norm, F.layer_norm = in_float32(F.group_norm), in_float32(F.layer_norm)
