@@ -541,8 +541,8 @@ def main(argv=None):
     names = [n for n in SETS if set_path(out, n, 0).exists()]
     fidelity_job = Job("fidelity", out / "fidelity.json", (measure_fidelity, out, scale, names),
                        30 + 0.1 * scale.images * scale.seeds * len(names))
-    run_all([*filter_jobs(out, scale, rows), fidelity_job], out, args.jobs)
-    run_all(row_jobs(out, scale, rows), out, args.jobs)
+    run_all(filter_jobs(out, scale, rows), out, args.jobs)
+    run_all([fidelity_job, *row_jobs(out, scale, rows)], out, args.jobs)
 
     runs = collect(out, scale, rows)
     (out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
