@@ -49,6 +49,7 @@ from vae import VAE, VAEConfig
 
 HERE = Path(__file__).resolve().parent
 CLASSES = data.CITYSCAPES
+PLAIN = dict(control_scale=1.0, control_uncond=1.0)  # as the released loop has it
 
 
 @dataclass
@@ -434,7 +435,8 @@ def segmenter_training_case(device, backbone, size, batch):
     config = SegFormerConfig(**{**MIT[backbone], "num_classes": len(CLASSES.names)})
     ours, theirs = SegFormer(config), transformers_segmenter(config)
     args = argparse.Namespace(arch="segformer", rcs=True, rcs_temperature=0.01, rcs_min_pixels=40,
-                              fit=(), crop=size, distort=True, fd=0.0)
+                              fit=(), crop=size, augment="photometric",
+                              fd=0.0)
     pairs = data.Joined([data.ToyStreets(("sunny",), 50)])
     draw, rng = dginstyle.segmenter_draw(pairs, args), np.random.default_rng(0)
 
@@ -513,7 +515,7 @@ def toy_bench(bench):
     quick, device = bench.quick, bench.device
     models = toy_models(device)
     half = cast(models, torch.bfloat16)
-    args = settings("--stride", "quarter", "--steps", 2 if quick else 20)
+    args = with_(settings("--stride", "quarter", "--steps", 2 if quick else 20), **PLAIN)
     condition = street(models.size)
     for case in network_cases(models, torch.float32):
         bench.run(case)
@@ -538,7 +540,8 @@ def sd_bench(bench):
     models = sd_models(bench.device, 64 if gpu else 32)
     half = cast(models, torch.bfloat16)
     steps = 1 if bench.quick else 20 if gpu else 2
-    args = with_(settings("--preset", "paper", "--steps", steps), guidance=7.5, tile_batch=None)
+    args = with_(settings("--preset", "paper", "--steps", steps), guidance=7.5, tile_batch=None,
+                 **PLAIN)
     condition = street(models.size)
     for name, nets, dtype in (("fp32", models, torch.float32), ("bf16", half, torch.bfloat16)):
         for case in network_cases(nets, dtype):
