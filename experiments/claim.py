@@ -1,6 +1,6 @@
 """The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
 
-    python -m experiments.claim            # the full table: 3 seeds, hours on two cores
+    python -m experiments.claim            # the full table, 3 seeds: 80 minutes of two cores
     python -m experiments.claim --quick    # its main rows with fewer images, under 25 minutes
 
 A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
@@ -400,8 +400,7 @@ def verdict(runs):
             (FULL_ROW, SOURCE, unseen, "mIoU"), (FULL_ROW, NO_SWAP, unseen, "mIoU"),
             (FULL_ROW, NO_MRLF, unseen, "mIoU"), (FULL_ROW, NO_MRLF, small, "small classes")):
         if {title, other} <= table.keys():
-            lines.append(f"- Full method against {other.lower() if other[0] != 'M' else other}, "
-                         f"{what}: {paired(title, other, table)}.")
+            lines.append(f"- Full method against {other}, {what}: {paired(title, other, table)}.")
     return lines
 
 
@@ -527,7 +526,8 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="runs at once, each with its share of the cores (%(default)s)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"),
-                        help="of `generate`; bf16 where the CPU has matrix units for it (fp32)")
+                        help="of `generate`; bf16 saves time where the CPU has matrix units for "
+                             "it (default: %(default)s; the results in experiments/: bf16)")
     parser.add_argument("--install", action="store_true", help="copy the results to experiments/")
     args = parser.parse_args(argv)
     scale = QUICK if args.quick else FULL
