@@ -4,6 +4,7 @@
 
 teaser.png: one label map under seven prompts, with Style Swap (the prior U^P under the ControlNet)
 and without (U^S). fusion.png: small objects in the first pass alone and after the second (MRLF).
+streets.png: an unseen street before and after the VAE, its label, and what the segmenter sees.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import dginstyle
+import segformer
+from vae import VAE
 
 PAPER, INK = (255, 255, 255), (30, 30, 30)
 
@@ -78,6 +81,21 @@ def close_ups(seeds, styles, size=(64, 128), scale=4):
     return sheet(rows, styles, ("label crop", "first pass", "both passes\n(MRLF)"), scale)
 
 
+@torch.no_grad()
+def streets(seed):
+    """An unseen street in every style: the picture, through the VAE, its label, the segmenter's."""
+    vae = VAE.from_pretrained(dginstyle.TOY / "vae")
+    judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
+    images, labels = zip(*[data.toy_street(data.ToyStreets.SPLITS["val"] + seed, style)
+                           for style in data.STYLES], strict=True)
+    x = dginstyle.from_uint8(np.stack(images))
+    logits = segformer.slide_inference(judge, (x + 1) / 2, (64, 128), (32, 64))
+    guesses = logits.argmax(1).numpy().astype(np.uint8)
+    rows = [images, list(dginstyle.decode(vae, vae.encode(x)))]
+    rows += [[data.colourise(x, data.CITYSCAPES) for x in maps] for maps in (labels, guesses)]
+    return sheet(rows, data.STYLES, ("street", "through\nthe VAE", "label", "segmenter"), 1)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="experiments.pictures",
                                      description=__doc__.split("\n")[0])
@@ -85,6 +103,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1, help="validation scene of the teaser")
     args = parser.parse_args(argv)
     torch.set_flush_denormal(True)  # as dginstyle.main does: else a CPU takes ten times as long
+    streets(args.seed).save(args.out / "streets.png", optimize=True)
     teaser(args.seed).save(args.out / "teaser.png", optimize=True)
     close_ups((2, 5, 9, 14), ("sunny", "overcast", "night", "snowy")).save(
         args.out / "fusion.png", optimize=True)
