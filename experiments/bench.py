@@ -432,7 +432,8 @@ def controlnet_training_case(models, batch):
 
 def segmenter_training_case(device, backbone, size, batch):
     """An update of the segmenter; `data` is the time that one process needs to make a batch."""
-    config = SegFormerConfig(**{**MIT[backbone], "num_classes": len(CLASSES.names)})
+    config = SegFormerConfig(**{**MIT[backbone], "head": "segformer",
+                                "num_classes": len(CLASSES.names)})
     ours, theirs = SegFormer(config), transformers_segmenter(config)
     args = argparse.Namespace(arch="segformer", rcs=True, rcs_temperature=0.01, rcs_min_pixels=40,
                               fit=(), crop=size, augment="photometric",
