@@ -375,7 +375,8 @@ class Models:
 
         The control goes into both halves, each with its own text, as in the paper. control_uncond
         weakens it in the unguided half, so that the guidance amplifies it along with the prompt:
-        labels are followed more closely, at the style's expense; 0 leaves that call out.
+        labels are followed more closely, at the style's expense; at 0 the ControlNet sees the
+        guided half alone.
         """
         t, control_t = t if isinstance(t, tuple) else (t, t)
         if torch.is_tensor(text):
@@ -384,9 +385,10 @@ class Models:
         x = x.to(self.unet.conv_in.weight.dtype)
         both, control = torch.cat([x, x]), None
         if hint is not None and control_uncond:
-            scale = x.new_tensor([control_scale * control_uncond, control_scale])
+            scale = torch.cat([x.new_full((len(x), 1, 1, 1), control_scale * share)
+                               for share in (control_uncond, 1)])
             control = self.controlnet(both, control_t, control_context, torch.cat([hint, hint]),
-                                      scale.repeat_interleave(len(x)).view(-1, 1, 1, 1))
+                                      scale)
         elif hint is not None:
             residuals, middle = self.controlnet(x, control_t, control_context, hint, control_scale)
             residuals = [torch.cat([torch.zeros_like(r), r]) for r in (*residuals, middle)]
