@@ -2482,7 +2482,7 @@ def test_generate_takes_label_maps_of_any_kind(tmp_path):
 
 @pytest.mark.parametrize("stage", ["vae", "prior", "dreambooth", "controlnet"])
 def test_training_stages_learn_and_resume_exactly(stage, tmp_path):
-    """3 + 3 updates give bit for bit the weights of 6, and the loss is finite."""
+    """3 + 3 updates give bit for bit the weights of 6, the loss is finite, a sheet is drawn."""
     flags = ["train", stage, "--batch", "2", "--cache", "0", "--lr-schedule", "constant",
              "--data", "toy:all:4", "--sample-steps", "1", "--seed", "3"]
     parts = {"vae": "vae", "prior": "unet", "dreambooth": "unet_source", "controlnet": "controlnet"}
@@ -2496,6 +2496,7 @@ def test_training_stages_learn_and_resume_exactly(stage, tmp_path):
     assert any(not torch.equal(weights[0][k], start[k]) for k in start)
     log = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     assert log[-1]["step"] == 6 and np.isfinite(log[-1]["loss"])
+    assert np.asarray(Image.open(tmp_path / "whole" / "samples" / f"{stage}.png")).std() > 0
 
 
 def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path, capsys):

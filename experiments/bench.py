@@ -3,6 +3,7 @@
     python -m experiments.bench                     toy size, minutes on two cores
     python -m experiments.bench --sd-size           the SD1.5 configuration with random weights
     python -m experiments.bench --device cuda       either of them on a GPU
+    python -m experiments.bench --sampling 64       label fidelity of faster sampling, 64 images
     python -m experiments.bench --quick             once through everything, to see that it runs
 
 Every case times our way and the others in turn, round after round, and reports medians and their
@@ -21,11 +22,14 @@ pack's; nothing is downloaded.
 """
 
 import argparse
+import contextlib
 import copy
 import importlib.util
+import io
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -42,6 +46,7 @@ import dginstyle
 from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet
 from dginstyle import Condition, Models, Noise, Schedule
+from experiments import claim
 from segformer import PRESETS as MIT
 from segformer import SegFormer, SegFormerConfig
 from unet import UNet, UNetConfig
@@ -71,7 +76,8 @@ class Bench:
 
     device: torch.device
     quick: bool = False
-    sd_size: bool = False
+    title: str = "toy size"
+    columns: str = "| | ours, seconds | of peak | others' time / ours |"
     rows: list = field(default_factory=list)
     peaks: dict = field(default_factory=dict)
 
@@ -128,6 +134,8 @@ def line(row):
     """A row as a line of the markdown table."""
     if "note" in row:
         return f"| {row['case']} | | | {row['note']} |"
+    if "cells" in row:
+        return f"| {' | '.join([row['case'], *row['cells']])} |"
     ratios = ", ".join(f"{k}: " + (f"{v:.2f}" if v else "not installed")
                        for k, v in row["ratio"].items())
     peak = f"{100 * row['of peak']:.0f} %" if "of peak" in row else ""
@@ -166,6 +174,14 @@ def cast(models, dtype):
     """The same weights in another precision."""
     names = ("unet", "controlnet", "vae", "text_encoder")
     return replace(models, **{n: copy.deepcopy(getattr(models, n)).to(dtype) for n in names})
+
+
+def compiled(models):
+    """The same weights in networks that torch.compile makes faster."""
+    models = cast(models, torch.float32)
+    for net in (models.unet, models.controlnet):
+        net.compile()
+    return models
 
 
 def diffusers_nets(models):
@@ -471,13 +487,35 @@ def segmenter_cases(device, names, size):
 
 def precision_row(models, half, condition, args):
     """How far bf16 ends from fp32: latents relative, image as PSNR."""
-    latents = [dginstyle.sample(m, [condition], CLASSES, args).cpu() for m in (models, half)]
-    images = [dginstyle.make_images(m, [condition], CLASSES, args)[0] for m in (models, half)]
+    latents = [dginstyle.sample(m, [condition], CLASSES, args) for m in (models, half)]
+    images = [dginstyle.decode(m.vae, z)[0] for m, z in zip((models, half), latents, strict=True)]
     error = ((latents[1] - latents[0]).norm() / latents[0].norm()).item()
     mse = np.mean((images[0].astype(float) - images[1]) ** 2)
     psnr = float(10 * np.log10(255**2 / mse)) if mse else float("inf")
     return {"case": "bf16 against fp32", "error": error, "psnr": psnr,
             "note": f"relative error of the latents {error:.1e}, image {psnr:.1f} dB"}
+
+
+KINDS = {  # of operations, by torch's names: the first that fits counts
+    "convolutions": ("conv",), "matrix products": ("mm", "linear"), "attention": ("attention",),
+    "norms": ("norm",), "copies": ("copy", "cat", "stack", "clone", "fill", "zero", "index"),
+    "rest": ("",)}
+
+
+def profile_row(bench, case):
+    """Where the time of our way of a case goes, by kind of operation."""
+    cuda = bench.device.type == "cuda"
+    with torch.profiler.profile() as profiler:
+        case.ours()
+        bench.wait()
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.key_averages():
+        if event.key.startswith("aten::"):  # on a GPU an operation's time is that of its kernels
+            kind = next(k for k, names in KINDS.items() if any(n in event.key for n in names))
+            spent[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    shares = {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
+    return {"case": "where its time goes", "shares": shares,
+            "note": ", ".join(f"{kind} {100 * s:.0f} %" for kind, s in shares.items())}
 
 
 def scaling_rows(bench, models, steps):
@@ -523,7 +561,13 @@ def toy_bench(bench):
     fault = check_same(models, condition, with_(args, steps=2))
     print(f"ours and the literal loop agree to {fault:.1e}")
     title = f"one MRLF image, {args.steps} steps, stride a quarter of the window"
-    bench.run(image_case(title, models, models, condition, args, torch.float32))
+    case = image_case(title, models, models, condition, args, torch.float32)
+    bench.run(case)
+    bench.add(profile_row(bench, case))
+    if not quick:  # compiling takes minutes, in the first round
+        title = "the same with --compile"
+        case = image_case(title, models, compiled(models), condition, args, torch.float32)
+        bench.run(replace(case, count=False))
     bench.run(preset_case(models, [condition] * (1 if quick else 2), torch.float32))
     bench.add(precision_row(models, half, condition, args))
     for row in scaling_rows(bench, models, 1 if quick else 4):
@@ -533,6 +577,37 @@ def toy_bench(bench):
     for case in segmenter_cases(device, ("b0",) if quick else ("b0", "b1", "b2", "b3", "b4", "b5"),
                                 (128, 128) if quick else (256, 512)):
         bench.run(case)
+
+
+# ways to sample, flags of `generate`; the first is the published one, to which the rest compare
+SAMPLINGS = {
+    "preset paper": ["--preset", "paper"],
+    "paper, windows half their size apart": ["--preset", "paper", "--stride", "half"],
+    "preset fast": ["--preset", "fast"],
+    "fast, uniform windows": ["--preset", "fast", "--window-weights", "uniform"],
+    "fast, ddim": ["--preset", "fast", "--sampler", "ddim"],
+    "fast, control in the guided half only": ["--preset", "fast", "--control-uncond", "0"],
+    "fast, first pass only": ["--preset", "fast", "--no-mrlf"],
+}
+
+
+def sampling_bench(bench, images):
+    """Time and label fidelity of each sampling on the same crops, prompts and noise, in bf16."""
+    judge = SegFormer.from_pretrained(dginstyle.TOY / "segformer")
+    classifier, _ = claim.style_classifier(8 if bench.quick else 400)
+    source, paper = 2 * images, None
+    for name, flags in SAMPLINGS.items():
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            argv = ["generate", "--data", f"toy:sunny:{source}", "--num", images, "--out", folder,
+                    "--weather-prob", 1, "--precision", "bf16", "--device", bench.device, *flags]
+            seconds = bench.clock(lambda: dginstyle.main([*map(str, argv)])) / images  # noqa: B023
+            found = claim.fidelity(Path(folder), judge, classifier, source)
+        paper = paper or {**found, "seconds": seconds}
+        change = 100 * (found["mIoU"] - paper["mIoU"])
+        bench.add({"case": name, "seconds an image": seconds, **found, "cells": [
+            f"{seconds:.2f}", f"{paper['seconds'] / seconds:.1f}",
+            f"{100 * found['mIoU']:.1f} ({change:+.1f}), {100 * found['small']:.1f}, "
+            f"{100 * found['style']:.0f} %"]})
 
 
 def sd_bench(bench):
@@ -556,25 +631,26 @@ def sd_bench(bench):
     title = f"one MRLF image in bf16, {steps} steps, the loops in fp32"
     case = image_case(title, models, half, condition, args, torch.bfloat16)
     bench.run(replace(case, rounds=4 if gpu else 1))  # minutes on a CPU
+    bench.add(profile_row(bench, case))
     bench.add(precision_row(models, half, condition, args))
 
 
 def report(bench):
     """bench.json and bench.md, one section a size and device; other sections are kept."""
-    section = f"{'SD1.5' if bench.sd_size else 'toy'} size, {bench.device.type}"
+    section = f"{bench.title}, {bench.device.type}"
     file = HERE / "bench.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     machine = (torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda"
                else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
     peaks = {str(k).removeprefix("torch."): v for k, v in bench.peaks.items()}
     results[section] = {"machine": machine, "torch": torch.__version__, "quick": bench.quick,
-                        "peak": peaks, "rows": bench.rows}
+                        "peak": peaks, "columns": bench.columns, "rows": bench.rows}
     file.write_text(json.dumps(results, indent=1) + "\n")
     lines = []
     for name, result in results.items():
         peaks = ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in result["peak"].items())
-        lines += [f"### {name}", "", f"{result['machine']}, torch {result['torch']}; measured "
-                  f"peak: {peaks}.", "", "| | ours, seconds | of peak | others' time / ours |",
+        lines += [f"### {name}", "", f"{result['machine']}, torch {result['torch']}"
+                  + (f"; measured peak: {peaks}." if peaks else "."), "", result["columns"],
                   "|---|---|---|---|", *map(line, result["rows"]), ""]
     (HERE / "bench.md").write_text("\n".join(lines))
 
@@ -584,9 +660,18 @@ def main(argv=None):
     parser.add_argument("--sd-size", action="store_true", help="SD1.5's size, random weights")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="one short round of everything")
+    parser.add_argument("--sampling", type=int, metavar="N", help="instead: time and label "
+                        "fidelity of the presets and what lies between, N toy images each")
     args = parser.parse_args(argv)
-    torch.set_flush_denormal(True)
-    bench = Bench(torch.device(args.device), args.quick, args.sd_size)
+    dginstyle.tune_cpu()
+    bench = Bench(torch.device(args.device), args.quick)
+    if args.sampling:
+        bench.title = f"sampling {args.sampling} toy images in bf16"
+        bench.columns = ("| | seconds an image | times as many as paper | label fidelity (change), "
+                         "small classes, style |")
+        sampling_bench(bench, args.sampling)
+        return
+    bench.title = "SD1.5 size" if args.sd_size else "toy size"
     with torch.no_grad():
         (sd_bench if args.sd_size else toy_bench)(bench)
     print(f"\nalso in {HERE / 'bench.json'} and {HERE / 'bench.md'}")

@@ -39,6 +39,7 @@ import data
 import dginstyle
 import gallery
 import segformer
+from vae import VAE
 
 HERE = Path(__file__).resolve().parent
 UNSEEN = [s for s in data.STYLES if s != "sunny"]
@@ -126,7 +127,7 @@ class Job:
 def run_job(job, threads, log):
     """In a worker process. -> seconds; RuntimeError where a command failed."""
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+    dginstyle.tune_cpu()
     start = time.time()
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         if callable(job.call[0]):
@@ -338,11 +339,24 @@ def fidelity(folder, judge, classifier, source):
             "style": float(np.mean(right)) if right else None, "images": len(rows)}
 
 
+@torch.no_grad()
+def reconstruction(vae, n=12):
+    """PSNR in dB of encoding and decoding n whole unseen streets, style by style."""
+    psnr = {}
+    for style in data.STYLES:
+        streets = data.ToyStreets([style], n, "val")
+        x = dginstyle.from_uint8(np.stack([streets.image(i) for i in range(n)]))
+        error = F.mse_loss(vae.decode(vae.encode(x)).clamp(-1, 1), x)
+        psnr[style] = 10 * np.log10(4 / error.item())
+    return psnr
+
+
 def measure_fidelity(out, scale, names):
-    """fidelity.json: every set of every seed."""
+    """fidelity.json: the VAE, and every set of every seed."""
     judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
     classifier, accuracy = style_classifier(scale.classifier)
-    found = {"style classifier on real pictures": accuracy}
+    found = {"style classifier on real pictures": accuracy,
+             "VAE": reconstruction(VAE.from_pretrained(dginstyle.TOY / "vae"))}
     for name in names:
         found[name] = [fidelity(set_path(out, name, s), judge, classifier, scale.source)
                        for s in range(scale.seeds)]
@@ -442,7 +456,8 @@ def fidelity_table(found):
         lines.append(f"| {name} | {spread(m['mIoU'])} ({m['mIoU real'].mean():.1f}) | "
                      f"{100 * (m['mIoU'] / m['mIoU real']).mean():.0f} % | {spread(m['small'])} "
                      f"({m['small real'].mean():.1f}) | {style} |")
-    return lines
+    psnr = ", ".join(f"{style} {v:.1f}" for style, v in found["VAE"].items())
+    return [*lines, "", f"What the VAE alone keeps of unseen pictures, PSNR in dB: {psnr}."]
 
 
 def rare_class_table(out, scale):
