@@ -161,7 +161,7 @@ class ControlNet(nn.Module):
         with torch.device("meta"):
             cfg = read_config(config) if config else infer_config(state, file)
             model = cls(cfg, hint_channels, widths)
-        return load_strict(model, state, file).to(dtype).eval()
+        return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""

@@ -55,6 +55,27 @@ from vae import VAE, VAEConfig
 TOY = Path(__file__).resolve().parent / "toy"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+
+@functools.cache
+def glibc():
+    """The C library where it is GNU's, else None."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") else None
+
+
+def tune_cpu():
+    """Two settings of the process that change no result and save a CPU much of its time.
+
+    Numbers below 1e-38 make it crawl: they become 0. And glibc hands large blocks back to the
+    kernel and asks for them again, a page fault for every 4 KiB, so that SD's UNet takes 1.3 times
+    as long on large batches: the process keeps them instead.
+    """
+    torch.set_flush_denormal(True)
+    if glibc():
+        glibc().mallopt(-3, 2**28)  # M_MMAP_THRESHOLD: blocks below 256 MiB come from the heap,
+        glibc().mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+
+
 # --------------------------------------------------------------------------------------------
 # 1  Schedule
 
@@ -288,6 +309,8 @@ class Models:
         for net in (self.unet, self.controlnet, self.vae, self.text_encoder):
             if net is not None:
                 net.to("cpu" if low_vram else device, memory_format=torch.channels_last)
+        if glibc():
+            glibc().malloc_trim(0)  # give back what the copies on the way have left behind
         return self
 
     def check(self):
@@ -441,16 +464,17 @@ def window_weights(kind, window):
 
 
 def windows_that_fit(models, window):
-    """How many windows to put into one network call: what free GPU memory allows, up to 32."""
-    if models.device.type != "cuda":
-        return 8
-    free = (torch.cuda.mem_get_info(models.device)[0]
-            + torch.cuda.memory_reserved(models.device)  # torch's own, in part unused
-            - torch.cuda.memory_allocated(models.device))
+    """How many windows to put into one network call: what free GPU memory allows, up to 32; on a
+    CPU what 2 GB allow, up to 8."""
+    free, most = 2e9, 8
+    if models.device.type == "cuda":
+        unused = (torch.cuda.memory_reserved(models.device)  # torch's own
+                  - torch.cuda.memory_allocated(models.device))
+        free, most = 0.8 * (torch.cuda.mem_get_info(models.device)[0] + unused), 32
     weight = models.unet.conv_in.weight
     # the widest maps at full size alive at once in both halves of the guidance, and room to spare
     need = 128 * weight.shape[0] * window[0] * window[1] * weight.element_size()
-    return max(1, min(32, int(0.8 * free / need)))
+    return max(1, min(most, int(free / need)))
 
 
 @torch.no_grad()
@@ -1838,21 +1862,6 @@ def build_parser():
             text = f"{flag.help} {describe(command, name, flag)}".replace("%", "%%")
             sub.add_argument("--" + name.replace("_", "-"), help=text, default=None, **options)
     return parser
-
-
-def tune_cpu():
-    """Two settings of the process that change no result and save a CPU much of its time.
-
-    Numbers below 1e-38 make it crawl: they become 0. And glibc hands large blocks back to the
-    kernel and asks for them again, a page fault for every 4 KiB, so that SD's UNet takes 1.3 times
-    as long on large batches: the process keeps them instead.
-    """
-    torch.set_flush_denormal(True)
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too,
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def main(argv=None):

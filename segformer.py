@@ -337,7 +337,7 @@ class SegFormer(nn.Module):
         fields = describe(config, state, file) | overrides
         with torch.device("meta"):
             model = cls(SegFormerConfig(**fields))
-        return load_strict(model, public_keys(state), file).eval().to(dtype)
+        return load_strict(model, public_keys(state), file, dtype).eval()
 
     def load_backbone(self, path):
         """Load only the encoder: of nvidia/mit-b*, mit_b*.pth or a segmenter. The head stays.
@@ -347,7 +347,7 @@ class SegFormer(nn.Module):
         _, state, file = read_weights(path)
         encoder = {k[9:]: v for k, v in public_keys(state).items() if k.startswith("backbone.")}
         old = self.backbone.norm4.weight
-        load_strict(self.backbone, encoder, file).to(old.device, old.dtype)
+        load_strict(self.backbone, encoder, file, old.dtype).to(old.device)
         return self
 
     def save_pretrained(self, folder, dtype=None):
@@ -539,8 +539,11 @@ def read_json(file):
         raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
-def load_strict(model, state, file):
-    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError."""
+def load_strict(model, state, file, dtype):
+    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError.
+
+    Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
+    """
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     have = {k: tuple(v.shape) for k, v in state.items()}
     faults = [f"missing {k}" for k in want.keys() - have.keys()]
@@ -551,5 +554,7 @@ def load_strict(model, state, file):
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
         raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
-    model.load_state_dict(state, strict=True, assign=True)
+    copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
+              for k, v in state.items()}
+    model.load_state_dict(copies, strict=True, assign=True)
     return model

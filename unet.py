@@ -389,7 +389,7 @@ class UNet(nn.Module):
             state = from_ldm(state)
         with torch.device("meta"):
             model = cls(read_config(config) if config else infer_config(state, file))
-        return load_strict(model, state, file).to(dtype).eval()
+        return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
@@ -528,8 +528,11 @@ def read_json(file):
         raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
-def load_strict(model, state, file):
-    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError."""
+def load_strict(model, state, file, dtype):
+    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError.
+
+    Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
+    """
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     have = {k: tuple(v.shape) for k, v in state.items()}
     faults = [f"missing {k}" for k in want.keys() - have.keys()]
@@ -540,5 +543,7 @@ def load_strict(model, state, file):
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
         raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
-    model.load_state_dict(state, strict=True, assign=True)
+    copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
+              for k, v in state.items()}
+    model.load_state_dict(copies, strict=True, assign=True)
     return model

@@ -80,11 +80,12 @@ def norm_silu_conv(norm, conv, x):
     """conv(silu(norm(x))), in bands where the map is large, with the statistics of the whole."""
     if x.numel() <= BAND:
         return conv(F.silu(norm(x)))
-    groups = x.float().unflatten(1, (norm.num_groups, -1))  # (B,G,C/G,H,W)
-    var, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0, keepdim=True)
-    weight, bias = (p.view(norm.num_groups, -1, 1, 1) for p in (norm.weight, norm.bias))
-    a = weight * (var + norm.eps).rsqrt()
-    a, b = a.flatten(1, 2), (bias - a * mean).flatten(1, 2)  # (B,C,1,1)
+    statistics = [torch.var_mean(group.float(), dim=(1, 2, 3), correction=0)  # a float32 copy of
+                  for group in x.chunk(norm.num_groups, dim=1)]  # all would be the largest tensor
+    var, mean = (torch.stack(s, dim=1)[:, :, None] for s in zip(*statistics, strict=True))
+    weight, bias = (p.view(norm.num_groups, -1) for p in (norm.weight, norm.bias))
+    a = weight * (var + norm.eps).rsqrt()  # (B,G,C/G)
+    a, b = (p.flatten(1)[:, :, None, None] for p in (a, bias - a * mean))  # (B,C,1,1)
     return in_bands(lambda band: conv(F.silu((a * band + b).to(x.dtype))), x)
 
 
@@ -301,7 +302,7 @@ class VAE(nn.Module):
                               for k, v in config.items() if k in known})
         with torch.device("meta"):
             model = cls(config)
-        return load_strict(model, state, file).to(dtype).eval()
+        return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
@@ -397,8 +398,11 @@ def read_json(file):
         raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
-def load_strict(model, state, file):
-    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError."""
+def load_strict(model, state, file, dtype):
+    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError.
+
+    Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
+    """
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     have = {k: tuple(v.shape) for k, v in state.items()}
     faults = [f"missing {k}" for k in want.keys() - have.keys()]
@@ -409,5 +413,7 @@ def load_strict(model, state, file):
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
         raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
-    model.load_state_dict(state, strict=True, assign=True)
+    copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
+              for k, v in state.items()}
+    model.load_state_dict(copies, strict=True, assign=True)
     return model
