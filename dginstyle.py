@@ -67,8 +67,7 @@ def tune_cpu():
     """Two settings of the process that change no result and save a CPU much of its time.
 
     Numbers below 1e-38 make it crawl: they become 0. And glibc hands large blocks back to the
-    kernel and asks for them again, a page fault for every 4 KiB, so that SD's UNet takes 1.3 times
-    as long on large batches: the process keeps them instead.
+    kernel and asks for them again, a page fault for every 4 KiB: the process keeps them instead.
     """
     torch.set_flush_denormal(True)
     if glibc():
@@ -464,8 +463,7 @@ def window_weights(kind, window):
 
 
 def windows_that_fit(models, window):
-    """How many windows to put into one network call: what free GPU memory allows, up to 32; on a
-    CPU what 2 GB allow, up to 8."""
+    """Windows in a network call: what free GPU memory allows, up to 32; on a CPU 2 GB, up to 8."""
     free, most = 2e9, 8
     if models.device.type == "cuda":
         unused = (torch.cuda.memory_reserved(models.device)  # torch's own

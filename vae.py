@@ -80,8 +80,9 @@ def norm_silu_conv(norm, conv, x):
     """conv(silu(norm(x))), in bands where the map is large, with the statistics of the whole."""
     if x.numel() <= BAND:
         return conv(F.silu(norm(x)))
-    statistics = [torch.var_mean(group.float(), dim=(1, 2, 3), correction=0)  # a float32 copy of
-                  for group in x.chunk(norm.num_groups, dim=1)]  # all would be the largest tensor
+    # group by group: a float32 copy of the whole map would be the largest tensor of all
+    statistics = [torch.var_mean(group.float(), dim=(1, 2, 3), correction=0)
+                  for group in x.chunk(norm.num_groups, dim=1)]
     var, mean = (torch.stack(s, dim=1)[:, :, None] for s in zip(*statistics, strict=True))
     weight, bias = (p.view(norm.num_groups, -1) for p in (norm.weight, norm.bias))
     a = weight * (var + norm.eps).rsqrt()  # (B,G,C/G)

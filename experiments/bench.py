@@ -176,14 +176,6 @@ def cast(models, dtype):
     return replace(models, **{n: copy.deepcopy(getattr(models, n)).to(dtype) for n in names})
 
 
-def compiled(models):
-    """The same weights in networks that torch.compile makes faster."""
-    models = cast(models, torch.float32)
-    for net in (models.unet, models.controlnet):
-        net.compile()
-    return models
-
-
 def diffusers_nets(models):
     """diffusers' UNet, ControlNet and VAE on the very weights of ours, or None."""
     if not installed("diffusers"):
@@ -564,10 +556,6 @@ def toy_bench(bench):
     case = image_case(title, models, models, condition, args, torch.float32)
     bench.run(case)
     bench.add(profile_row(bench, case))
-    if not quick:  # compiling takes minutes, in the first round
-        title = "the same with --compile"
-        case = image_case(title, models, compiled(models), condition, args, torch.float32)
-        bench.run(replace(case, count=False))
     bench.run(preset_case(models, [condition] * (1 if quick else 2), torch.float32))
     bench.add(precision_row(models, half, condition, args))
     for row in scaling_rows(bench, models, 1 if quick else 4):
