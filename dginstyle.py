@@ -1711,7 +1711,7 @@ GENERATE = {
                                     "of a 512x512 image"),
     "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",
                     choices=("ddim", "official")),
-    "weather_prob": Flag(0.5, "share of prompts with a weather sentence"),
+    "weather_prob": Flag(0.5, "share of prompts with a weather sentence", 1.0),
     "negative": Flag("", "negative prompt"),
     "low_vram": Flag(False, "keep only the network at work on the GPU"),
 }

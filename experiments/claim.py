@@ -59,7 +59,7 @@ class Scale:
     classifier: int = 400  # steps of the style classifier
 
 
-FULL = Scale(source=150, images=100, seeds=3, pretrain=800, steps=400, test=30)
+FULL = Scale(source=100, images=100, seeds=3, pretrain=700, steps=350, test=24)
 QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
 # how the toy images are made, in every set; chosen on validation scenes
 SAMPLING = ["--preset", "fast"]
