@@ -463,16 +463,16 @@ def window_weights(kind, window):
 
 
 def windows_that_fit(models, window):
-    """Windows in a network call: what free GPU memory allows, up to 32; on a CPU 2 GB, up to 8."""
-    free, most = 2e9, 8
+    """Windows in a network call: what free GPU memory allows, on a CPU 2 GB, up to 32."""
+    free = 2e9
     if models.device.type == "cuda":
         unused = (torch.cuda.memory_reserved(models.device)  # torch's own
                   - torch.cuda.memory_allocated(models.device))
-        free, most = 0.8 * (torch.cuda.mem_get_info(models.device)[0] + unused), 32
+        free = 0.8 * (torch.cuda.mem_get_info(models.device)[0] + unused)
     weight = models.unet.conv_in.weight
     # the widest maps at full size alive at once in both halves of the guidance, and room to spare
     need = 128 * weight.shape[0] * window[0] * window[1] * weight.element_size()
-    return max(1, min(most, int(free / need)))
+    return max(1, min(32, int(free / need)))
 
 
 @torch.no_grad()
