@@ -1689,7 +1689,7 @@ GENERATE = {
     "num": Flag(16, "number of images"),
     "batch": Flag(1, "images sampled together", 4),
     "tile_batch": Flag(None, "windows in one network call; default: what free GPU memory allows, "
-                             "8 on CPU", 32, int),
+                             "on a CPU 2 GB, up to 32", type=int),
     "size": Flag(None, "label crop and image, HxW pixels; default: the training window",
                  type=size_pair),
     "label_height": Flag(None, "shrink label maps to this height before cropping", type=int),
