@@ -6,9 +6,9 @@
 Operations: torch's FlopCounterMode on meta tensors of the true sizes (two for a multiply-add). It
 counts the backward pass of grouped convolutions as if they were dense, so that an update of a
 segmenter is taken as three forward passes and the frozen backbone's one.
-Memory: every tensor of a training update that is alive at one time, on fake tensors that have a
-size but no content, under bf16 autocast with the norms in float32 as on GPUs. What CUDA itself,
-its workspaces and fragmentation take is not in it.
+Memory: every tensor of an image or of a training update that is alive at one time, on fake tensors
+that have a size but no content; updates under bf16 autocast with the norms in float32 as on GPUs.
+What CUDA itself, its workspaces and fragmentation take is not in it.
 """
 
 import resource
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clip_text import TextEncoder
 from controlnet import ControlNet
+from dginstyle import Models, Schedule
 from segformer import SegFormer, SegFormerConfig
 from unet import UNet
 from vae import VAE
@@ -172,6 +173,35 @@ def memory(stage):
     return result
 
 
+@torch.no_grad()
+def generation(windows=8):
+    """-> {moment: GiB} of an image with MRLF in bf16: 512 x 512 sampled again at 1024 x 1024."""
+    alive, gib = Alive(), 2**30
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        unet, vae, text = UNet(), VAE(), TextEncoder()
+        models = Models(unet, ControlNet(unet.config, 20), vae, text, None, Schedule())
+        for model in (unet, models.controlnet, vae, text):
+            for p in model.parameters():
+                alive.add(p)
+        result = {"weights": alive.now / gib}
+        with alive:
+            z, hint = torch.empty(1, 4, 128, 128), torch.empty(windows, 20, 512, 512)
+            hint = models.controlnet.encode_hint(hint)
+            context = models.encode_text(torch.empty(2, 1, 77, 768))
+            alive.most = 0
+            models.predict(torch.empty(windows, 4, 64, 64), torch.zeros(1), context, hint)
+            result[f"{windows} windows"] = alive.most / gib
+            alive.most = 0
+            image = vae.decode(z)
+            result["decoding"] = alive.most / gib
+            alive.most = 0
+            vae.encode(image)
+            result["encoding"] = alive.most / gib
+        torch.set_default_dtype(torch.float32)
+    return result
+
+
 def measured(updates=3):
     """The ControlNet's update at 512 x 512, batch 1, bf16, checkpointing, run on this CPU.
 
@@ -209,6 +239,8 @@ if __name__ == "__main__":
         sys.exit()
     for name, value in operations().items():
         print(f"{name:26}{value:10.2f} TFLOP")
+    moments = ", ".join(f"{k} {v:.1f}" for k, v in generation().items())
+    print(f"generate: GiB {moments}")
     F.group_norm, F.layer_norm = in_float32(F.group_norm), in_float32(F.layer_norm)
     for name in ("controlnet", "dreambooth"):
         moments = ", ".join(f"{k} {v:.1f}" for k, v in memory(name).items())
