@@ -310,13 +310,14 @@ def fidelity(folder, judge, classifier, source):
     judge: a segmenter trained on real pictures of all styles; its mIoU against the labels, on the
     generated images and on their real twins: the same label crops of the same scenes, drawn in the
     style of the prompt (a style in turn where the prompt names none). classifier: share of images
-    with a weather sentence that look like it. -> dict of fractions
+    with a weather sentence that look like it, of all and of each weather, with that of their twins.
+    -> dict of fractions
     """
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     streets = data.ToyStreets(("sunny",), source, "train")
     seeds = {streets.name(i): streets.SPLITS["train"] + i for i in range(source)}
     counts = torch.zeros(2, 19, 19, dtype=torch.int64)
-    right = []
+    seen = {}  # weather: (image, twin) recognised, for every image
     for k, row in enumerate(rows):
         image = np.asarray(Image.open(folder / row["image"]))
         label = np.asarray(Image.open(folder / row["label"]))
@@ -330,13 +331,15 @@ def fidelity(folder, judge, classifier, source):
         for count, prediction in zip(counts, logits.argmax(1), strict=True):
             count += segformer.confusion_matrix(prediction, torch.from_numpy(label.copy()), 19)
         if row["weather"]:
-            guess = classifier(x[:1]).argmax(1)
-            right.append(data.STYLES[int(guess)] == row["weather"])
+            guess = [data.STYLES[int(i)] for i in classifier(x).argmax(1)]
+            seen.setdefault(style, []).append([g == style for g in guess])
     small = [data.CITYSCAPES.names.index(c) for c in SMALL]
     got, real = (segformer.mean_iou(c) for c in counts)
     return {"mIoU": got["mIoU"], "small": float(got["IoU"][small].nanmean()),
             "mIoU real": real["mIoU"], "small real": float(real["IoU"][small].nanmean()),
-            "style": float(np.mean(right)) if right else None, "images": len(rows)}
+            "style": float(np.concatenate([*seen.values()])[:, 0].mean()) if seen else None,
+            "weathers": {w: np.mean(v, axis=0).tolist() for w, v in sorted(seen.items())},
+            "images": len(rows)}
 
 
 @torch.no_grad()
@@ -451,11 +454,17 @@ def fidelity_table(found):
     for name, runs in found.items():
         if not isinstance(runs, list):
             continue
-        m = {k: np.array([100 * r[k] for r in runs if r[k] is not None]) for k in runs[0]}
+        m = {k: np.array([100 * r[k] for r in runs if r[k] is not None])
+             for k in runs[0] if k != "weathers"}
         style = spread(m["style"]) if len(m["style"]) else "-"
         lines.append(f"| {name} | {spread(m['mIoU'])} ({m['mIoU real'].mean():.1f}) | "
                      f"{100 * (m['mIoU'] / m['mIoU real']).mean():.0f} % | {spread(m['small'])} "
                      f"({m['small real'].mean():.1f}) | {style} |")
+    seen = {w: [r["weathers"][w] for r in found.get("full", []) if w in r["weathers"]]
+            for w in data.STYLES}
+    shares = ", ".join(f"{w} {image:.0f} ({twin:.0f})" for w, v in seen.items() if v
+                       for image, twin in [100 * np.mean(v, axis=0)])
+    lines += ["", f"Percent of the weathers recognised, full method (real twins): {shares}."]
     psnr = ", ".join(f"{style} {v:.1f}" for style, v in found["VAE"].items())
     return [*lines, "", f"What the VAE alone keeps of unseen pictures, PSNR in dB: {psnr}."]
 
