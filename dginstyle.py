@@ -1696,9 +1696,9 @@ GENERATE = {
     "sampler": Flag("ddim", "ddim, or dpm++ (DPM-Solver++ 2M), which needs fewer steps",
                     choices=tuple(SAMPLERS)),
     "steps": Flag(20, "steps of each pass"),
-    "guidance": Flag(7.5, "classifier-free guidance", 4.0),
+    "guidance": Flag(7.5, "classifier-free guidance", 5.0),
     "control_scale": Flag(1.0, "weight of the ControlNet's residuals", 0.7),
-    "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1", 0.7),
+    "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1", 0.8),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),
     "mrlf": Flag(True, "second pass at double resolution"),
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",
@@ -1768,12 +1768,12 @@ SEGMENT = {
 # stage: what differs from the table above, as published and in the toy world. The authors give no
 # number of steps for the ControlNet; 312,100 are the 100 epochs that are their script's default.
 RECIPES = {
-    "vae": (dict(), dict(data=["toy:all:3500"], steps=4500, lr=1.2e-3, batch=8, warmup=100,
+    "vae": (dict(), dict(data=["toy:all:3500"], steps=7000, lr=1.2e-3, batch=8, warmup=100,
                          lr_schedule="cosine", precision="bf16")),
-    "prior": (dict(), dict(data=["toy:all:3500"], steps=4200, lr=1.2e-3, batch=32, warmup=200,
-                           lr_schedule="cosine", ema=0.998, cache=14_000)),
+    "prior": (dict(), dict(data=["toy:all:3500"], steps=14_000, lr=1.2e-3, batch=16,
+                           warmup=200, lr_schedule="cosine", ema=0.998, cache=14_000)),
     "dreambooth": (dict(steps=30_000, lr=2e-6, accumulate=2),
-                   dict(steps=1500, lr=6e-4, batch=16, accumulate=1, ema=0.99,
+                   dict(steps=1500, lr=2e-4, batch=16, accumulate=1, ema=0.99,
                         cache=4000, resize_ratios=[1.0, 1.25, 1.5, 2.0])),
     "controlnet": (dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
                    dict(steps=2800, lr=1e-3, batch=16, accumulate=1, ema=0.998,
