@@ -1,6 +1,6 @@
 """The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
 
-    python -m experiments.claim            # the full table, 3 seeds: 70 minutes of two cores
+    python -m experiments.claim            # the full table, 3 seeds: 70 to 85 minutes of two cores
     python -m experiments.claim --quick    # its main rows with fewer images, under 25 minutes
 
 A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
