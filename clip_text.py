@@ -19,6 +19,7 @@ Differences  Text is cleaned as in transformers' fast CLIPTokenizer: NFC, white 
 """
 
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -84,7 +85,7 @@ class Tokenizer:
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad_token: str = EOS):
         needed = [*ALPHABET, BOS, EOS, pad_token, *(a + b for a, b in merges)]
         if lacks := [symbol for symbol in needed if symbol not in vocab]:
-            raise ValueError(f"the vocabulary lacks {len(lacks)} symbols such as {lacks[0]!r}: "
+            raise FileError(f"the vocabulary lacks {len(lacks)} symbols such as {lacks[0]!r}: "
                              "take vocab.json and merges.txt from the same CLIP tokenizer")
         self.vocab, self.merges, self.pad_token = vocab, merges, pad_token
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
@@ -125,7 +126,7 @@ class Tokenizer:
                 if (folder / name).is_file():
                     pad = json.loads((folder / name).read_text("utf-8")).get("pad_token") or pad
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: no readable vocab.json and merges.txt of a CLIP tokenizer "
+            raise FileError(f"{folder}: no readable vocab.json and merges.txt of a CLIP tokenizer "
                              f"({error}); fetch the folder again") from error
         return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
 
@@ -248,7 +249,7 @@ class TextEncoder(nn.Module):
         config = config or infer_config(state, file)
         names = [field.name for field in fields(TextEncoderConfig)]
         if lacks := [name for name in names if name not in config]:
-            raise ValueError(f"{path}: config.json is not that of a CLIP text encoder, it has no "
+            raise FileError(f"{path}: config.json is not that of a CLIP text encoder, it has no "
                              f"{', '.join(lacks)}; give the text_encoder folder")
         with torch.device("meta"):
             model = cls(TextEncoderConfig(**{name: config[name] for name in names}))
@@ -256,13 +257,10 @@ class TextEncoder(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write model.safetensors (cast to `dtype`) and config.json, as transformers reads them."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        state = {k: v.to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        save_file(state, Path(folder, "model.safetensors"), metadata={"format": "pt"})
         V = self.config.vocab_size  # start and end are its last two ids
         config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
                   "bos_token_id": V - 2, "eos_token_id": V - 1, **asdict(self.config)}
-        Path(folder, "config.json").write_text(json.dumps(config, indent=2))
+        write_weights(folder, "model.safetensors", config, self.state_dict(), dtype)
 
 
 BLOCK, LAYER = r"transformer\.resblocks\.(\d+)\.", r"text_model.encoder.layers.\1."
@@ -306,7 +304,7 @@ def infer_config(state, file):
     """Config of a file that has none: sizes from shapes, the rest as in the published models."""
     V, D = state.get("text_model.embeddings.token_embedding.weight", torch.empty(0, 64)).shape
     if D % 64:
-        raise ValueError(f"{file}: width {D} is no multiple of 64, so its number of heads is "
+        raise FileError(f"{file}: width {D} is no multiple of 64, so its number of heads is "
                          "unknown; give a folder with config.json")
     layers = sum(key.endswith(".layer_norm1.weight") for key in state)
     act = "quick_gelu" if D < 1024 else "gelu"  # OpenAI's ViT-L, OpenCLIP's ViT-H
@@ -314,8 +312,12 @@ def infer_config(state, file):
 
 
 # --------------------------------------------------------------------------------------------
-# Reading weights. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
+# Weight files. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
 # each file can be copied out alone; a test keeps the copies equal.
+
+
+class FileError(ValueError):
+    """A file that does not hold what it should; the message names it and says what to do."""
 
 
 def read_weights(path):
@@ -330,10 +332,10 @@ def read_weights(path):
         names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
-            raise ValueError(f"{path}: a model folder has config.json and a weight file")
+            raise FileError(f"{path}: a model folder has config.json and a weight file")
         path, config = files[0], read_json(path / "config.json")
     elif not path.is_file():
-        raise ValueError(f"{path}: no such weight file or model folder")
+        raise FileError(f"{path}: no such weight file or model folder")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -342,20 +344,20 @@ def read_weights(path):
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
+        raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
     return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a ValueError that names the file."""
+    """The dict in a config.json, or a FileError that names the file."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
+        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
 def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError.
+    """Give a model built on meta exactly its tensors: every key and shape, or a FileError.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
@@ -368,8 +370,24 @@ def load_strict(model, state, file, dtype):
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
-        raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
+        raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
     copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
               for k, v in state.items()}
     model.load_state_dict(copies, strict=True, assign=True)
     return model
+
+
+def write_weights(folder, name, config, state, dtype=None):
+    """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
+
+    Each is written beside and renamed: a file that is there is whole, and the weights come last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+             for k, v in state.items()}
+    parts = folder / "config.json.part", folder / f"{name}.part"
+    parts[0].write_text(json.dumps(config, indent=2) + "\n")
+    save_file(state, parts[1], metadata={"format": "pt"})
+    for part in parts:
+        os.replace(part, part.with_suffix(""))

@@ -22,6 +22,7 @@ from torch import nn
 
 from unet import (
     DownBlock,
+    FileError,
     MidBlock,
     TimeEmbedding,
     call,
@@ -143,7 +144,7 @@ class ControlNet(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32):
         """Load a diffusers folder, a .safetensors in either spelling, or an LDM ControlNet.
 
-        ValueError for anything that is not exactly this architecture.
+        FileError for anything that is not exactly this architecture.
         """
         config, state, file = read_weights(path)
         if any(k.startswith("control_model.") for k in state):
@@ -153,7 +154,7 @@ class ControlNet(nn.Module):
             state = from_ldm_control(state)
         stem = "controlnet_cond_embedding."
         if not {stem + "conv_in.weight", stem + "conv_out.weight"} <= set(state):
-            raise ValueError(f"{file}: no hint encoder in it; this is not a ControlNet")
+            raise FileError(f"{file}: no hint encoder in it; this is not a ControlNet")
         hint_channels = state[stem + "conv_in.weight"].shape[1]
         convs = [k for k in state if k.startswith(stem + "blocks.") and k.endswith("weight")]
         widths = [state[f"{stem}blocks.{2 * i}.weight"].shape[0] for i in range(len(convs) // 2)]

@@ -41,6 +41,11 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------
 # Classes and label files
 
+
+class UserError(ValueError):
+    """What the user can put right: commands show its one sentence and no traceback."""
+
+
 IGNORE = 255
 THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's thing classes of Cityscapes
 # raw id → trainId (None = ignore) of Cityscapes and GTA, where 34 is the licence plate
@@ -499,7 +504,7 @@ def one_hot(label, num_classes):
     """
     index = (label if torch.is_tensor(label) else torch.from_numpy(np.array(label))).long()
     index = index.masked_fill(index == IGNORE, num_classes)
-    if index.max() > num_classes:
+    if index.device.type == "cpu" and index.max() > num_classes:  # a GPU would have to wait
         raise ValueError(f"label value {int(index.max())} is above the {num_classes} classes")
     return F.one_hot(index, num_classes + 1).movedim(-1, -3).float()
 
@@ -649,14 +654,18 @@ def resize_to_fit(image, label, size):
 
 
 def cover(image, label, size, exact=False):
-    """Enlarge a pair that is smaller than (h, w); with exact also shrink it, to just cover it."""
+    """Enlarge a pair that is smaller than (h, w); with exact also shrink it, to just cover it.
+
+    The image may be None.
+    """
     H, W = label.shape
     scale = max(size[0] / H, size[1] / W)
     if scale == 1 or (scale < 1 and not exact):
         return image, label
     to = max(size[1], round(W * scale)), max(size[0], round(H * scale))
-    image = Image.fromarray(image).resize(to, Image.BILINEAR)
-    return np.asarray(image), np.asarray(Image.fromarray(label).resize(to, Image.NEAREST))
+    if image is not None:
+        image = np.asarray(Image.fromarray(image).resize(to, Image.BILINEAR))
+    return image, np.asarray(Image.fromarray(label).resize(to, Image.NEAREST))
 
 
 # --------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,8 @@ import unet as unet_module
 import vae as vae_module
 from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet
-from segformer import SegFormer, SegFormerConfig
+from data import UserError
+from segformer import SegFormer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -98,20 +100,20 @@ class Schedule:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read `scheduler_config.json` from a scheduler folder. ValueError for other methods."""
+        """Read `scheduler_config.json` from a scheduler folder. UserError for other methods."""
         file = Path(folder) / "scheduler_config.json"
         if not file.is_file():
-            raise ValueError(f"{file} is missing: the scheduler folder of an SD model has it")
+            raise UserError(f"{file} is missing: the scheduler folder of an SD model has it")
         config = json.loads(file.read_text())
         if config.get("clip_sample", False) or config.get("rescale_betas_zero_snr", False):
-            raise ValueError(f"{file}: clip_sample and rescale_betas_zero_snr are not supported")
+            raise UserError(f"{file}: clip_sample and rescale_betas_zero_snr are not supported")
         known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
         self = cls(**known)
         for name, choices in (("beta_schedule", ("scaled_linear", "linear")),
                               ("prediction_type", ("epsilon", "v_prediction")),
                               ("timestep_spacing", ("leading", "trailing"))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{file}: {name} {getattr(self, name)!r} is none of {choices}")
+                raise UserError(f"{file}: {name} {getattr(self, name)!r} is none of {choices}")
         return self
 
     def save_pretrained(self, folder):
@@ -141,7 +143,7 @@ class Schedule:
         """[(t, t_prev), …] from noise to image; t_prev < 0 is the level after the last step."""
         n = self.num_train_timesteps
         if not 1 <= steps <= n - self.steps_offset:
-            raise ValueError(f"--steps {steps}: choose 1 to {n - self.steps_offset}")
+            raise UserError(f"--steps {steps}: choose 1 to {n - self.steps_offset}")
         if self.timestep_spacing == "leading":
             ts = [k * (n // steps) + self.steps_offset for k in reversed(range(steps))]
         else:
@@ -236,14 +238,14 @@ def style_swap(source, prior, ratio=1.0):
 
     The ControlNet never had to learn the look of the source domain, since U^S already had it; with
     U^P in its place that look is gone and the control remains. ratio 1.0 is the paper's swap (the
-    prior itself), 0.0 returns the source, in between the weights are mixed linearly. ValueError
+    prior itself), 0.0 returns the source, in between the weights are mixed linearly. UserError
     if the two are not of one architecture.
     """
     shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (source, prior)]
     if shapes[0] != shapes[1] or source.config.heads != prior.config.heads:
-        raise ValueError("Style Swap needs two UNets of one architecture; these two differ")
+        raise UserError("Style Swap needs two UNets of one architecture; these two differ")
     if not 0 <= ratio <= 1:
-        raise ValueError(f"--swap {ratio}: choose a ratio from 0 (source) to 1 (prior)")
+        raise UserError(f"--swap {ratio}: choose a ratio from 0 (source) to 1 (prior)")
     if ratio in (0, 1):
         return prior if ratio else source
     weights = prior.state_dict()
@@ -277,17 +279,17 @@ class Models:
 
         unet: another prior than the folder's; source_unet: U^S, needed when swap < 1; low_vram:
         the nets stay in CPU memory and go to the device for their turn, see `on_device`.
-        ValueError where the parts do not fit together.
+        UserError where the parts do not fit together.
         """
         sd = Path(sd)
         part = (lambda name: sd / name) if sd.is_dir() else (lambda name: sd)
         if not sd.exists():
-            raise ValueError(f"--sd {sd}: no such Stable Diffusion folder or file")
+            raise UserError(f"--sd {sd}: no such Stable Diffusion folder or file")
         prior = UNet.from_pretrained(unet or part("unet"), dtype)
         if swap != 1:
             source_unet = source_unet or sd / "unet_source"
             if not Path(source_unet).exists():
-                raise ValueError(f"--swap {swap} needs the source UNet: give --source-unet")
+                raise UserError(f"--swap {swap} needs the source UNet: give --source-unet")
             prior = style_swap(UNet.from_pretrained(source_unet, dtype), prior, swap)
         beside = sd if sd.is_dir() else sd.parent  # a single file has no tokenizer in it
         scheduler = beside / "scheduler"
@@ -302,7 +304,7 @@ class Models:
             turns_on=device if low_vram else None,
         )
         if not scheduler.is_dir() and prior.config.cross_attention_dim == 1024:
-            raise ValueError(f"{scheduler} is missing: without it nothing tells whether this SD 2 "
+            raise UserError(f"{scheduler} is missing: without it nothing tells whether this SD 2 "
                              "model predicts the noise or v")
         self.check()
         for net in (self.unet, self.controlnet, self.vae, self.text_encoder):
@@ -313,26 +315,26 @@ class Models:
         return self
 
     def check(self):
-        """ValueError unless the parts fit each other."""
+        """UserError unless the parts fit each other."""
         u, c = self.unet.config, self.controlnet
         if c is not None:
             for name in ("in_channels", "block_out_channels", "layers_per_block", "heads",
                          "down_block_types", "cross_attention_dim"):
                 a, b = getattr(c.config, name), getattr(u, name)
                 if a != b:
-                    raise ValueError(f"the ControlNet's {name} is {a}, the UNet's {b}: "
+                    raise UserError(f"the ControlNet's {name} is {a}, the UNet's {b}: "
                                      "it was made for another Stable Diffusion")
             if 2 ** (len(c.hint_widths) - 1) != self.vae.factor:
-                raise ValueError(f"the ControlNet's hint encoder has {len(c.hint_widths)} levels, "
+                raise UserError(f"the ControlNet's hint encoder has {len(c.hint_widths)} levels, "
                                  f"which does not fit the VAE's factor {self.vae.factor}")
         if self.vae.config.latent_channels != u.in_channels:
-            raise ValueError(f"the VAE has {self.vae.config.latent_channels} latent channels, "
+            raise UserError(f"the VAE has {self.vae.config.latent_channels} latent channels, "
                              f"the UNet expects {u.in_channels}")
         if self.text_encoder.config.hidden_size != u.cross_attention_dim:
-            raise ValueError(f"the text encoder is {self.text_encoder.config.hidden_size} wide, "
+            raise UserError(f"the text encoder is {self.text_encoder.config.hidden_size} wide, "
                              f"the UNet expects {u.cross_attention_dim}")
         if max(self.tokenizer.vocab.values()) >= self.text_encoder.config.vocab_size:
-            raise ValueError(f"the tokenizer has more tokens than the text encoder's "
+            raise UserError(f"the tokenizer has more tokens than the text encoder's "
                              f"{self.text_encoder.config.vocab_size}: they belong to two models")
 
     @property
@@ -443,7 +445,7 @@ def tiles(size, window, stride):
     starts = []
     for length, win, step in zip(size, window, stride, strict=True):
         if win > length or not 1 <= step <= win:
-            raise ValueError(f"window {window}, stride {stride} cannot cover {size}: "
+            raise UserError(f"window {window}, stride {stride} cannot cover {size}: "
                              "1 <= stride <= window <= size is needed on both axes")
         steps = range(0, length - win, step)
         starts.append([*steps, length - win])
@@ -668,6 +670,7 @@ def draw_condition(k, pairs, sampler, size, args, classes):
     if args.label_height:
         width = round(label.shape[1] * args.label_height / label.shape[0])
         label = np.asarray(Image.fromarray(label).resize((width, args.label_height), Image.NEAREST))
+    _, label = data.cover(None, label, size)
     if cls is not None and not (label == cls).any():
         cls = None  # the class has vanished in the smaller map
     top, left, _ = data.crop_box(label, size, rng, cls)
@@ -716,7 +719,7 @@ def generate(args):
     args = fill_defaults(args, GENERATE, "generate", args.sd is None, PRESETS.get(args.preset))
     check_weather(args.weather)
     if args.controlnet is None:
-        raise ValueError("--controlnet is missing: name the ControlNet that goes with --sd")
+        raise UserError("--controlnet is missing: name the ControlNet that goes with --sd")
     classes, pairs = open_training_data(args, labels_only=True)
     models = Models.from_pretrained(
         args.sd, args.unet, args.controlnet, args.source_unet, args.swap, args.device,
@@ -725,14 +728,11 @@ def generate(args):
         for net in (models.unet, models.controlnet):
             net.compile()
     if models.controlnet.hint_channels != len(classes.names) + 1:
-        raise ValueError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
+        raise UserError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                          f"the data have {len(classes.names)} classes and ignore")
     size = args.size or models.size
     check_options(models, size, args)
-    sampler = None
-    if args.rcs:
-        counts = data.class_counts(pairs)
-        sampler = data.RareClassSampler(counts, args.rcs_temperature, args.rcs_min_pixels)
+    sampler = rare_class_sampler(pairs, args)
 
     def conditions(start):
         return [draw_condition(k, pairs, sampler, size, args, classes)
@@ -740,31 +740,30 @@ def generate(args):
 
     conditions(0)  # what is wrong with the labels shows before anything is written
     rank, world = ranks(args.device)
-    if rank:
-        barrier(world)  # the first process makes the folder
-    out = open_run(args.out, args, ("num", "batch", "tile_batch", "device", "low_vram", "compile",
-                                    "preset"), fresh=True)
-    if not rank:
-        barrier(world)
-    try:
-        with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
-              open(out / f"manifest.{rank}.part", "w") as manifest):
-            for start in range(rank * args.batch, args.num, world * args.batch):
-                batch = conditions(start)
-                todo = [c for c in batch if not (out / "vis" / f"{c.name}.png").is_file()]
-                if todo:
-                    images = make_images(models, todo, classes, args)
-                    for c, image in zip(todo, images, strict=True):
-                        save_generated(out, c, image, classes)
-                for c in batch:
-                    manifest.write(json.dumps(c.manifest_row(args)) + "\n")
-                bar.update(len(batch) * world)
-        barrier(world)
-    finally:  # a run that is stopped leaves a manifest of what it has made
-        if not rank:
-            merge_manifest(out, [out / f"manifest.{r}.part" for r in range(world)])
+    out = args.out
+    if rank == 0:
+        open_run(out, args, ("num", "batch", "tile_batch", "device", "low_vram", "compile",
+                             "preset"), fresh=True)
+        merge_manifest(out)  # of a run that was stopped
+    barrier(world)
+    known = set(manifest_lines(out / "manifest.jsonl"))
+    with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
+          open(out / (f"manifest.{rank}.part" if rank else "manifest.jsonl"), "a") as manifest):
+        for start in range(rank * args.batch, args.num, world * args.batch):
+            batch = conditions(start)
+            todo = [c for c in batch if not (out / "vis" / f"{c.name}.png").is_file()]
+            if todo:
+                images = make_images(models, todo, classes, args)
+                for c, image in zip(todo, images, strict=True):
+                    save_generated(out, c, image, classes)
+            rows = [json.dumps(c.manifest_row(args)) + "\n" for c in batch]
+            manifest.write("".join(row for row in rows if row not in known))
+            manifest.flush()  # whenever the run is stopped, there is a row for every image
+            bar.update(len(batch) * world)
+    barrier(world)
     if rank:
         return
+    merge_manifest(out)
     pictures = [np.asarray(Image.open(f)) for f in sorted((out / "vis").iterdir())[:32]]
     write_image(out / "grid.png", contact_sheet(pictures))
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
@@ -772,33 +771,53 @@ def generate(args):
     print(f"{args.num} images with labels in {out}; look at {out / 'gallery.html'}")
 
 
-def merge_manifest(out, parts):
-    """One row an image in manifest.jsonl, rows of earlier and longer runs included."""
-    files = [f for f in (out / "manifest.jsonl", *parts) if f.is_file()]
-    rows = sorted({line for f in files for line in f.read_text().splitlines(keepends=True)})
-    parts[0].write_text("".join(rows))
-    os.replace(parts[0], out / "manifest.jsonl")
+def rare_class_sampler(pairs, args):
+    """RCS over label files (section 3.4), or None with --no-rcs.
+
+    Counting reads every label: under torchrun the first process does it and tells the others.
+    """
+    if not args.rcs:
+        return None
+    rank, world = ranks(args.device)
+    box = [data.class_counts(pairs) if rank == 0 else None]
+    if world > 1:
+        torch.distributed.broadcast_object_list(box)
+    return data.RareClassSampler(box[0], args.rcs_temperature, args.rcs_min_pixels)
+
+
+def manifest_lines(file):
+    """The whole lines of a manifest; a run that was stopped may have left half a line."""
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
+def merge_manifest(out):
+    """One row an image in manifest.jsonl, rows of other processes and longer runs included."""
+    parts = [out / "manifest.jsonl", *out.glob("manifest.*.part")]
+    rows = sorted({line for part in parts for line in manifest_lines(part)})
+    with replacing(parts[0]) as file:
+        file.write_text("".join(rows))
     for part in parts[1:]:
-        part.unlink(missing_ok=True)
+        part.unlink()
 
 
 def check_options(models, size, args):
-    """ValueError for what would only fail in the middle of a run."""
+    """UserError for what would only fail in the middle of a run."""
     if args.num < 1 or args.batch < 1 or (args.tile_batch or 1) < 1:
-        raise ValueError(f"--num {args.num}, --batch {args.batch}, --tile-batch {args.tile_batch}: "
+        raise UserError(f"--num {args.num}, --batch {args.batch}, --tile-batch {args.tile_batch}: "
                          "all must be at least 1")
     if min(size) < 1 or size[0] % models.multiple or size[1] % models.multiple:
-        raise ValueError(f"--size {size[0]}x{size[1]}: both must be multiples of {models.multiple}")
+        raise UserError(f"--size {size[0]}x{size[1]}: both must be multiples of {models.multiple}")
     for name in ("weather_prob", "control_uncond"):
         if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a share "
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a share "
                              "from 0 to 1")
     models.schedule.timesteps(args.steps)
     large = tuple(2 * n // models.vae.factor for n in size)
     window = args.window or models.window
     factor = models.multiple // models.vae.factor
     if any(n < factor or n % factor for n in window):
-        raise ValueError(f"--window {window[0]}x{window[1]}: both must be multiples of {factor}")
+        raise UserError(f"--window {window[0]}x{window[1]}: both must be multiples of {factor}")
     if args.stride not in STRIDES:
         tiles(large, tuple(min(a, b) for a, b in zip(window, large, strict=True)), args.stride)
 
@@ -825,12 +844,19 @@ def contact_sheet(pictures, columns=2, scale=None):
     return sheet.repeat(scale, 0).repeat(scale, 1)
 
 
-def write_image(path, image):
-    """Save a PNG so that no half-written file ever carries its name; makes its folder."""
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a place to write to; what is written takes its name once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    Image.fromarray(image).save(part, format="PNG")
+    yield part
     os.replace(part, path)
+
+
+def write_image(path, image):
+    """Save a PNG; makes its folder."""
+    with replacing(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
 
 
 def open_run(out, args, free, name="settings.json", fresh=False):
@@ -847,19 +873,18 @@ def open_run(out, args, free, name="settings.json", fresh=False):
         old = json.loads(file.read_text())
         differ = [k for k in settings if old.get(k) != settings[k]]
         if differ:
-            raise ValueError(f"--out {out} holds a run with other settings ({', '.join(differ)}); "
+            raise UserError(f"--out {out} holds a run with other settings ({', '.join(differ)}); "
                              "choose another folder")
     elif fresh and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty and holds no run of this command")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n")
-    return out
+        raise UserError(f"--out {out} is not empty and holds no run of this command")
+    with replacing(file) as part:
+        part.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def check_weather(words):
     known = {*data.WEATHERS, *data.STYLES}
     for word in set(words) - known:
-        raise ValueError(f"--weather {word}: choose from {', '.join(sorted(known))}")
+        raise UserError(f"--weather {word}: choose from {', '.join(sorted(known))}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -904,6 +929,12 @@ def barrier(world):
         torch.distributed.barrier()
 
 
+def say(text):
+    """Print a line; of several processes only the first one does."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text)
+
+
 def lr_factor(args, step):
     """Learning rate of a step as a fraction of --lr."""
     warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
@@ -917,114 +948,152 @@ RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "
              "weights", "save", "images", "sample_steps", "guidance", "compile")
 
 
+def workers(args):
+    """--workers, or one for every core of this process, up to 8.
+
+    `draw` is a closure, which only a forked process can share: none where that is not to be had
+    (Windows) or not safe (macOS).
+    """
+    if args.workers != 0 and sys.platform in ("win32", "darwin"):
+        say(f"--workers 0: {sys.platform} cannot share the data with other processes")
+        return 0
+    if args.workers is not None:
+        return args.workers
+    return min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class Trained:
+    """What changes from update to update, and so what a checkpoint holds."""
+
+    def __init__(self, objective, groups, args):
+        device = torch.device(args.device)
+        self.objective = objective
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            groups or [{"params": self.parameters, "lr": args.lr,
+                        "weight_decay": args.weight_decay}],
+            betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(args) == "fp16")
+        # --ema: the average of every weight, and of BatchNorm's statistics with them
+        self.weights = [*self.parameters, *(b for b in objective.nets.buffers()
+                                            if b.is_floating_point())] if args.ema else []
+        self.average = [w.detach().clone() for w in self.weights]
+
+    def states(self):
+        return {"nets": self.objective.nets, "optimizer": self.optimizer, "scaler": self.scaler}
+
+    def resume(self, file):
+        """Read a checkpoint, if there is one -> the step to go on from."""
+        if not file.is_file():
+            return 0
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        for name, part in self.states().items():
+            part.load_state_dict(saved[name])
+        for mine, theirs in zip(self.average, saved["average"], strict=True):
+            mine.copy_(theirs)
+        return saved["step"]
+
+    def write(self, file, step):
+        """All that `resume` needs."""
+        saved = {name: part.state_dict() for name, part in self.states().items()}
+        with replacing(file) as part:
+            torch.save({"step": step, "average": self.average, **saved}, part)
+
+    def blend(self, ema, step):
+        """average <- ema average + (1 - ema) weights, with a short memory at the start."""
+        if self.average:
+            torch._foreach_lerp_(self.average, [w.detach() for w in self.weights],
+                                 1 - min(ema, (step + 1) / (step + 10)))
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """For a while the nets are in eval mode and, with --ema, hold the averaged weights."""
+        trained = [w.detach().clone() for w in self.weights]
+        for w, a in zip(self.weights, self.average, strict=True):
+            w.data.copy_(a)
+        self.objective.eval()
+        yield
+        self.objective.train()
+        for w, t in zip(self.weights, trained, strict=True):
+            w.data.copy_(t)
+
+
+def update(state, parallel, batches, args):
+    """One optimiser step over --accumulate batches -> the loss, a tensor on the device."""
+    device, precision = torch.device(args.device), choose_precision(args)
+    total = torch.zeros((), device=device)
+    for k in range(args.accumulate):
+        batch = [part.to(device, non_blocking=True) for part in next(batches)]
+        waits = parallel is not state.objective and k < args.accumulate - 1
+        with parallel.no_sync() if waits else contextlib.nullcontext():  # DDP adds up once
+            with torch.autocast(device.type, DTYPES[precision], precision != "fp32"):
+                loss = parallel(batch) / args.accumulate
+            state.scaler.scale(loss).backward()
+        total += loss.detach()
+    state.scaler.unscale_(state.optimizer)
+    if args.clip:
+        torch.nn.utils.clip_grad_norm_(state.parameters, args.clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
 def fit(stage, objective, draw, args, save, groups=None):
     """The training loop of every stage.
 
     objective(batch) -> loss; draw(rng) -> one sample; save() writes the nets in their final form,
     with the averaged weights in place when --ema is on. Restarting continues from the last
     checkpoint, exactly as if there had been no stop. Under torchrun every process brings a batch
-    of its own to each update. ValueError when the loss is no longer a number.
+    of its own to each update. UserError when the loss is no longer a number.
     """
     rank, world = ranks(args.device)
+    out = Path(args.out)
     if rank == 0:
-        open_run(args.out, args, RESUMABLE, f"{stage}.json")
+        open_run(out, args, RESUMABLE, f"{stage}.json")
     barrier(world)
     device = torch.device(args.device)
     objective.to(device, memory_format=torch.channels_last).train()
     if args.compile:
         objective.compile()
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    groups = groups or [{"params": parameters, "lr": args.lr, "weight_decay": args.weight_decay}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-    rates = [g["lr"] for g in optimizer.param_groups]
-    precision = choose_precision(args)
-    autocast = torch.autocast(device.type, DTYPES[precision], precision != "fp32")
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    average = [p.detach().clone() for p in parameters] if args.ema else []
-    state = {"nets": objective.nets, "optimizer": optimizer, "scaler": scaler}
-    first = resume(stage, state, average, args)
+    state, checkpoint = Trained(objective, groups, args), out / "checkpoints" / f"{stage}.pt"
+    if first := state.resume(checkpoint):
+        say(f"{stage}: going on from step {first}")
     parallel = objective if world == 1 else torch.nn.parallel.DistributedDataParallel(
         objective, gradient_as_bucket_view=True)  # no second copy of the gradients
 
     per_step = args.batch * args.accumulate * world  # samples in one update
-    order = range(first * per_step + rank, args.steps * per_step, world)
-    loader = iter(torch.utils.data.DataLoader(  # `draw` is a closure, which only a fork can share
-        Samples(draw, args.seed), args.batch, sampler=order, num_workers=args.workers,
-        multiprocessing_context="fork" if args.workers else None))
+    processes = workers(args)
+    batches = iter(torch.utils.data.DataLoader(
+        Samples(draw, args.seed), args.batch, num_workers=processes,
+        sampler=range(first * per_step + rank, args.steps * per_step, world),
+        multiprocessing_context="fork" if processes else None, pin_memory=device.type == "cuda"))
+    rates, mean = [g["lr"] for g in state.optimizer.param_groups], None
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=stage,
                disable=rank > 0, mininterval=1)
-    mean = None
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # noise, t, dropout
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * lr_factor(args, step)
-        value = 0.0
-        for _ in range(args.accumulate):
-            batch = [part.to(device) for part in next(loader)]
-            with autocast:
-                loss = parallel(batch) / args.accumulate
-            scaler.scale(loss).backward()
-            value += loss.item()
-        if not math.isfinite(value):
-            raise ValueError(f"{stage}: the loss is {value} at step {step}; lower --lr")
-        scaler.unscale_(optimizer)
-        if args.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if average:
-            decay = min(args.ema, (step + 1) / (step + 10))  # short memory at the start
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        loss = update(state, parallel, batches, args)
+        state.blend(args.ema, step)
+        mean = loss if mean is None else torch.lerp(loss, mean, 0.98)
 
-        mean = value if mean is None else 0.98 * mean + 0.02 * value
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        done = step + 1
-        if rank == 0 and (done % 50 == 0 or done == args.steps):
-            row = {"stage": stage, "step": done, "loss": round(mean, 6), "time": round(time.time())}
-            with open(Path(args.out) / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            with averaged(objective, parameters, average):
+        done, last = step + 1, step + 1 == args.steps
+        saves = done % args.save_every == 0 or last
+        if saves or done % 10 == 0:  # only now does the program wait for the device
+            if not math.isfinite(value := mean.item()):
+                raise UserError(f"{stage}: the loss is {value} at step {done}; lower --lr")
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+        if rank == 0 and (done % 50 == 0 or last):
+            with open(out / "log.jsonl", "a") as file:
+                row = {"stage": stage, "step": done, "loss": round(value, 6)}
+                file.write(json.dumps({**row, "time": round(time.time())}) + "\n")
+        if rank == 0 and saves:
+            with state.averaged():
                 save()
-            write_checkpoint(stage, state, average, done, args)
+            state.write(checkpoint, done)
     barrier(world)  # the next stage reads what the first process wrote
-
-
-def resume(stage, state, average, args):
-    """Load OUT/checkpoints/STAGE.pt into nets, optimizer and average -> the step to go on from."""
-    file = Path(args.out) / "checkpoints" / f"{stage}.pt"
-    if not file.is_file():
-        return 0
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
-    for mine, theirs in zip(average, saved["average"], strict=True):
-        mine.copy_(theirs)
-    print(f"{stage}: going on from step {saved['step']}")
-    return saved["step"]
-
-
-def write_checkpoint(stage, state, average, step, args):
-    """All that `resume` needs; written beside and renamed, so that a stop cannot spoil it."""
-    file = Path(args.out) / "checkpoints" / f"{stage}.pt"
-    file.parent.mkdir(exist_ok=True)
-    saved = {name: part.state_dict() for name, part in state.items()}
-    torch.save({"step": step, "average": average, **saved}, file.with_suffix(".part"))
-    os.replace(file.with_suffix(".part"), file)
-
-
-@contextlib.contextmanager
-def averaged(objective, parameters, average):
-    """Put the averaged weights, if any, into the nets for a while, in eval mode."""
-    trained = [p.detach().clone() for p in parameters] if average else []
-    for p, a in zip(parameters if average else [], average, strict=True):
-        p.data.copy_(a)
-    objective.eval()
-    yield
-    objective.train()
-    for p, t in zip(parameters if average else [], trained, strict=True):
-        p.data.copy_(t)
 
 
 def diffusion_loss(models, z, text, control=None):
@@ -1070,10 +1139,10 @@ def picture_draw(pairs, size, args):
 
 
 def training_size(args, multiple, default):
-    """--size or the default, in pixels; ValueError unless it is a multiple the nets can halve."""
+    """--size or the default, in pixels; UserError unless it is a multiple the nets can halve."""
     size = args.size or default
     if any(n < multiple or n % multiple for n in size):
-        raise ValueError(f"--size {size[0]}x{size[1]}: both must be multiples of {multiple}")
+        raise UserError(f"--size {size[0]}x{size[1]}: both must be multiples of {multiple}")
     return size
 
 
@@ -1201,26 +1270,29 @@ def train_controlnet(args, pairs, classes):
 
     Crops around rare classes at native scale (RCS), captions of the classes in the crop, no
     dropout of prompts. The sample sheets are drawn with the prior U^P swapped in, which is what
-    the released `--inference_basemodel_path` promises and does not do. What is frozen is held in
-    the precision that autocast computes in; the ControlNet's own weights stay float32.
+    the released `--inference_basemodel_path` promises and does not do. The frozen UNets and text
+    encoder are held in the precision that autocast computes in; the ControlNet's own weights and
+    the VAE, which overflows in half precision, stay float32.
     """
-    left = Path(args.out) / "unet_source"  # by the stage before
-    source = args.source_unet or (left if left.exists() else TOY / "unet_source")
+    places = (Path(args.out), Path(args.sd))  # the stage before leaves it in --out
+    left = [place / "unet_source" for place in places if (place / "unet_source").is_dir()]
+    if not args.source_unet and not left:
+        raise UserError("--source-unet is missing: name U^S, or make it with train dreambooth")
     dtype = DTYPES[choose_precision(args)]
-    models = Models.from_pretrained(args.sd, device=args.device, dtype=dtype)
-    prior, models.unet = models.unet, UNet.from_pretrained(source)
+    models = Models.from_pretrained(args.sd, device=args.device)
+    prior, models.unet = models.unet, UNet.from_pretrained(args.source_unet or left[0])
     models.check()
     models.controlnet = ControlNet.from_unet(models.unet, len(classes.names) + 1,
                                              models.vae.factor)
     models.controlnet.checkpointing = args.checkpointing
-    models.unet.requires_grad_(False).to(args.device, dtype, memory_format=torch.channels_last)
+    for frozen in (prior, models.unet, models.text_encoder):  # the VAE stays in float32
+        frozen.requires_grad_(False).to(args.device, dtype, memory_format=torch.channels_last)
     size = training_size(args, models.multiple, models.size)
-    sampler = data.RareClassSampler(data.class_counts(pairs), args.rcs_temperature,
-                                    args.rcs_min_pixels) if args.rcs else None
+    sampler = rare_class_sampler(pairs, args)
 
     def draw(rng):
         cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
-        image, label = pairs.pair(i)
+        image, label = data.cover(*pairs.pair(i), size)
         top, left, _ = data.crop_box(label, size, rng, cls, tries=1)
         box = np.s_[top : top + size[0], left : left + size[1]]
         image, label = image[box], label[box]
@@ -1277,13 +1349,13 @@ def train(args):
     for stage in [args.stage] if args.stage else ["dreambooth", "controlnet"]:
         ours = fill_defaults(args, TRAIN, stage, toy=args.sd is None)
         if stage in ("vae", "prior") and args.sd is not None:
-            raise ValueError(f"train {stage} makes a part of the toy pack: leave --sd out")
+            raise UserError(f"train {stage} makes a part of the toy pack: leave --sd out")
         check_weather(ours.weather)
         classes, pairs = open_training_data(ours)
         check_loop(ours)
         torch.manual_seed(ours.seed)  # the first weights of what is new
         stages[stage](ours, pairs, classes)
-        print(f"{stage} is in {ours.out}")
+        say(f"{stage} is in {ours.out}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -1299,16 +1371,19 @@ def segment(args):
         toy = is_toy_segmenter(segmenter_path(args))
     args = fill_defaults(args, SEGMENT, "segment", toy)
     check_loop(args)
-    if args.stage in (None, "eval") and not args.eval_data:
-        raise ValueError("--eval-data is missing: name the sets to measure on")
+    classes, sets = read_classes(args), []
+    if args.stage in (None, "eval"):
+        if not args.eval_data:
+            raise UserError("--eval-data is missing: name the sets to measure on")
+        sets = open_sets(args.eval_data, classes, args, "test")  # before hours of training
     if args.stage in (None, "train"):
         train_segmenter(args)
     if ranks(args.device)[0]:
         return  # several processes train, the first one measures
-    if args.stage in (None, "eval"):
-        evaluate(args)
+    if sets:
+        evaluate(args, sets, classes)
     if args.stage == "predict":
-        predict(args)
+        predict(args, classes)
 
 
 def segmenter_path(args):
@@ -1332,13 +1407,15 @@ def train_segmenter(args):
     """
     classes, pairs = open_training_data(args)
     torch.manual_seed(args.seed)
-    model = SegFormer(SegFormerConfig(**{**segformer.PRESETS[args.backbone], "head": args.arch,
-                                         "num_classes": len(classes.names)}))
+    model = SegFormer(segformer.preset(args.backbone, args.arch, len(classes.names)))
     teacher = None
     if args.pretrained:
         model.load_backbone(args.pretrained)
-        if args.fd and classes is data.CITYSCAPES:  # a copy that keeps what ImageNet taught it
+        if args.fd and classes.names == data.CITYSCAPES.names:  # what ImageNet taught it, kept
             teacher = copy.deepcopy(model).to(args.device).eval().requires_grad_(False)
+    elif args.backbone != "tiny":
+        say(f"--pretrained is missing: MiT-{args.backbone.upper()} starts from random weights, "
+            "without the feature distance to ImageNet's")
     loss = segmenter_loss(model, teacher, args)
 
     def save():
@@ -1346,7 +1423,7 @@ def train_segmenter(args):
 
     fit("segformer", Objective(loss, model=model), segmenter_draw(pairs, args), args, save,
         segmenter_groups(model, args))
-    print(f"segmenter is in {Path(args.out) / 'segformer'}")
+    say(f"segmenter is in {Path(args.out) / 'segformer'}")
 
 
 def segmenter_draw(pairs, args):
@@ -1444,12 +1521,12 @@ def segmenter_groups(model, args):
 
 
 def load_segmenter(args, K):
-    """The model of `segmenter_path`; ValueError if it knows other classes."""
+    """The model of `segmenter_path`; UserError if it knows other classes."""
     path = segmenter_path(args)
     print(f"segmenter: {path}")
     model = SegFormer.from_pretrained(path)
     if model.config.num_classes != K:
-        raise ValueError(f"the segmenter knows {model.config.num_classes} classes, the data {K}")
+        raise UserError(f"the segmenter knows {model.config.num_classes} classes, the data {K}")
     return model.to(args.device)
 
 
@@ -1476,27 +1553,26 @@ def predict_logits(model, image, args, layout=None):
     return F.interpolate(logits, image.shape[:2], mode="bilinear")[0]
 
 
-def evaluate(args):
-    """mIoU over each whole set: a table (rows data sets, columns classes) and eval.json."""
-    classes = read_classes(args)
+def evaluate(args, sets, classes):
+    """mIoU over each whole set: a table (rows data sets, columns classes) and eval.json, which
+    grows set by set."""
     K = len(classes.names)
     model = load_segmenter(args, K)
-    sets = open_sets(args.eval_data, classes, args, "test")
-    results = {}
+    results, file = {}, Path(args.out) / "eval.json"
     for spec, pairs in sets:
-        confusion = torch.zeros(K, K, dtype=torch.int64)
+        confusion = torch.zeros(K, K, dtype=torch.int64, device=args.device)
         for i in tqdm(range(len(pairs)), desc=spec, unit="image"):
             image, label = pairs.pair(i)
-            prediction = predict_logits(model, image, args, pairs.layout).argmax(0).cpu()
-            confusion += segformer.confusion_matrix(prediction, torch.from_numpy(label), K)
+            prediction = predict_logits(model, image, args, pairs.layout).argmax(0)
+            label = torch.from_numpy(label).to(args.device)
+            confusion += segformer.confusion_matrix(prediction, label, K)
             if args.save:
-                folder = Path(args.out) / "predictions" / pairs.name(i)
-                save_prediction(folder, prediction.numpy().astype(np.uint8), image, classes)
+                stem = Path(args.out) / "predictions" / pairs.name(i)
+                save_prediction(stem, prediction.byte().cpu().numpy(), image, classes)
         results[spec] = scores(confusion, classes)
+        with replacing(file) as part:
+            part.write_text(json.dumps(results, indent=1) + "\n")
     print(score_table(results, classes))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    file = Path(args.out) / "eval.json"
-    file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"the same numbers and the confusion matrices are in {file}")
     return results
 
@@ -1526,25 +1602,52 @@ def score_table(results, classes):
     return "\n".join(lines)
 
 
-def predict(args):
-    """Label PNG, colour PNG and overlay for picture files or folders of any size."""
-    classes = read_classes(args)
-    jobs, out = [], Path(args.out) / "predictions"
-    for path in map(Path, args.images):
-        if not path.exists():
-            raise ValueError(f"{path}: no such picture or folder")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        root = path if path.is_dir() else path.parent
-        jobs += [(f, out / f.relative_to(root).with_suffix("")) for f in found
-                 if f.suffix.lower() in (".png", ".jpg", ".jpeg") and out not in f.parents]
-    if not jobs:
-        raise ValueError("no .png or .jpg pictures to predict; name files or folders")
+def predict(args, classes):
+    """Label PNG, colour PNG and overlay for picture files or folders of any size.
+
+    Pictures that cannot be read are named and left out; UserError if no picture can.
+    """
+    out = Path(args.out) / "predictions"
+    jobs, broken = prediction_jobs(args.images, out), []
     model = load_segmenter(args, len(classes.names))
     for file, stem in tqdm(jobs, unit="image"):
-        image = data.read_image(file)
-        label = predict_logits(model, image, args).argmax(0).cpu().numpy().astype(np.uint8)
+        try:
+            image = data.read_image(file)
+        except UserError as error:
+            broken.append(error)
+            continue
+        label = predict_logits(model, image, args).argmax(0).byte().cpu().numpy()
         save_prediction(stem, label, image, classes)
-    print(f"{len(jobs)} predictions in {out}")
+    if len(broken) == len(jobs):
+        raise UserError(f"none of {len(jobs)} pictures can be read: {broken[0]}")
+    print(*(f"left out: {error}" for error in broken), sep="\n", end="\n" * bool(broken))
+    print(f"{len(jobs) - len(broken)} predictions in {out}")
+
+
+def prediction_jobs(paths, out):
+    """Pictures and folders of pictures -> [(picture, its predictions' path without an ending)].
+
+    Below OUT they lie as below the folder named; pictures that would share a name there keep
+    their own ending, and then come below the name of their folder. UserError if that is not enough.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such picture or folder")
+        root = path if path.is_dir() else path.parent
+        found += [(f, root) for f in (sorted(path.rglob("*")) if path.is_dir() else [path])
+                  if f.suffix.lower() in (".png", ".jpg", ".jpeg") and out not in f.parents]
+    if not found:
+        raise UserError("no .png or .jpg pictures to predict; name files or folders")
+    for name in (lambda f, root: f.relative_to(root).with_suffix(""),
+                 lambda f, root: f.relative_to(root),
+                 lambda f, root: root.resolve().name / f.relative_to(root)):
+        stems = [out / name(*job) for job in found]
+        taken = Counter(stems)
+        if max(taken.values()) == 1:
+            return [(f, stem) for (f, _), stem in zip(found, stems, strict=True)]
+    raise UserError(f"two pictures would both be written to {taken.most_common(1)[0][0]}: predict "
+                    "them one after the other, with different --out")
 
 
 def save_prediction(stem, label, image, classes):
@@ -1575,10 +1678,10 @@ def open_sets(specs, classes, args, split, labels_only=False):
         name, _, rest = spec.partition(":")
         if name == "toy" and not Path(spec).exists():
             if classes is not data.CITYSCAPES:
-                raise ValueError(f"{spec}: toy streets have Cityscapes' classes, not --classes")
+                raise UserError(f"{spec}: toy streets have Cityscapes' classes, not --classes")
             style, _, n = rest.partition(":")
             if n and (not n.isdigit() or int(n) < 1):
-                raise ValueError(f"--data {spec}: {n!r} is no number of pictures")
+                raise UserError(f"--data {spec}: {n!r} is no number of pictures")
             styles = data.STYLES if style == "all" else (style or "sunny",)
             opened.append((spec, data.ToyStreets(
                 styles, int(n or (50 if split == "test" else 500)), split)))
@@ -1588,14 +1691,14 @@ def open_sets(specs, classes, args, split, labels_only=False):
             part = "val" if split == "test" else "train"
             opened.append((spec, data.open_data(
                 [spec], classes, args.seed, part, args.condition)[0]))
-        print(opened[-1][1].report())
+        say(opened[-1][1].report())
     return opened
 
 
 def open_training_data(args, labels_only=False):
     """-> classes, all sets of --data joined."""
     if args.data is None:
-        raise ValueError("--data is missing: name one or more data set folders")
+        raise UserError("--data is missing: name one or more data set folders")
     classes = read_classes(args)
     sets = open_sets(args.data, classes, args, "train", labels_only)
     return classes, data.Joined([part for _, part in sets])
@@ -1611,12 +1714,12 @@ def choose_precision(args):
 
 
 def check_loop(args):
-    """ValueError for training flags that make no sense."""
+    """UserError for training flags that make no sense."""
     for name in ("steps", "batch", "accumulate", "save_every"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.lr <= 0 or not 0 <= args.ema < 1 or args.workers < 0:
-        raise ValueError(f"--lr {args.lr} must be above 0, --ema {args.ema} from 0 up to but not "
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.lr <= 0 or not 0 <= args.ema < 1 or (args.workers or 0) < 0:
+        raise UserError(f"--lr {args.lr} must be above 0, --ema {args.ema} from 0 up to but not "
                          f"1, --workers {args.workers} 0 or more")
 
 
@@ -1728,7 +1831,8 @@ LOOP = {
     "ema": Flag(0.0, "decay of the weights' moving average; 0: none"),
     "save_every": Flag(1000, "steps between checkpoints and sample sheets"),
     "save_dtype": Flag("fp32", "of the final weights", "fp16", choices=("fp32", "fp16", "bf16")),
-    "workers": Flag(4, "processes that load data", 0),
+    "workers": Flag(None, "processes that load data; default: one for every core, at most 8", 0,
+                    int),
 }
 TRAIN = {
     **COMMON, **MODELS, **LOOP, **RCS,
@@ -1811,9 +1915,9 @@ def fill_defaults(args, table, recipe, toy, preset=None):
         torch.zeros(1, device=filled.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {filled.device} cannot be used here: {reason}") from None
+        raise UserError(f"--device {filled.device} cannot be used here: {reason}") from None
     if filled.seed < 0 or getattr(filled, "rcs_temperature", 1) <= 0:
-        raise ValueError("--seed must not be negative, --rcs-temperature must be above 0")
+        raise UserError("--seed must not be negative, --rcs-temperature must be above 0")
     return filled
 
 
@@ -1868,10 +1972,13 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (UserError, clip_text.FileError, segformer.FileError, unet_module.FileError,
+            vae_module.FileError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # not the system's word on a file, but a fault in the program
         said = str(error).strip()
-        if "ValueError: " in said:  # a data loader's process hands on its whole traceback
-            said = said.rpartition("ValueError: ")[2]
+        if "Original Traceback" in said:  # as a data loader's process hands it on
+            said = said.rpartition("UserError: ")[2]
         print(f"dginstyle: {said}", file=sys.stderr)
         return 2
     except RuntimeError as error:

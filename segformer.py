@@ -20,6 +20,7 @@ in every head (HF: plain Dropout); HRDA's detail crop is half of any input, not 
 
 import json
 import math
+import os
 import re
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ class SegFormerConfig:
     dropout: float = 0.1  # of whole channels before the classifier
     norm_eps: float = 1e-6  # block and stage norms: NVlabs 1e-6, HF 1e-5; other norms keep 1e-5
     head: str = "daformer"  # or "segformer", "hrda"
-    decoder_dim: int = 256  # E; SegFormer has 256 on B0 and B1, 768 on B2 to B5
+    decoder_dim: int = 256  # E
     num_classes: int = 19
 
     def __post_init__(self):
@@ -58,7 +59,7 @@ class SegFormerConfig:
             raise ValueError(f"widths {self.hidden_sizes} do not split into heads {self.num_heads}")
 
 
-PRESETS = {  # deltas over the defaults, for the encoder; add head=, decoder_dim=, num_classes=
+PRESETS = {  # deltas over the defaults, for the encoder
     "b0": dict(hidden_sizes=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
     "b1": dict(depths=(2, 2, 2, 2)),
     "b2": dict(depths=(3, 4, 6, 3)),
@@ -68,6 +69,14 @@ PRESETS = {  # deltas over the defaults, for the encoder; add head=, decoder_dim
     "tiny": dict(hidden_sizes=(16, 32, 64, 96), depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 6),
                  strides=(2, 2, 2, 2), decoder_dim=32),
 }
+
+
+def preset(encoder, head="daformer", num_classes=19):
+    """-> SegFormerConfig of the published sizes: SegFormer's head is 768 wide on B2 to B5."""
+    sizes = {**PRESETS[encoder], "head": head, "num_classes": num_classes}
+    if head == "segformer" and encoder in ("b2", "b3", "b4", "b5"):
+        sizes["decoder_dim"] = 768
+    return SegFormerConfig(**sizes)
 
 
 def resize(x, size):
@@ -331,7 +340,7 @@ class SegFormer(nn.Module):
         """A folder (HF or `save_pretrained`) or one file of any kind named in the header, in eval.
 
         `overrides` replace config fields that shapes do not tell: num_heads, mlp_ratio, norm_eps,
-        dropout, drop_path. ValueError for anything but a whole segmenter.
+        dropout, drop_path. FileError for anything but a whole segmenter.
         """
         config, state, file = read_weights(path)
         fields = describe(config, state, file) | overrides
@@ -352,13 +361,8 @@ class SegFormer(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and model.safetensors, floats in `dtype` (None: as they are)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {"architecture": "SegFormer", **asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        state = {k: v.cpu().contiguous() for k, v in self.state_dict().items()}
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        save_file(state, folder / "model.safetensors")
+        write_weights(folder, "model.safetensors", config, self.state_dict(), dtype)
 
 
 def slide(predict, images, crop, stride, batch=8, cell=1):
@@ -470,19 +474,19 @@ def public_keys(state):
 
 
 def describe(config, state, file):
-    """Config fields from config.json ({}: none) and shapes; ValueError if either is foreign."""
+    """Config fields from config.json ({}: none) and shapes; FileError if either is foreign."""
     if config.get("architecture") == "SegFormer":
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
         return {k: v for k, v in fields.items() if k != "architecture"}
     kind = config.get("architectures", config.get("_class_name"))
     if config and kind != ["SegformerForSemanticSegmentation"]:
-        raise ValueError(f"{file}: its config.json is of {kind}, no segmenter; an encoder alone "
+        raise FileError(f"{file}: its config.json is of {kind}, no segmenter; an encoder alone "
                          "goes to load_backbone")
     shape = {k: tuple(v.shape) for k, v in public_keys(state).items()}
     head = [h for h, key in HEADS.items() if f"decode_head.{key}.weight" in shape]
     convs = [f"backbone.patch_embed{k}.proj.weight" for k in "1234"]
     if not head or not shape.keys() >= set(convs):
-        raise ValueError(f"{file}: no whole segmenter; an encoder alone goes to load_backbone")
+        raise FileError(f"{file}: no whole segmenter; an encoder alone goes to load_backbone")
     classes, dim = shape[f"decode_head.{HEADS[head[0]]}.weight"][:2]
     fields = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
     widths = fields["hidden_sizes"] = tuple(shape[k][0] for k in convs)
@@ -499,8 +503,12 @@ def describe(config, state, file):
 
 
 # --------------------------------------------------------------------------------------------
-# Reading weights. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
+# Weight files. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
 # each file can be copied out alone; a test keeps the copies equal.
+
+
+class FileError(ValueError):
+    """A file that does not hold what it should; the message names it and says what to do."""
 
 
 def read_weights(path):
@@ -515,10 +523,10 @@ def read_weights(path):
         names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
-            raise ValueError(f"{path}: a model folder has config.json and a weight file")
+            raise FileError(f"{path}: a model folder has config.json and a weight file")
         path, config = files[0], read_json(path / "config.json")
     elif not path.is_file():
-        raise ValueError(f"{path}: no such weight file or model folder")
+        raise FileError(f"{path}: no such weight file or model folder")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -527,20 +535,20 @@ def read_weights(path):
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
+        raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
     return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a ValueError that names the file."""
+    """The dict in a config.json, or a FileError that names the file."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
+        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
 def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError.
+    """Give a model built on meta exactly its tensors: every key and shape, or a FileError.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
@@ -553,8 +561,24 @@ def load_strict(model, state, file, dtype):
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
-        raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
+        raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
     copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
               for k, v in state.items()}
     model.load_state_dict(copies, strict=True, assign=True)
     return model
+
+
+def write_weights(folder, name, config, state, dtype=None):
+    """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
+
+    Each is written beside and renamed: a file that is there is whole, and the weights come last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+             for k, v in state.items()}
+    parts = folder / "config.json.part", folder / f"{name}.part"
+    parts[0].write_text(json.dumps(config, indent=2) + "\n")
+    save_file(state, parts[1], metadata={"format": "pt"})
+    for part in parts:
+        os.replace(part, part.with_suffix(""))

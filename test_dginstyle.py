@@ -7,8 +7,10 @@ loops, data, segmenter, commands, bad input, the house rules. Oracles are skippe
 weights and a ControlNet with 20 hint channels, for timing and memory.
 """
 
+import argparse
 import ast
 import colorsys
+import contextlib
 import json
 import math
 import os
@@ -2499,6 +2501,100 @@ def test_training_stages_learn_and_resume_exactly(stage, tmp_path):
     assert np.asarray(Image.open(tmp_path / "whole" / "samples" / f"{stage}.png")).std() > 0
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "dreambooth", "controlnet", "segment"])
+def test_every_stage_trains_in_half_precision(stage, precision, tmp_path):
+    """As the command runs on a GPU: fp32 weights, autocast, samples afresh and (UNets) cached."""
+    command = ["segment", "train"] if stage == "segment" else ["train", stage]
+    flags = ["--precision", precision, "--batch", "1", "--data", "toy:sunny:4"]
+    for cache in ("0", "4") if stage in ("dreambooth", "controlnet") else ("",):
+        out = tmp_path / f"run{cache}"
+        more = ["--cache", cache or "0", "--sample-steps", "1"] if stage != "segment" else []
+        assert main([*command, *flags, "--steps", "1", *more, "--out", str(out)]) == 0
+        row, = map(json.loads, open(out / "log.jsonl"))
+        assert np.isfinite(row["loss"])
+
+
+def test_the_controlnet_needs_a_source_unet_of_its_own_model(tmp_path, capsys):
+    """Beside another SD than the toy pack nothing falls back to the toy's U^S."""
+    sd = write_sd_folder(tmp_path / "sd", tiny_models())
+    shutil.rmtree(sd / "unet_source")
+    refuses(capsys, ["train", "controlnet", "--sd", str(sd), "--data", "toy:sunny:2", "--out",
+                     str(tmp_path / "out")], "--source-unet")
+
+
+def test_killed_while_saving_leaves_whole_weights(tmp_path, monkeypatch):
+    """Weights are written beside and renamed: a stop in between leaves those that were there."""
+    nets = {unet_module: tiny_models().unet, vae_module: tiny_models().vae,
+            clip_text: tiny_models().text_encoder, segformer: seg_model()}
+    for module, net in nets.items():
+        folder = tmp_path / module.__name__
+        net.save_pretrained(folder)
+        before = files(folder)
+
+        def half(state, path, metadata):
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "save_file", half)
+        with pytest.raises(KeyboardInterrupt):
+            net.save_pretrained(folder)
+        assert before.items() <= files(folder).items()
+
+
+def test_gradients_are_added_up_once_an_update(monkeypatch):
+    """With --accumulate 3, DDP exchanges gradients in the last of three calls only."""
+    waits = []
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.waiting = module, False
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.waiting = True
+            yield
+            self.waiting = False
+
+        def forward(self, batch):
+            waits.append(self.waiting)
+            return self.module(batch)
+
+    args = dginstyle.build_parser().parse_args(["train", "dreambooth", "--accumulate", "3"])
+    args = dginstyle.fill_defaults(args, dginstyle.TRAIN, "dreambooth", toy=True)
+    net = torch.nn.Linear(2, 2)
+    objective = dginstyle.Objective(lambda batch: net(batch[0]).square().mean(), net=net)
+    state = dginstyle.Trained(objective, None, args)
+    dginstyle.update(state, Parallel(objective), iter([[torch.ones(1, 2)]] * 3), args)
+    assert waits == [True, True, False]
+
+
+def test_ema_averages_batchnorm_statistics(tmp_path):
+    """With --ema the weights that are saved come with the averaged statistics of BatchNorm."""
+    flags = ["segment", "train", "--data", "toy:sunny:4", "--batch", "2", "--arch", "segformer",
+             "--steps", "3"]
+    for ema in ("0", "0.5"):
+        assert main([*flags, "--ema", ema, "--out", str(tmp_path / ema)]) == 0
+    key = "decode_head.linear_fuse.bn.running_mean"
+    last, mean = (SegFormer.from_pretrained(tmp_path / ema / "segformer").state_dict()[key]
+                  for ema in ("0", "0.5"))
+    assert (last - mean).abs().max() > 1e-4
+    saved = torch.load(tmp_path / "0.5" / "checkpoints" / "segformer.pt", weights_only=True)
+    assert torch.equal(saved["nets"]["model." + key].half().float(), last)
+
+
+def test_workers(monkeypatch, capsys):
+    """One process for every core up to eight; none, and a line, where fork is not to be had."""
+    args = argparse.Namespace(workers=None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(48))
+    assert dginstyle.workers(args) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert dginstyle.workers(args) == 6
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert dginstyle.workers(args) == 0 and "darwin" in capsys.readouterr().out
+
+
 def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path, capsys):
     """Both sets are joined, the table has a row for every set, predictions are label maps."""
     out = str(tmp_path)
@@ -2548,12 +2644,13 @@ def test_feature_distance_counts_thing_positions_only():
     assert abs(dginstyle.feature_distance(features, taught, labels) - 2) < 1e-6
 
 
-def test_two_processes_make_the_images_of_one(generated, tmp_path):
+def test_eight_processes_make_the_images_of_one(generated, tmp_path):
     """torchrun shards the list: same files, same labels, images equal up to rounding."""
     out = tmp_path / "run"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--",
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8", "--",
                     str(HERE / "dginstyle.py"), "generate", *QUICK, "--batch", "1", "--out",
-                    str(out)], check=True, capture_output=True)
+                    str(out)], check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert set(files(out)) == set(files(generated))
     assert (out / "manifest.jsonl").read_text() == (generated / "manifest.jsonl").read_text()
     for name in (p.name for p in (generated / "images").iterdir()):
@@ -2577,6 +2674,34 @@ def test_generate_when_stopped_leaves_a_manifest(tmp_path, monkeypatch):
     rows = (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()
     assert len(rows) == len(list((tmp_path / "run" / "images").iterdir())) == 1
     assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_killed_runs_manifest_is_taken_up(generated, tmp_path):
+    """Half a line, and the rows of a process that is gone, end as one whole row an image."""
+    out = tmp_path / "run"
+    shutil.copytree(generated, out)
+    whole = (out / "manifest.jsonl").read_text()
+    first, second = whole.splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text(first + second[:40])
+    (out / "manifest.3.part").write_text(second)
+    assert main(["generate", *QUICK, "--out", str(out)]) == 0
+    assert (out / "manifest.jsonl").read_text() == whole
+    assert not list(out.glob("*.part"))
+
+
+def test_label_maps_below_the_crop_are_enlarged(tmp_path):
+    """A map smaller than the training window is enlarged to cover it, as for the segmenter, and
+    the ControlNet learns from such pairs too."""
+    image, label = data.toy_street(0, size=(40, 100))
+    data_png(tmp_path / "set/images/a.png", image)
+    data_png(tmp_path / "set/labels/a_labelTrainIds.png", label)
+    common = ["--data", str(tmp_path / "set"), "--steps", "1"]
+    out = tmp_path / "out"
+    assert main(["generate", *common, "--num", "1", "--no-mrlf", "--out", str(out)]) == 0
+    made = data.Pairs(out).label(0)
+    assert made.shape == (64, 128) and set(np.unique(made)) <= set(np.unique(label))
+    assert main(["train", "controlnet", *common, "--batch", "1", "--cache", "0", "--sample-steps",
+                 "1", "--out", str(tmp_path / "train")]) == 0
 
 
 def test_gallery_lists_every_image(generated):
@@ -2684,6 +2809,59 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     claim.main(["--quick", "--out", str(tmp_path)])  # nothing is left to do
     assert "to do" not in capsys.readouterr().out
     assert {k: v for k, v in files(tmp_path).items() if "log" not in k} == before
+
+
+def test_predictions_of_equal_names_and_broken_pictures(tmp_path, capsys):
+    """a/1.png and a/1.jpg keep two predictions, b/1.png a third; a broken picture is named and
+    left out, and only when none can be read the command fails."""
+    image = Image.fromarray(data.toy_street(0, size=(32, 64))[0])
+    for name in ("a/1.png", "a/1.jpg", "b/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.save(tmp_path / name)
+    (tmp_path / "a" / "2.png").write_bytes(b"no picture")
+    predict = ["segment", "predict", "--weights", str(HERE / "toy" / "segformer"), "--out"]
+    assert main([*predict, str(tmp_path / "out"), str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    names = {p.relative_to(tmp_path / "out" / "predictions").as_posix()
+             for p in (tmp_path / "out").rglob("*_labelTrainIds.png")}
+    assert names == {f"{n}_labelTrainIds.png" for n in ("a/1.png", "a/1.jpg", "b/1.png")}
+    said = capsys.readouterr().out
+    assert "left out: " in said and "2.png" in said and "3 predictions" in said
+    refuses(capsys, [*predict, str(tmp_path / "none"), str(tmp_path / "a" / "2.png")], "2.png")
+
+
+def test_sets_to_measure_on_are_opened_before_training(tmp_path, capsys, monkeypatch):
+    """A mistyped --eval-data costs no training; a set that fails later does not lose the others."""
+    flags = ["segment", "--data", "toy:sunny:2", "--steps", "1", "--batch", "1", "--out",
+             str(tmp_path / "out"), "--eval-data", "toy:sunny:1"]
+    refuses(capsys, [*flags, str(tmp_path / "cityscape")], "cityscape")
+    assert not (tmp_path / "out").exists()
+
+    def broken(self, i):
+        raise data.UserError("the second set is broken")
+
+    monkeypatch.setattr(data.LabelMaps, "pair", broken, raising=False)
+    (tmp_path / "maps").mkdir()
+    data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", data.toy_street(0)[1])
+    opened = dginstyle.open_sets
+
+    def sets(specs, *rest, **named):
+        return [(s, data.LabelMaps(s)) if "maps" in s else opened([s], *rest, **named)[0]
+                for s in specs]
+
+    monkeypatch.setattr(dginstyle, "open_sets", sets)
+    refuses(capsys, [*flags, str(tmp_path / "maps")], "second set")
+    assert set(json.loads((tmp_path / "out" / "eval.json").read_text())) == {"toy:sunny:1"}
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    """Only what the user can put right loses it; a ValueError of some library does not."""
+    for error in (ValueError("fault"), OSError("fault")):
+        def fails(args, error=error):
+            raise error
+
+        monkeypatch.setattr(dginstyle, "generate", fails)
+        with pytest.raises(type(error), match="fault"):
+            main(["generate"])
 
 
 def test_joined_sets_are_all_used():

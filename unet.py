@@ -17,6 +17,7 @@ argument (what a ControlNet returns) and it must fit exactly.
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -378,7 +379,7 @@ class UNet(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32):
         """Load a diffusers folder, a .safetensors in either spelling, or a single-file LDM model.
 
-        Without config.json the sizes are read off the weights. ValueError for anything that is
+        Without config.json the sizes are read off the weights. FileError for anything that is
         not exactly this architecture.
         """
         config, state, file = read_weights(path)
@@ -408,7 +409,7 @@ def read_config(config):
                        ("class_embed_type", None), ("addition_embed_type", None),
                        ("resnet_time_scale_shift", "default"), ("mid_block_scale_factor", 1)):
         if config.get(key, value) != value:
-            raise ValueError(f"config.json: {key} = {config[key]!r} is not Stable Diffusion 1 or 2")
+            raise FileError(f"config.json: {key} = {config[key]!r} is not Stable Diffusion 1 or 2")
     known = {f.name for f in fields(UNetConfig)}
     return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v
                          for k, v in config.items() if k in known and v is not None})
@@ -426,9 +427,9 @@ def infer_config(state, file):
         linear = state["mid_block.attentions.0.proj_in.weight"].ndim == 2
         channels = state["conv_in.weight"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{file}: holds no UNet or ControlNet of Stable Diffusion") from error
+        raise FileError(f"{file}: holds no UNet or ControlNet of Stable Diffusion") from error
     if linear and any(c % 64 for c in width):
-        raise ValueError(f"{file}: widths {width} do not tell the number of attention heads; "
+        raise FileError(f"{file}: widths {width} do not tell the number of attention heads; "
                          "put the model's config.json beside the weights")
     heads = tuple(c // 64 for c in width) if linear else 8  # SD2: heads of 64; SD1: always 8
     return UNetConfig(in_channels=channels, out_channels=channels, block_out_channels=tuple(width),
@@ -450,7 +451,7 @@ def from_ldm(state):
     """LDM names -> diffusers names. Blocks are numbered through: n = level · (layers + 1) + i."""
     down = [int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight")]  # the downsamplers
     if not down:
-        raise ValueError("LDM names without a down-sampling layer: this is no UNet or ControlNet")
+        raise FileError("LDM names without a down-sampling layer: this is no UNet or ControlNet")
     per = min(down)  # resnets a level + 1
     out = {}
     for key, v in state.items():
@@ -468,7 +469,7 @@ def from_ldm(state):
             else:
                 head, p = head + f"{('resnets', 'attentions')[int(p[2])]}.{n % per}", p[3:]
         else:
-            raise ValueError(f"no LDM key of a UNet: {key}")
+            raise FileError(f"no LDM key of a UNet: {key}")
         tail = ".".join(p)
         for old, new in LDM_RESNET.items():
             if "resnets" in head and tail.startswith(old):
@@ -479,17 +480,17 @@ def from_ldm(state):
 
 def write_model(model, folder, extra, dtype=None):
     """config.json (the model's config and `extra`) and the weights, as diffusers lays them out."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**extra, **asdict(model.config)}, indent=2)
-    (folder / "config.json").write_text(text + "\n")
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    write_weights(folder, "diffusion_pytorch_model.safetensors", {**extra, **asdict(model.config)},
+                  model.state_dict(), dtype)
 
 
 # --------------------------------------------------------------------------------------------
-# Reading weights. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
+# Weight files. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
 # each file can be copied out alone; a test keeps the copies equal.
+
+
+class FileError(ValueError):
+    """A file that does not hold what it should; the message names it and says what to do."""
 
 
 def read_weights(path):
@@ -504,10 +505,10 @@ def read_weights(path):
         names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
-            raise ValueError(f"{path}: a model folder has config.json and a weight file")
+            raise FileError(f"{path}: a model folder has config.json and a weight file")
         path, config = files[0], read_json(path / "config.json")
     elif not path.is_file():
-        raise ValueError(f"{path}: no such weight file or model folder")
+        raise FileError(f"{path}: no such weight file or model folder")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -516,20 +517,20 @@ def read_weights(path):
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
+        raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
     return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a ValueError that names the file."""
+    """The dict in a config.json, or a FileError that names the file."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
+        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
 def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError.
+    """Give a model built on meta exactly its tensors: every key and shape, or a FileError.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
@@ -542,8 +543,24 @@ def load_strict(model, state, file, dtype):
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
-        raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
+        raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
     copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
               for k, v in state.items()}
     model.load_state_dict(copies, strict=True, assign=True)
     return model
+
+
+def write_weights(folder, name, config, state, dtype=None):
+    """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
+
+    Each is written beside and renamed: a file that is there is whole, and the weights come last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+             for k, v in state.items()}
+    parts = folder / "config.json.part", folder / f"{name}.part"
+    parts[0].write_text(json.dumps(config, indent=2) + "\n")
+    save_file(state, parts[1], metadata={"format": "pt"})
+    for part in parts:
+        os.replace(part, part.with_suffix(""))

@@ -18,6 +18,7 @@ down-sampling pads right and bottom only, and GroupNorm uses eps 1e-6 here (1e-5
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -283,7 +284,7 @@ class VAE(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32):
         """Load a diffusers folder, a .safetensors in either spelling, or a single-file LDM model.
 
-        Without config.json the sizes are read off the weights. ValueError for anything that is
+        Without config.json the sizes are read off the weights. FileError for anything that is
         not exactly this architecture.
         """
         config, state, file = read_weights(path)
@@ -307,16 +308,12 @@ class VAE(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         n = len(self.config.block_out_channels)
         extra = {"_class_name": "AutoencoderKL", "act_fn": "silu",
                  "down_block_types": ["DownEncoderBlock2D"] * n,
                  "up_block_types": ["UpDecoderBlock2D"] * n}
-        text = json.dumps({**extra, **asdict(self.config)}, indent=2)
-        (folder / "config.json").write_text(text + "\n")
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+        write_weights(folder, "diffusion_pytorch_model.safetensors",
+                      {**extra, **asdict(self.config)}, self.state_dict(), dtype)
 
 
 def infer_config(state, file):
@@ -330,7 +327,7 @@ def infer_config(state, file):
                  for i in range(levels)]
         latent = state["post_quant_conv.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{file}: holds no autoencoder of Stable Diffusion") from error
+        raise FileError(f"{file}: holds no autoencoder of Stable Diffusion") from error
     return dict(block_out_channels=width, layers_per_block=layers, latent_channels=latent)
 
 
@@ -359,8 +356,12 @@ def from_ldm(state):
 
 
 # --------------------------------------------------------------------------------------------
-# Reading weights. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
+# Weight files. The same text stands in unet.py, vae.py, clip_text.py and segformer.py, so that
 # each file can be copied out alone; a test keeps the copies equal.
+
+
+class FileError(ValueError):
+    """A file that does not hold what it should; the message names it and says what to do."""
 
 
 def read_weights(path):
@@ -375,10 +376,10 @@ def read_weights(path):
         names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
-            raise ValueError(f"{path}: a model folder has config.json and a weight file")
+            raise FileError(f"{path}: a model folder has config.json and a weight file")
         path, config = files[0], read_json(path / "config.json")
     elif not path.is_file():
-        raise ValueError(f"{path}: no such weight file or model folder")
+        raise FileError(f"{path}: no such weight file or model folder")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -387,20 +388,20 @@ def read_weights(path):
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: no readable tensor file ({reason}); get it again") from error
+        raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
     return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a ValueError that names the file."""
+    """The dict in a config.json, or a FileError that names the file."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error}); get it again") from error
+        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
 
 
 def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors: every key and shape, or a ValueError.
+    """Give a model built on meta exactly its tensors: every key and shape, or a FileError.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
@@ -413,8 +414,24 @@ def load_strict(model, state, file, dtype):
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
-        raise ValueError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
+        raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
     copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
               for k, v in state.items()}
     model.load_state_dict(copies, strict=True, assign=True)
     return model
+
+
+def write_weights(folder, name, config, state, dtype=None):
+    """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
+
+    Each is written beside and renamed: a file that is there is whole, and the weights come last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+             for k, v in state.items()}
+    parts = folder / "config.json.part", folder / f"{name}.part"
+    parts[0].write_text(json.dumps(config, indent=2) + "\n")
+    save_file(state, parts[1], metadata={"format": "pt"})
+    for part in parts:
+        os.replace(part, part.with_suffix(""))
