@@ -379,17 +379,20 @@ class Models:
         rows = [[different.index(p) for p in side] for side in ([negative] * len(prompts), prompts)]
         return text[torch.tensor(rows, device=text.device)]
 
-    def encode_text(self, text, control_uncond=1.0):
+    def encode_text(self, text):
         """Text (2,P,L,D) -> its keys and values in the UNet and the ControlNet, for `predict`."""
-        text = text.to(self.unet.conv_in.weight.dtype)
-        both, guided = text.flatten(0, 1), text[1]
-        control = self.controlnet and self.controlnet.encode_context(
-            both if control_uncond else guided)
-        return self.unet.encode_context(both), control
+        text = text.flatten(0, 1).to(self.unet.conv_in.weight.dtype)
+        control = self.controlnet and self.controlnet.encode_context(text)
+        return self.unet.encode_context(text), control
 
     def encode_time(self, t):
         """A timestep -> its embeddings in the UNet and the ControlNet, for `predict`."""
         return self.unet.encode_time(t), self.controlnet and self.controlnet.encode_time(t)
+
+    def encode_hint(self, hint):
+        """One-hot maps (n,K+1,H,W) -> (n,C',h,w), for `predict`."""
+        weight = self.controlnet.conv_in.weight
+        return self.controlnet.encode_hint(hint.to(weight.device, weight.dtype))
 
     def predict(self, x, t, text, hint=None, guidance=7.5, control_scale=1.0, control_uncond=1.0):
         """Classifier-free guidance: out_u + guidance (out_c - out_u), float32.
@@ -400,24 +403,17 @@ class Models:
 
         The control goes into both halves, each with its own text, as in the paper. control_uncond
         weakens it in the unguided half, so that the guidance amplifies it along with the prompt:
-        labels are followed more closely, at the style's expense; at 0 the ControlNet sees the
-        guided half alone.
+        labels are followed more closely, at the style's expense.
         """
         t, control_t = t if isinstance(t, tuple) else (t, t)
-        if torch.is_tensor(text):
-            text = self.encode_text(text, control_uncond)
-        context, control_context = text
+        context, control_context = self.encode_text(text) if torch.is_tensor(text) else text
         x = x.to(self.unet.conv_in.weight.dtype)
         both, control = torch.cat([x, x]), None
-        if hint is not None and control_uncond:
+        if hint is not None:
             scale = torch.cat([x.new_full((len(x), 1, 1, 1), control_scale * share)
                                for share in (control_uncond, 1)])
             control = self.controlnet(both, control_t, control_context, torch.cat([hint, hint]),
                                       scale)
-        elif hint is not None:
-            residuals, middle = self.controlnet(x, control_t, control_context, hint, control_scale)
-            residuals = [torch.cat([torch.zeros_like(r), r]) for r in (*residuals, middle)]
-            control = residuals[:-1], residuals[-1]
         out_u, out_c = self.unet(both, t, context, control).float().chunk(2)
         return out_u + guidance * (out_c - out_u)
 
@@ -486,71 +482,81 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     x       (B,C,h,w) initial noise
     text    (2,B,L,D) from Models.encode_prompts
     hint    (B,K+1,H,W) one-hot label maps, or None to sample without control
-    window, stride   in latent pixels, pairs; None: one window of the whole size
-    weights see `window_weights`
+    window, stride, weights, tile_batch   see `Windows`
     keep    (z (B,C,h,w), mask (B,1,h,w)): after every step the latents where mask = 1 become z at
             the new noise level (section 3.3); needs `noise`, which is called once per step
-    tile_batch       windows in one network call; None: what memory allows
-
-    Windows are averaged as in MultiDiffusion (arXiv 2302.08113). The released code averages them
-    after the step; here the network's outputs are averaged and the whole latents take one step:
-    the same, since a step is linear in x_t and the output, and a sampler's memory of steps before
-    is then that of the whole latents. Exact savings over the released loop: windows run in
-    batches, those wholly inside the mask are left out (a step is pointwise, so what it makes of
-    kept positions is never read), and a window's hint, a prompt's keys and values and a step's
-    time embedding are encoded once.
 
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
     the latents have reached (t_prev), so that the kept part is almost one step too noisy until
     the end. Off by default.
     """
-    B, _, h, w = x.shape
-    wh, ww = window = window or (h, w)
-    device, f = models.device, models.vae.factor
-    z, mask = keep or (None, torch.zeros(B, 1, h, w))
-
-    def cut(maps, b, i, j, f=1):  # the view of a window
-        return maps[b, :, f * i : f * (i + wh), f * j : f * (j + ww)]
-
-    jobs = [(b, i, j) for b in range(B) for i, j in tiles((h, w), window, stride or window)
-            if not cut(mask, b, i, j).all()]
-    n = tile_batch or windows_that_fit(models, window)
-    chunks = [jobs[k : k + n] for k in range(0, len(jobs), n)]
-    x, text, mask, weight = (
-        part.to(device) for part in (x, text, mask, window_weights(weights, window)))
-    coverage = torch.zeros_like(x[:, :1])
-    for job in jobs:
-        cut(coverage, *job).add_(weight)
-    coverage[coverage == 0] = 1  # where nothing but kept latents lie
-
-    @functools.cache
-    def encoded(rows):
-        return models.encode_text(text[:, list(rows)], control_uncond)
-
-    rows = [tuple(b for b, _, _ in chunk) for chunk in chunks]
-    texts = [encoded(r[:1] if len(set(r)) == 1 else r) for r in rows]  # one row serves many windows
-    hints = [None] * len(chunks)
-    if hint is not None:
-        dtype = models.controlnet.conv_in.weight.dtype
-        hints = [models.controlnet.encode_hint(
-            torch.stack([cut(hint, *job, f) for job in chunk]).to(device, dtype))
-            for chunk in chunks]
-
-    solver = SAMPLERS[sampler](models.schedule, steps)
+    z, mask = (part.to(models.device) for part in keep or (x, torch.zeros_like(x[:, :1])))
+    windows = Windows(models, text, hint, mask, window, stride, weights, tile_batch)
+    solver, x = SAMPLERS[sampler](models.schedule, steps), x.to(models.device)
     for t, t_prev in solver.timesteps:
-        now, total = models.encode_time(t), torch.zeros_like(x)
-        for chunk, chunk_text, chunk_hint in zip(chunks, texts, hints, strict=True):
-            part = torch.stack([cut(x, *job) for job in chunk])
-            outs = models.predict(part, now, chunk_text, chunk_hint, guidance, control_scale,
-                                  control_uncond)
-            for job, out in zip(chunk, outs, strict=True):
-                cut(total, *job).add_(weight * out)
-        x = solver.step(total / coverage, x, t, t_prev)
+        out = windows.predict(x, t, guidance, control_scale, control_uncond)
+        x = solver.step(out, x, t, t_prev)
         if keep:
             level = t - 1 if official_renoise else t_prev
-            new = models.schedule.add_noise(z.to(x), noise(z.shape).to(x), level)
-            x = torch.where(mask > 0, new, x)
+            kept = models.schedule.add_noise(z.to(x), noise(z.shape).to(x), level)
+            x = torch.where(mask > 0, kept, x)
         yield x
+
+
+class Windows:
+    """Overlapping windows over latents (B,C,h,w): the network's output in each of them, averaged.
+
+    As in MultiDiffusion (arXiv 2302.08113). The released code averages the windows after the step;
+    here the network's outputs are averaged and the whole latents take one step: the same, since a
+    step is linear in x_t and the output, and a sampler's memory of steps before is then that of
+    the whole latents. Exact savings over the released loop: windows run in batches, those wholly
+    inside the mask are left out (a step is pointwise, so what it makes of kept positions is never
+    read), and a window's hint, a prompt's keys and values and a step's time embedding are encoded
+    once.
+    """
+
+    def __init__(self, models, text, hint, mask, window=None, stride=None, weights="uniform",
+                 tile_batch=None):
+        """text (2,B,L,D), hint (B,K+1,H,W) or None, mask (B,1,h,w); window, stride: latent pixels,
+        pairs, None: one window of the whole size; weights: see `window_weights`; tile_batch:
+        windows in one network call, None: what memory allows."""
+        B, _, h, w = mask.shape
+        self.models, self.window = models, window or (h, w)
+        corners = tiles((h, w), self.window, stride or self.window)
+        covered = mask.cpu()
+        jobs = [(b, i, j) for b in range(B) for i, j in corners
+                if not self.cut(covered, b, i, j).all()]
+        n = tile_batch or windows_that_fit(models, self.window)
+        self.batches = [jobs[k : k + n] for k in range(0, len(jobs), n)]
+        self.weight = window_weights(weights, self.window).to(mask.device)
+        self.coverage = torch.zeros(mask.shape, device=mask.device)
+        for job in jobs:
+            self.cut(self.coverage, *job).add_(self.weight)
+        self.coverage[self.coverage == 0] = 1  # where nothing but kept latents lie
+        rows = [tuple(b for b, _, _ in batch) for batch in self.batches]
+        rows = [r[:1] if len(set(r)) == 1 else r for r in rows]  # one row serves many windows
+        texts = {r: models.encode_text(text[:, r].to(mask.device)) for r in set(rows)}
+        self.texts = [texts[r] for r in rows]
+        self.hints = [None] * len(self.batches)
+        if hint is not None:
+            parts = ([self.cut(hint, *job, models.vae.factor) for job in batch]
+                     for batch in self.batches)
+            self.hints = [models.encode_hint(torch.stack(part)) for part in parts]
+
+    def cut(self, maps, b, i, j, f=1):
+        """The view of a window in image b of maps (B,C,f·h,f·w)."""
+        h, w = self.window
+        return maps[b, :, f * i : f * (i + h), f * j : f * (j + w)]
+
+    def predict(self, x, t, *guidance):
+        """`Models.predict` of latents x (B,C,h,w) at timestep t, averaged over the windows."""
+        total, t = torch.zeros_like(x), self.models.encode_time(t)
+        for batch, text, hint in zip(self.batches, self.texts, self.hints, strict=True):
+            part = torch.stack([self.cut(x, *job) for job in batch])
+            outs = self.models.predict(part, t, text, hint, *guidance)
+            for job, out in zip(batch, outs, strict=True):
+                self.cut(total, *job).add_(self.weight * out)
+        return total / self.coverage
 
 
 def first_pass(models, size, text, hint, noise, *, window=None, **options):

@@ -908,7 +908,7 @@ def test_encoded_inputs_equal_plain_ones():
         encoded = models.controlnet.encode_hint(hint)
         for cond in (1.0, 0.4, 0.0):
             want = models.predict(x, 7, rows, hint, 5.0, 0.7, cond)
-            have = models.predict(x, models.encode_time(7), models.encode_text(text, cond),
+            have = models.predict(x, models.encode_time(7), models.encode_text(text),
                                   encoded, 5.0, 0.7, cond)
             assert relative(have, want) < 1e-5
 

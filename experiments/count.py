@@ -1,7 +1,7 @@
 """Operations and memory of the full recipe, counted without a GPU and without weights.
 
     python -m experiments.count             # about half a minute on one core
-    python -m experiments.count --measure   # a real update of the ControlNet, on this CPU
+    python -m experiments.count --measure   # real updates of the ControlNet, on this CPU
 
 Operations: torch's FlopCounterMode on meta tensors of the true sizes (two for a multiply-add). It
 counts the backward pass of grouped convolutions as if they were dense, so that an update of a
@@ -12,10 +12,12 @@ What CUDA itself, its workspaces and fragmentation take is not in it.
 """
 
 import resource
-import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import weakref
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip_text import TextEncoder
+from clip_text import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from dginstyle import Models, Schedule
 from segformer import SegFormer, SegFormerConfig
@@ -203,33 +205,32 @@ def generation(windows=8):
 
 
 def measured(updates=3):
-    """The ControlNet's update at 512 x 512, batch 1, bf16, checkpointing, run on this CPU.
+    """`train controlnet` at 512 x 512, batch 1, bf16, checkpointing, as a user starts it, on this
+    CPU and on random weights of SD1.5's size.
 
-    -> (median seconds of an update, peak GiB of the process above that of the bare program); the
-    first update, in which AdamW's state appears, counts for the memory only.
+    -> (seconds of an update: what a run of 1 + `updates` takes longer than one of 1, divided by
+    them; peak GiB of the process).
     """
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-    bare = peak()
-    vae, unet, text, prior, net = networks(True)
-    optimizer = torch.optim.AdamW(net.parameters())
-    picture, tokens = torch.randn(1, 3, 512, 512), torch.zeros(1, 77, dtype=torch.long)
-    label = torch.randint(20, (1, 512, 512))
-    hint, t, seconds = F.one_hot(label).permute(0, 3, 1, 2).float(), torch.tensor([500.0]), []
-    for _ in range(1 + updates):
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                z = vae.posterior(picture)[0]
-            with torch.no_grad():
-                c = text(tokens)
-            loss = F.mse_loss(unet(z, t, c, net(z, t, c, hint)).float(), torch.randn_like(z))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]), peak() - bare
+    with tempfile.TemporaryDirectory() as folder:
+        sd, half = Path(folder), torch.bfloat16
+        unet, text, tokenizer = UNet(), TextEncoder(), Tokenizer.train(["a street"], 10)
+        for name in ("unet", "unet_source"):
+            unet.save_pretrained(sd / name, half)
+        VAE().save_pretrained(sd / "vae", half)
+        text.save_pretrained(sd / "text_encoder", half)
+        tokenizer.save(sd / "tokenizer")
+        del unet, text
+        seconds = []
+        for steps in (1, 1 + updates):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, str(Path(__file__).parents[1] / "dginstyle.py"),
+                            "train", "controlnet", "--sd", folder, "--data", "toy:sunny:4",
+                            "--batch", "1", "--accumulate", "1", "--precision", "bf16", "--device",
+                            "cpu", "--workers", "0", "--sample-steps", "1", "--steps", str(steps),
+                            "--out", str(sd / f"run{steps}")], check=True)
+            seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return (seconds[1] - seconds[0]) / updates, peak
 
 
 if __name__ == "__main__":
