@@ -18,6 +18,7 @@ of its class, every draw is seeded, and the RCS subset needs no rejection.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -146,13 +147,24 @@ def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
     return np.rint(image * (1 - alpha) + colourise(label, classes) * alpha).astype(np.uint8)
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a place to write to; what is written takes its name once it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    yield part
+    os.replace(part, path)
+
+
 def save_label(path, label, classes=CITYSCAPES):
     """Write an (H, W) label as a palette PNG: raw indices are trainIds, 255 stays ignore."""
     if bad := set(np.unique(label).tolist()) - {IGNORE, *range(len(classes))}:
         raise ValueError(f"{path} was not written: the label holds {sorted(bad)[:8]}")
     image = Image.fromarray(np.asarray(label, np.uint8))
     image.putpalette(_palette(classes).tobytes())
-    image.save(path)
+    with replacing(path) as file:
+        image.save(file, format="PNG")
 
 
 # ---------------------------------------------------------------------------------------------

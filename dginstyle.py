@@ -9,7 +9,7 @@ Models and Stylized Semantic Control", ECCV 2024, arXiv 2312.03048. In the paper
     4  denoise, first_pass,         sampling in overlapping tiles, and multi-resolution latent
        second_pass                  fusion (MRLF) with the large segments kept
     5  draw_condition, generate     label crop by rare class, caption, weather; the data maker
-    6  train vae|prior|dreambooth|controlnet
+    6  train dreambooth|controlnet
     7  segment train|eval|predict   SegFormer / DAFormer / HRDA on source + generated
     8  the command line             python dginstyle.py train|generate|segment --help
 
@@ -47,12 +47,12 @@ import gallery
 import segformer
 import unet as unet_module
 import vae as vae_module
-from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
+from clip_text import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from data import UserError
 from segformer import SegFormer
-from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
+from unet import UNet
+from vae import VAE
 
 TOY = Path(__file__).resolve().parent / "toy"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -273,19 +273,19 @@ class Models:
     turns_on: str | None = None  # nets live elsewhere and take turns on this device
 
     @classmethod
-    def from_pretrained(cls, sd, unet=None, controlnet=None, source_unet=None, swap=1.0,
-                        device="cpu", dtype=torch.float32, low_vram=False):
+    def from_pretrained(cls, sd, controlnet=None, source_unet=None, swap=1.0, device="cpu",
+                        dtype=torch.float32, low_vram=False):
         """Load an SD folder or a single-file SD checkpoint, optionally with a ControlNet.
 
-        unet: another prior than the folder's; source_unet: U^S, needed when swap < 1; low_vram:
-        the nets stay in CPU memory and go to the device for their turn, see `on_device`.
+        source_unet: U^S, needed when swap < 1; low_vram: the nets stay in CPU memory and go to the
+        device for their turn, see `on_device`.
         UserError where the parts do not fit together.
         """
         sd = Path(sd)
         part = (lambda name: sd / name) if sd.is_dir() else (lambda name: sd)
         if not sd.exists():
             raise UserError(f"--sd {sd}: no such Stable Diffusion folder or file")
-        prior = UNet.from_pretrained(unet or part("unet"), dtype)
+        prior = UNet.from_pretrained(part("unet"), dtype)
         if swap != 1:
             source_unet = source_unet or sd / "unet_source"
             if not Path(source_unet).exists():
@@ -722,14 +722,13 @@ def make_images(models, conditions, classes, args):
 
 def generate(args):
     """Make labelled images in --out: images/, labels/, vis/, manifest.jsonl, grid, gallery."""
-    args = fill_defaults(args, GENERATE, "generate", args.sd is None, PRESETS.get(args.preset))
+    args = settle(args)
     check_weather(args.weather)
     if args.controlnet is None:
         raise UserError("--controlnet is missing: name the ControlNet that goes with --sd")
     classes, pairs = open_training_data(args, labels_only=True)
-    models = Models.from_pretrained(
-        args.sd, args.unet, args.controlnet, args.source_unet, args.swap, args.device,
-        DTYPES[choose_precision(args)], args.low_vram)
+    models = Models.from_pretrained(args.sd, args.controlnet, args.source_unet, args.swap,
+                                    args.device, DTYPES[choose_precision(args)], args.low_vram)
     if args.compile:
         for net in (models.unet, models.controlnet):
             net.compile()
@@ -761,7 +760,7 @@ def generate(args):
             if todo:
                 images = make_images(models, todo, classes, args)
                 for c, image in zip(todo, images, strict=True):
-                    save_generated(out, c, image, classes)
+                    gallery.save_generated(out, c.name, image, c.label, classes)
             rows = [json.dumps(c.manifest_row(args)) + "\n" for c in batch]
             manifest.write("".join(row for row in rows if row not in known))
             manifest.flush()  # whenever the run is stopped, there is a row for every image
@@ -770,8 +769,7 @@ def generate(args):
     if rank:
         return
     merge_manifest(out)
-    pictures = [np.asarray(Image.open(f)) for f in sorted((out / "vis").iterdir())[:32]]
-    write_image(out / "grid.png", contact_sheet(pictures))
+    gallery.write_grid(out)
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     gallery.write_gallery(out, rows, size)
     print(f"{args.num} images with labels in {out}; look at {out / 'gallery.html'}")
@@ -801,7 +799,7 @@ def merge_manifest(out):
     """One row an image in manifest.jsonl, rows of other processes and longer runs included."""
     parts = [out / "manifest.jsonl", *out.glob("manifest.*.part")]
     rows = sorted({line for part in parts for line in manifest_lines(part)})
-    with replacing(parts[0]) as file:
+    with data.replacing(parts[0]) as file:
         file.write_text("".join(rows))
     for part in parts[1:]:
         part.unlink()
@@ -828,43 +826,6 @@ def check_options(models, size, args):
         tiles(large, tuple(min(a, b) for a, b in zip(window, large, strict=True)), args.stride)
 
 
-def save_generated(out, c, image, classes):
-    """The four files of one image; vis/ is written last, so it marks a finished image."""
-    (out / "labels").mkdir(exist_ok=True)
-    write_image(out / "images" / f"{c.name}.png", image)
-    data.save_label(out / "labels" / f"{c.name}_labelTrainIds.png", c.label, classes)
-    colour, blend = data.colourise(c.label, classes), data.overlay(image, c.label, classes)
-    write_image(out / "vis" / f"{c.name}.png", np.concatenate([image, colour, blend], axis=1))
-
-
-def contact_sheet(pictures, columns=2, scale=None):
-    """uint8 pictures of one size -> one sheet, small ones enlarged."""
-    h, w = pictures[0].shape[:2]
-    scale = scale or max(1, round(700 / w))
-    columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    sheet = np.full((rows * (h + 4), columns * (w + 6), 3), 255, np.uint8)
-    for k, picture in enumerate(pictures):
-        i, j = divmod(k, columns)
-        sheet[i * (h + 4) : i * (h + 4) + h, j * (w + 6) : j * (w + 6) + w] = picture
-    return sheet.repeat(scale, 0).repeat(scale, 1)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a place to write to; what is written takes its name once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    yield part
-    os.replace(part, path)
-
-
-def write_image(path, image):
-    """Save a PNG; makes its folder."""
-    with replacing(path) as file:
-        Image.fromarray(image).save(file, format="PNG")
-
-
 def open_run(out, args, free, name="settings.json", fresh=False):
     """Make the output folder, or take it up again if it holds a run with the same settings.
 
@@ -883,18 +844,18 @@ def open_run(out, args, free, name="settings.json", fresh=False):
                              "choose another folder")
     elif fresh and out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty and holds no run of this command")
-    with replacing(file) as part:
+    with data.replacing(file) as part:
         part.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def check_weather(words):
-    known = {*data.WEATHERS, *data.STYLES}
+    known = {*data.WEATHERS, "dusk", "overcast"}  # the last two: of the toy world
     for word in set(words) - known:
         raise UserError(f"--weather {word}: choose from {', '.join(sorted(known))}")
 
 
 # --------------------------------------------------------------------------------------------
-# 6  train: the loop, and the four diffusion stages
+# 6  train: the loop, and the two stages of section 3.2
 
 
 class Samples(torch.utils.data.Dataset):
@@ -1002,7 +963,7 @@ class Trained:
     def write(self, file, step):
         """All that `resume` needs."""
         saved = {name: part.state_dict() for name, part in self.states().items()}
-        with replacing(file) as part:
+        with data.replacing(file) as part:
             torch.save({"step": step, "average": self.average, **saved}, part)
 
     def blend(self, ema, step):
@@ -1152,98 +1113,6 @@ def training_size(args, multiple, default):
     return size
 
 
-def train_vae(args, pairs, classes):
-    """The toy autoencoder from nothing: MSE + 0.05 L1 + a light KL.
-
-    At the end the latents are brought to mean 0 and standard deviation 1 channel by channel; the
-    1x1 convolutions on both sides of the latents absorb that, so the format stays the public one.
-    """
-    vae = VAE(VAEConfig(**vae_module.PRESETS["tiny"]))
-    size = training_size(args, vae.factor, (64, 128))
-
-    draw = picture_draw(pairs, size, args)
-
-    def loss(batch):
-        x, = batch
-        mean, logvar = (m.float() for m in vae.posterior(x))
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        y = vae.decode(z * vae.config.scaling_factor).float()
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.mse_loss(y, x) + 0.05 * F.l1_loss(y, x) + args.kl * kl
-
-    @torch.no_grad()
-    def save():
-        out = Path(args.out)
-        crops = torch.stack([draw(np.random.default_rng([1, k]))[0] for k in range(256)])
-        crops = crops.to(args.device)
-        final = normalise_latents(vae, crops)
-        final.save_pretrained(out / "vae", DTYPES[args.save_dtype])
-        sheet = torch.cat([crops[:12], final.decode(final.encode(crops[:12]))], dim=3)
-        write_image(out / "samples" / "vae.png", contact_sheet(to_uint8(sheet), 3, scale=1))
-
-    fit("vae", Objective(loss, vae=vae), draw, args, save)
-
-
-@torch.no_grad()
-def normalise_latents(vae, images):
-    """A copy of the VAE whose latents have mean 0 and standard deviation 1 in every channel."""
-    z = torch.cat([vae.posterior(x[None])[0] for x in images])
-    m, s = z.mean((0, 2, 3)), z.std((0, 2, 3))
-    copy = VAE(vae.config).to(z.device)
-    copy.load_state_dict(vae.state_dict())
-    Z = len(m)
-    inner, outer = copy.quant_conv, copy.post_quant_conv
-    inner.weight.data[:Z] /= s[:, None, None, None]  # mean -> (mean - m) / s
-    inner.bias.data[:Z] = (inner.bias.data[:Z] - m) / s
-    inner.bias.data[Z:] -= 2 * s.log()  # log variance of the scaled latents
-    outer.bias.data += outer.weight.data[:, :, 0, 0] @ m  # and back: z s + m
-    outer.weight.data *= s[None, :, None, None]
-    return copy
-
-
-def train_prior(args, pairs, classes):
-    """The toy prior U^P with its text encoder, from nothing, on captioned pictures of all styles.
-
-    Captions: the weather sentence, the class names alone, the weather alone, or nothing, so that
-    the prior answers to every form of prompt the generator uses, the empty one included.
-    """
-    out = Path(args.out)
-    words = [data.weather_prompt(" ".join(classes.names), w) for w in data.STYLES]
-    tokenizer = Tokenizer.train(words, merges=240)  # enough for one token a word
-    schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
-    text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
-                                       "vocab_size": len(tokenizer.vocab)})
-    models = Models(UNet(UNetConfig(**unet_module.PRESETS["tiny"])), None,
-                    VAE.from_pretrained(Path(args.sd) / "vae"), TextEncoder(text_config),
-                    tokenizer, schedule)
-    models.check()
-    size = models.size
-
-    def draw(rng):
-        i = int(rng.integers(len(pairs)))
-        crop, label = data.scaled_crop(*pairs.pair(i), size, rng, args.resize_ratios)
-        names, weather, kind = data.caption(label, classes), pairs.weather(i), rng.random()
-        prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
-                  else f"{weather} weather" if kind < 0.88 else "")
-        return from_uint8(crop[None])[0], tokenizer(prompt)[0]
-
-    def loss(batch):
-        images, tokens = batch
-        text = models.text_encoder(tokens)
-        return diffusion_loss(models, encode_images(models.vae, images), text)
-
-    def save():
-        models.unet.save_pretrained(out / "unet", DTYPES[args.save_dtype])
-        models.text_encoder.save_pretrained(out / "text_encoder", DTYPES[args.save_dtype])
-        tokenizer.save(out / "tokenizer")
-        schedule.save_pretrained(out / "scheduler")
-        sample_sheet(models, sheet_prompts(args), None, args, out / "samples" / "prior.png")
-
-    models.vae.to(args.device)
-    nets = dict(unet=models.unet, text_encoder=models.text_encoder)
-    fit("prior", Objective(loss, **nets), cached(draw, models.vae, args), args, save)
-
-
 def train_dreambooth(args, pairs, classes):
     """Stage A (section 3.2): the whole prior UNet fine-tuned on source pictures -> U^S.
 
@@ -1345,23 +1214,25 @@ def sample_sheet(models, prompts, hints, args, path, classes=None):
         labels[labels == hints.shape[1] - 1] = data.IGNORE
         images = [np.concatenate([data.colourise(label, classes), image], axis=1)
                   for label, image in zip(labels, images, strict=True)]
-    write_image(path, contact_sheet(list(images), columns=3, scale=2))
+    gallery.write_image(path, gallery.contact_sheet(list(images), columns=3, scale=2))
 
 
 def train(args):
     """One stage, or both stages of the paper in order."""
-    stages = {"vae": train_vae, "prior": train_prior, "dreambooth": train_dreambooth,
-              "controlnet": train_controlnet}
-    for stage in [args.stage] if args.stage else ["dreambooth", "controlnet"]:
-        ours = fill_defaults(args, TRAIN, stage, toy=args.sd is None)
-        if stage in ("vae", "prior") and args.sd is not None:
-            raise UserError(f"train {stage} makes a part of the toy pack: leave --sd out")
-        check_weather(ours.weather)
-        classes, pairs = open_training_data(ours)
-        check_loop(ours)
-        torch.manual_seed(ours.seed)  # the first weights of what is new
-        stages[stage](ours, pairs, classes)
-        say(f"{stage} is in {ours.out}")
+    stages = {"dreambooth": train_dreambooth, "controlnet": train_controlnet}
+    for stage in [args.stage] if args.stage else stages:
+        train_stage(stage, stages[stage], args)
+
+
+def train_stage(name, function, args):
+    """Settle what a stage needs, check it, and train."""
+    args = settle(args, name)
+    check_weather(args.weather)
+    classes, pairs = open_training_data(args)
+    check_loop(args)
+    torch.manual_seed(args.seed)  # the first weights of what is new
+    function(args, pairs, classes)
+    say(f"{name} is in {args.out}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -1370,12 +1241,7 @@ def train(args):
 
 def segment(args):
     """Train and then measure, or one of the two, or predict."""
-    if args.stage in (None, "train"):
-        specs = (args.data or ["toy"]) + (args.eval_data or [])
-        toy = any(spec.partition(":")[0] == "toy" for spec in specs)
-    else:
-        toy = is_toy_segmenter(segmenter_path(args))
-    args = fill_defaults(args, SEGMENT, "segment", toy)
+    args = settle(args)
     check_loop(args)
     classes, sets = read_classes(args), []
     if args.stage in (None, "eval"):
@@ -1398,12 +1264,6 @@ def segmenter_path(args):
     return args.weights or (own if own.exists() else TOY / "segformer")
 
 
-def is_toy_segmenter(path):
-    file = Path(path) / "config.json"
-    sizes = json.loads(file.read_text()).get("hidden_sizes") if file.is_file() else None
-    return sizes == list(segformer.PRESETS["tiny"]["hidden_sizes"])
-
-
 def train_segmenter(args):
     """AdamW, poly decay with warm-up, random crops, flips, photometric distortion (section 4.1).
 
@@ -1422,13 +1282,15 @@ def train_segmenter(args):
     elif args.backbone != "tiny":
         say(f"--pretrained is missing: MiT-{args.backbone.upper()} starts from random weights, "
             "without the feature distance to ImageNet's")
-    loss = segmenter_loss(model, teacher, args)
+
+    def loss(batch):
+        return segformer.training_loss(model, *batch, teacher, args.fd)
 
     def save():
         model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
 
     fit("segformer", Objective(loss, model=model), segmenter_draw(pairs, args), args, save,
-        segmenter_groups(model, args))
+        segformer.parameter_groups(model, args.lr, args.weight_decay))
     say(f"segmenter is in {Path(args.out) / 'segformer'}")
 
 
@@ -1475,57 +1337,6 @@ def segmenter_draw(pairs, args):
     return draw
 
 
-def segmenter_loss(model, teacher, args):
-    """-> loss(batch): cross-entropy, for HRDA on both scales, plus the feature distance (FD)."""
-    def cross_entropy(logits, labels):
-        logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
-        ce = F.cross_entropy(logits, labels, ignore_index=data.IGNORE, reduction="sum")
-        return ce / labels.numel()  # over all pixels, ignored ones included, as mmseg 0.16 did
-
-    def loss(batch):
-        images, labels = batch
-        images = images.float() / 255
-        if args.arch == "hrda":
-            fused, detail, (y, x, h, w), maps = model.forward_hrda(images)
-            value = 0.9 * cross_entropy(fused, labels)
-            value = value + 0.1 * cross_entropy(detail, labels[:, y : y + h, x : x + w])
-            images = F.interpolate(images, scale_factor=0.5, mode="bilinear")  # the context's view
-        else:
-            maps = model.features(images)
-            value = cross_entropy(model.decode_head(maps), labels)
-        if teacher is not None:
-            with torch.no_grad():
-                taught = teacher.features(images)[-1]
-            value = value + args.fd * feature_distance(maps[-1], taught, labels)
-        return value
-
-    return loss
-
-
-def feature_distance(features, taught, labels):
-    """Thing-class feature distance (DAFormer, arXiv 2111.14887, section 3.2), a number.
-
-    features, taught (B,C,h,w) of the last stage; the mean L2 distance over the positions that show
-    a thing class over at least three quarters of their area. 0 if there is none.
-    """
-    share = F.adaptive_avg_pool2d(data.one_hot(labels, 19), features.shape[2:])
-    share, cls = share.max(1)
-    things = torch.tensor(data.THINGS, device=cls.device)
-    mask = (share >= 0.75) & torch.isin(cls, things)
-    distance = (features - taught).float().norm(dim=1)
-    return (distance * mask).sum() / mask.sum().clamp(min=1)
-
-
-def segmenter_groups(model, args):
-    """The head at ten times the rate; no weight decay on the backbone's norms."""
-    groups = {}
-    for name, p in model.named_parameters():
-        head = name.startswith("decode_head")
-        decay = 0.0 if "norm" in name and not head else args.weight_decay
-        groups.setdefault((args.lr * (10 if head else 1), decay), []).append(p)
-    return [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
-
-
 def load_segmenter(args, K):
     """The model of `segmenter_path`; UserError if it knows other classes."""
     path = segmenter_path(args)
@@ -1536,47 +1347,27 @@ def load_segmenter(args, K):
     return model.to(args.device)
 
 
-@torch.no_grad()
-def predict_logits(model, image, args, layout=None):
-    """uint8 (H,W,3) -> logits (K,H,W): scaled, in sliding windows, scaled back (section 4.1).
-
-    The published scales: pictures fit within 1024 x 512, ACDC and Dark Zurich within 960 x 540,
-    windows of 512 x 512, all doubled for HRDA; other sets at their own size, or all at --eval-fit.
-    """
-    fit, scale = args.eval_fit, 1 + (model.config.head == "hrda")
-    if fit is None and layout in ("cityscapes", "bdd100k", "mapillary", "acdc", "dark_zurich"):
-        fit = (540, 960) if layout in ("acdc", "dark_zurich") else (512, 1024)
-        fit = tuple(scale * n for n in fit)
-    window = args.crop or (512 * scale, 512 * scale)
-    small = data.resize_to_fit(image, None, fit[::-1])[0] if fit else image
-    x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(args.device).float() / 255
-    h, w = x.shape[2:]
-    pad = [max(64, 8 * math.ceil(n / 8)) - n for n in (h, w)]  # what the smallest net can take
-    x = F.pad(x, (0, pad[1], 0, pad[0]), mode="replicate")
-    crop = tuple(min(a, b) for a, b in zip(window, x.shape[2:], strict=True))
-    stride = tuple(max(1, n // 2) for n in crop)
-    logits = segformer.slide_inference(model, x, crop, stride)[..., :h, :w]
-    return F.interpolate(logits, image.shape[:2], mode="bilinear")[0]
-
-
 def evaluate(args, sets, classes):
     """mIoU over each whole set: a table (rows data sets, columns classes) and eval.json, which
     grows set by set."""
     K = len(classes.names)
     model = load_segmenter(args, K)
+    head = model.config.head
+    window = args.crop or segformer.published_crop(head)
     results, file = {}, Path(args.out) / "eval.json"
     for spec, pairs in sets:
         confusion = torch.zeros(K, K, dtype=torch.int64, device=args.device)
         for i in tqdm(range(len(pairs)), desc=spec, unit="image"):
             image, label = pairs.pair(i)
-            prediction = predict_logits(model, image, args, pairs.layout).argmax(0)
+            fit = args.eval_fit or segformer.published_fit(pairs.layout, head)
+            prediction = segformer.predict(model, image, window, fit).argmax(0)
             label = torch.from_numpy(label).to(args.device)
             confusion += segformer.confusion_matrix(prediction, label, K)
             if args.save:
                 stem = Path(args.out) / "predictions" / pairs.name(i)
-                save_prediction(stem, prediction.byte().cpu().numpy(), image, classes)
+                gallery.save_prediction(stem, prediction.byte().cpu().numpy(), image, classes)
         results[spec] = scores(confusion, classes)
-        with replacing(file) as part:
+        with data.replacing(file) as part:
             part.write_text(json.dumps(results, indent=1) + "\n")
     print(score_table(results, classes))
     print(f"the same numbers and the confusion matrices are in {file}")
@@ -1616,14 +1407,16 @@ def predict(args, classes):
     out = Path(args.out) / "predictions"
     jobs, broken = prediction_jobs(args.images, out), []
     model = load_segmenter(args, len(classes.names))
+    window = args.crop or segformer.published_crop(model.config.head)
     for file, stem in tqdm(jobs, unit="image"):
         try:
             image = data.read_image(file)
         except UserError as error:
             broken.append(error)
             continue
-        label = predict_logits(model, image, args).argmax(0).byte().cpu().numpy()
-        save_prediction(stem, label, image, classes)
+        logits = segformer.predict(model, image, window, args.eval_fit)
+        label = logits.argmax(0).byte().cpu().numpy()
+        gallery.save_prediction(stem, label, image, classes)
     if len(broken) == len(jobs):
         raise UserError(f"none of {len(jobs)} pictures can be read: {broken[0]}")
     print(*(f"left out: {error}" for error in broken), sep="\n", end="\n" * bool(broken))
@@ -1656,14 +1449,6 @@ def prediction_jobs(paths, out):
                     "them one after the other, with different --out")
 
 
-def save_prediction(stem, label, image, classes):
-    """STEM_labelTrainIds.png, STEM_colour.png and STEM_overlay.png."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    data.save_label(stem.with_name(stem.name + "_labelTrainIds.png"), label, classes)
-    write_image(stem.with_name(stem.name + "_colour.png"), data.colourise(label, classes))
-    write_image(stem.with_name(stem.name + "_overlay.png"), data.overlay(image, label, classes))
-
-
 # --------------------------------------------------------------------------------------------
 # 8  The command line
 
@@ -1673,30 +1458,10 @@ def read_classes(args):
 
 
 def open_sets(specs, classes, args, split, labels_only=False):
-    """Data-set arguments -> [(spec, data set)], each reported in one line.
-
-    FOLDER[:CONDITION][:N] (data.open_data) or toy:STYLE[:N] (toy:all takes every style in turn).
-    split: train or test; published sets are trained on by their train split and measured on val.
-    labels_only: a folder of *_labelTrainIds.png will do, as it does for `generate`.
-    """
+    """Data-set arguments -> [(spec, data set)] by data.open_set, each reported in one line."""
     opened = []
     for spec in specs:
-        name, _, rest = spec.partition(":")
-        if name == "toy" and not Path(spec).exists():
-            if classes is not data.CITYSCAPES:
-                raise UserError(f"{spec}: toy streets have Cityscapes' classes, not --classes")
-            style, _, n = rest.partition(":")
-            if n and (not n.isdigit() or int(n) < 1):
-                raise UserError(f"--data {spec}: {n!r} is no number of pictures")
-            styles = data.STYLES if style == "all" else (style or "sunny",)
-            opened.append((spec, data.ToyStreets(
-                styles, int(n or (50 if split == "test" else 500)), split)))
-        elif labels_only and any(Path(spec).glob("*_labelTrainIds.png")):
-            opened.append((spec, data.LabelMaps(spec, classes)))
-        else:
-            part = "val" if split == "test" else "train"
-            opened.append((spec, data.open_data(
-                [spec], classes, args.seed, part, args.condition)[0]))
+        opened.append((spec, data.open_set(spec, classes, args.seed, split, labels_only)))
         say(opened[-1][1].report())
     return opened
 
@@ -1726,7 +1491,7 @@ def check_loop(args):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.lr <= 0 or not 0 <= args.ema < 1 or (args.workers or 0) < 0:
         raise UserError(f"--lr {args.lr} must be above 0, --ema {args.ema} from 0 up to but not "
-                         f"1, --workers {args.workers} 0 or more")
+                        f"1, --workers {args.workers} 0 or more")
 
 
 def size_pair(text):
@@ -1746,36 +1511,38 @@ def stride_pair(text):
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag with its published default and, where it differs, the one of the toy world."""
+    """A flag with its published default; a stage's own lies in RECIPES."""
 
     default: object
     help: str
-    toy: object = None
     type: object = None  # where the default's own type will not do
     choices: tuple = ()
     many: bool = False
+
+    @property
+    def kind(self):
+        return self.type or type(self.default)
 
 
 DATA_HELP = ("FOLDER, FOLDER:N (N of its pairs), FOLDER:night (or fog, rain, snow: a part of "
              "ACDC), or toy:STYLE[:N]; several are joined")
 COMMON = {
-    "data": Flag(None, DATA_HELP, ["toy:sunny"], str, many=True),
-    "condition": Flag(None, "of ACDC sets in their original folders, where FOLDER:CONDITION says "
-                            "none", type=str, choices=("fog", "night", "rain", "snow")),
-    "classes": Flag(None, "JSON with names, colours, ids; default: Cityscapes' 19", type=str),
+    "data": Flag(None, DATA_HELP, str, many=True),
+    "classes": Flag(None, "JSON with names, colours, ids; default: Cityscapes' 19", str),
     "seed": Flag(0, "seed of everything random"),
     "device": Flag("auto", "auto, cpu, cuda, cuda:1, mps"),
 }
 MODELS = {
-    "sd": Flag(None, "Stable Diffusion folder or single file", TOY, Path),
+    "sd": Flag(TOY, "Stable Diffusion folder or single file; a settings.json in a folder holds "
+                    "defaults of its own, as in toy/"),
     "source_unet": Flag(None, "U^S, the UNet fine-tuned on the source; default: what train "
-                              "dreambooth left in --out, or the toy pack's", type=Path),
+                              "dreambooth left in --out, else unet_source/ of --sd", Path),
 }
 RCS = {
     "rcs": Flag(True, "choose crops by rare class sampling"),
     "rcs_temperature": Flag(0.01, "T of P(c) = softmax((1 - f_c) / T)"),
-    "rcs_min_pixels": Flag(3000, "a label file shows class c if it has more pixels of it", 40),
-    "weather": Flag(list(data.WEATHERS), "weather words", list(data.STYLES), str, many=True),
+    "rcs_min_pixels": Flag(3000, "a label file shows class c if it has more pixels of it"),
+    "weather": Flag(list(data.WEATHERS), "weather words", str, many=True),
 }
 SPEED = {
     "precision": Flag("auto", "auto, fp32, bf16, fp16; auto is half precision on GPUs",
@@ -1791,36 +1558,33 @@ PRESET_HELP = "flags not given: " + "; ".join(
     for name, preset in PRESETS.items())
 GENERATE = {
     **COMMON, **MODELS, **RCS, **SPEED,
-    "preset": Flag(None, PRESET_HELP, type=str, choices=tuple(PRESETS)),
-    "unet": Flag(None, "another prior UNet than the one of --sd", type=Path),
-    "controlnet": Flag(None, "ControlNet folder or file", TOY / "controlnet", Path),
+    "preset": Flag("paper", PRESET_HELP, choices=tuple(PRESETS)),
+    "controlnet": Flag(None, "ControlNet folder or file", Path),
     "out": Flag(Path("runs/generate"), "output folder; finished images in it are kept"),
     "num": Flag(16, "number of images"),
-    "batch": Flag(1, "images sampled together", 4),
+    "batch": Flag(1, "images sampled together"),
     "tile_batch": Flag(None, "windows in one network call; default: what free GPU memory allows, "
-                             "on a CPU 2 GB, up to 32", type=int),
+                             "on a CPU 2 GB, up to 32", int),
     "size": Flag(None, "label crop and image, HxW pixels; default: the training window",
-                 type=size_pair),
-    "label_height": Flag(None, "shrink label maps to this height before cropping", type=int),
-    "sampler": Flag("ddim", "ddim, or dpm++ (DPM-Solver++ 2M), which needs fewer steps",
-                    choices=tuple(SAMPLERS)),
-    "steps": Flag(20, "steps of each pass"),
-    "guidance": Flag(7.5, "classifier-free guidance", 5.0),
-    "control_scale": Flag(1.0, "weight of the ControlNet's residuals", 0.7),
-    "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1", 0.8),
+                 size_pair),
+    "label_height": Flag(None, "shrink label maps to this height before cropping", int),
+    "sampler": Flag(None, "ddim, or dpm++ (DPM-Solver++ 2M), which needs fewer steps; default: the "
+                          "preset's", str, tuple(SAMPLERS)),
+    "steps": Flag(None, "steps of each pass; default: the preset's", int),
+    "guidance": Flag(7.5, "classifier-free guidance"),
+    "control_scale": Flag(1.0, "weight of the ControlNet's residuals"),
+    "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1"),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),
     "mrlf": Flag(True, "second pass at double resolution"),
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",
-                   type=size_pair),
-    "stride": Flag("quarter", "second pass: step between windows, HxW latent pixels, or quarter or "
-                              "half of the window", (8, 16), stride_pair),
-    "window_weights": Flag("uniform", "weights of a window's positions when windows are averaged",
-                           choices=("uniform", "cosine")),
+                   size_pair),
+    "stride": Flag(None, "second pass: step between windows, HxW latent pixels, or quarter or half "
+                         "of the window; default: the preset's", stride_pair),
     "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
                                     "of a 512x512 image"),
     "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",
                     choices=("ddim", "official")),
-    "weather_prob": Flag(0.5, "share of prompts with a weather sentence", 1.0),
+    "weather_prob": Flag(0.5, "share of prompts with a weather sentence"),
     "negative": Flag("", "negative prompt"),
     "low_vram": Flag(False, "keep only the network at work on the GPU"),
 }
@@ -1836,146 +1600,191 @@ LOOP = {
     "clip": Flag(1.0, "largest gradient norm; 0: no limit"),
     "ema": Flag(0.0, "decay of the weights' moving average; 0: none"),
     "save_every": Flag(1000, "steps between checkpoints and sample sheets"),
-    "save_dtype": Flag("fp32", "of the final weights", "fp16", choices=("fp32", "fp16", "bf16")),
-    "workers": Flag(None, "processes that load data; default: one for every core, at most 8", 0,
-                    int),
+    "save_dtype": Flag("fp32", "of the final weights", choices=("fp32", "fp16", "bf16")),
+    "workers": Flag(None, "processes that load data; default: one for every core, at most 8", int),
 }
 TRAIN = {
     **COMMON, **MODELS, **LOOP, **RCS,
     "out": Flag(Path("runs/train"), "output folder"),
-    "size": Flag(None, "crop, HxW pixels; default: the training window", type=size_pair),
-    "resize_ratios": Flag([0.5, 0.75, 1.0, 1.25, 1.5, 2.0], "dreambooth, prior, vae: enlarge "
-                          "pictures by one of these before cropping", type=float, many=True),
-    "checkpointing": Flag(True, "recompute activations in the backward pass", False),
-    "cache": Flag(0, "encode this many samples once and train on their latents; 0: afresh", 8000),
-    "kl": Flag(1e-5, "vae: weight of the KL term"),
-    "guidance": Flag(7.5, "of the sample sheets", 3.0),
+    "size": Flag(None, "crop, HxW pixels; default: the training window", size_pair),
+    "resize_ratios": Flag([0.5, 0.75, 1.0, 1.25, 1.5, 2.0], "dreambooth: enlarge pictures by one "
+                          "of these before cropping", float, many=True),
+    "checkpointing": Flag(True, "recompute activations in the backward pass"),
+    "cache": Flag(0, "encode this many samples once and train on their latents; 0: afresh"),
+    "guidance": Flag(7.5, "of the sample sheets"),
     "sample_steps": Flag(20, "DDIM steps of the sample sheets"),
 }
 SEGMENT = {
     **COMMON, **LOOP, **{k: v for k, v in RCS.items() if k != "weather"},
     "out": Flag(Path("runs/segment"), "output folder"),
-    "eval_data": Flag(None, "sets to measure on, as --data; one row each",
-                      [f"toy:{s}" for s in data.STYLES], str, many=True),
-    "weights": Flag(None, "eval, predict: segmenter folder or file; default: OUT/segformer",
-                    type=Path),
-    "backbone": Flag("b5", "MiT size: b0 to b5, tiny", "tiny", choices=tuple(segformer.PRESETS)),
-    "arch": Flag("daformer", "decode head", "segformer", choices=("segformer", "daformer", "hrda")),
-    "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", type=Path),
+    "eval_data": Flag(None, "sets to measure on, as --data; one row each", str, many=True),
+    "weights": Flag(None, "eval, predict: segmenter folder or file; default: OUT/segformer", Path),
+    "backbone": Flag("b5", "MiT size: b0 to b5, tiny", choices=tuple(segformer.PRESETS)),
+    "arch": Flag("daformer", "decode head", choices=("segformer", "daformer", "hrda")),
+    "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", Path),
     "fit": Flag(None, "train: scale pictures, not generated ones, to fit within HxW before "
-                      "cropping; none: leave them; default: 720x1280, hrda 1440x2560", (),
-                size_pair),
+                      "cropping; none: leave them; default: 720x1280, hrda 1440x2560", size_pair),
     "eval_fit": Flag(None, "eval, predict: scale to fit within HxW; default: the published scale "
-                           "of a known data set, else none", type=size_pair),
-    "fd": Flag(0.005, "weight of the feature distance to the --pretrained backbone; not with "
-                      "--classes, whose things nobody knows"),
+                           "of a known data set, else none", size_pair),
+    "fd": Flag(0.005, "weight of the feature distance to the --pretrained backbone; not with other "
+                      "classes, whose things nobody knows"),
     "crop": Flag(None, "training crop and sliding window, HxW pixels; default: 512x512, hrda "
-                       "1024x1024", (64, 128), size_pair),
-    "augment": Flag("photometric", "colours of the training crops: none, photometric (published) "
-                    "or strong", choices=("none", "photometric", "strong")),
+                       "1024x1024", size_pair),
+    "augment": Flag(True, "photometric distortion of the training crops"),
     "save": Flag(False, "eval: write label, colour and overlay pictures"),
 }
-# stage: what differs from the table above, as published and in the toy world. The authors give no
-# number of steps for the ControlNet; 312,100 are the 100 epochs that are their script's default.
+TABLES = {"train": TRAIN, "generate": GENERATE, "segment": SEGMENT}
+STAGES = {"train": ("dreambooth", "controlnet"), "generate": (),
+          "segment": ("train", "eval", "predict")}
+# the published defaults of single stages. The authors give no number of steps for the ControlNet;
+# 312,100 are the 100 epochs that are their script's default.
 RECIPES = {
-    "vae": (dict(), dict(data=["toy:all:3500"], steps=7000, lr=1.2e-3, batch=8, warmup=100,
-                         lr_schedule="cosine", precision="bf16")),
-    "prior": (dict(), dict(data=["toy:all:3500"], steps=14_000, lr=1.2e-3, batch=16,
-                           warmup=200, lr_schedule="cosine", ema=0.998, cache=14_000)),
-    "dreambooth": (dict(steps=30_000, lr=2e-6, accumulate=2),
-                   dict(steps=1500, lr=2e-4, batch=16, accumulate=1, ema=0.99,
-                        cache=4000, resize_ratios=[1.0, 1.25, 1.5, 2.0])),
-    "controlnet": (dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
-                   dict(steps=2800, lr=1e-3, batch=16, accumulate=1, ema=0.998,
-                        lr_schedule="cosine", cache=6000)),
-    "segment": (dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
-                dict(steps=2200, lr=2e-3, batch=16, warmup=100)),
+    "dreambooth": dict(steps=30_000, lr=2e-6, accumulate=2),
+    "controlnet": dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
+    "segment": dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
 }
 
 
-STAGES = {"train": ("vae", "prior", "dreambooth", "controlnet"), "generate": (),
-          "segment": ("train", "eval", "predict")}
+def pack_settings(folder):
+    """settings.json of a model folder -> {section: {flag: value}}, {} where there is none.
 
-
-def default_of(name, flag, recipe, toy):
-    """The toy recipe, the published recipe or the flag's own default, whichever comes first."""
-    published, small = RECIPES.get(recipe, ({}, {}))
-    value = published.get(name, flag.default)
-    return small.get(name, value if flag.toy is None else flag.toy) if toy else value
-
-
-def fill_defaults(args, table, recipe, toy, preset=None):
-    """A copy of args with a value for every flag that was not given: the preset's or its default.
+    Sections are generate, train (and dreambooth, controlnet, vae, prior for one of its stages) and
+    segment; names and values are those of the flags, paths are relative to the folder. UserError
+    for anything else in it.
     """
-    filled = argparse.Namespace(**vars(args))
-    for name, flag in table.items():
-        if getattr(filled, name) is None:
-            value = default_of(name, flag, recipe, toy)
-            setattr(filled, name, (preset or {}).get(name, value))
-    if filled.device == "auto":
-        filled.device = ("cuda" if torch.cuda.is_available() else
-                         "mps" if torch.backends.mps.is_available() else "cpu")
-    if filled.device == "cuda":
-        filled.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    file = Path(folder) / "settings.json"
+    if not file.is_file():
+        return {}
+    tables = TABLES | dict.fromkeys((*STAGES["train"], "vae", "prior"), TRAIN)
+    settings = {}
     try:
-        torch.zeros(1, device=filled.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--device {filled.device} cannot be used here: {reason}") from None
+        for section, values in json.loads(file.read_text()).items():
+            settings[section] = {}
+            for name, value in values.items():
+                kind, many = tables[section][name].kind, tables[section][name].many
+                items = [kind(item) for item in (value if many else [value])]
+                if kind is Path:
+                    items = [file.parent / item for item in items]
+                settings[section][name] = items if many else items[0]
+    except KeyError as error:
+        raise UserError(f"{file}: {section} has no setting {error}") from None
+    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"{file} holds no settings of this program: {error}") from None
+    return settings
+
+
+def settle(args, stage=None):
+    """A copy of args with a value for every flag that was not given.
+
+    In this order: the preset's (generate), that of the settings.json in --sd, the published one of
+    the stage, the published one of the flag. `segment` has no --sd: with toy streets or the toy
+    pack's segmenter it takes the toy pack's settings.
+    """
+    command, pack = args.command, {}
+    if command != "segment" or is_toy(args):
+        pack = pack_settings(getattr(args, "sd", None) or TOY)
+    sources = [source.get(name, {}) for source in (pack, RECIPES) for name in (stage, command)]
+    if command == "generate":
+        sources.insert(0, PRESETS[args.preset or sources[1].get("preset", "paper")])
+    sources.append({name: flag.default for name, flag in TABLES[command].items()})
+    filled = argparse.Namespace(**vars(args))
+    for source in sources:
+        for name, value in source.items():
+            if getattr(filled, name, None) is None:
+                setattr(filled, name, value)
+    filled.device = choose_device(filled.device)
     if filled.seed < 0 or getattr(filled, "rcs_temperature", 1) <= 0:
         raise UserError("--seed must not be negative, --rcs-temperature must be above 0")
     return filled
 
 
+def is_toy(args):
+    """Whether a segment command is about the toy world."""
+    if args.stage in (None, "train"):
+        specs = (args.data or ["toy"]) + (args.eval_data or [])
+        return any(spec.partition(":")[0] == "toy" for spec in specs)
+    file = segmenter_path(args) / "config.json"
+    sizes = json.loads(file.read_text()).get("hidden_sizes") if file.is_file() else None
+    return sizes == list(segformer.PRESETS["tiny"]["hidden_sizes"])
+
+
+def choose_device(name):
+    """auto -> the best device there is; UserError for one that cannot be used."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}") from None
+    return name
+
+
 def describe(command, name, flag):
-    """A flag's defaults, for --help."""
+    """A flag's published defaults, for --help."""
     def show(value):
-        if isinstance(value, Path) and value.is_relative_to(TOY.parent):
-            value = value.relative_to(TOY.parent)
+        if value == TOY:
+            value = "toy"
         return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
-    texts = {}
-    for recipe in STAGES["train"] if command == "train" else (command,):
-        published, toy = (show(default_of(name, flag, recipe, k)) for k in (False, True))
-        text = published if toy == published else f"{published}, toy {toy}"
-        texts.setdefault(text, []).append(recipe)
-    if len(texts) == 1:
-        return f"(default: {text})"
-    return "(" + "; ".join(f"{' and '.join(who)}: {text}" for text, who in texts.items()) + ")"
+    own = {stage: show(RECIPES[stage][name]) for stage in STAGES[command] or (command,)
+           if name in RECIPES.get(stage, {})}
+    if command == "segment" and name in RECIPES["segment"]:
+        return f"(default: {show(RECIPES['segment'][name])})"
+    if own and len(own) == len(STAGES[command]):
+        return "(default: " + ", ".join(f"{stage} {value}" for stage, value in own.items()) + ")"
+    rest = "".join(f", {stage} {value}" for stage, value in own.items())
+    return f"(default: {show(flag.default)}{rest})" if flag.default is not None or own else ""
+
+
+def add_flags(parser, table, command):
+    """Every flag of a table, with its help and published default."""
+    for name, flag in table.items():
+        options = {"type": flag.kind, "choices": flag.choices or None}
+        if flag.many:
+            options["nargs"] = "+"
+        if flag.kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        if isinstance(flag.default, Path):
+            options["type"] = Path
+        text = f"{flag.help} {describe(command, name, flag)}".replace("%", "%%").strip()
+        parser.add_argument("--" + name.replace("_", "-"), help=text, default=None, **options)
 
 
 def build_parser():
-    """The three commands; every flag shows its default, and the toy world's where it differs."""
+    """The three commands; every flag shows its published default."""
     parser = argparse.ArgumentParser(
         prog="dginstyle.py", description="DGInStyle: make labelled street scenes with diffusion.",
-        epilog="Without --sd (segment: --data) everything runs on the toy pack and toy streets.")
+        epilog="Without --sd (segment: --data) everything runs on the toy pack and toy streets, "
+               "with the settings of toy/settings.json.")
     commands = parser.add_subparsers(dest="command", required=True)
-    tables = {"train": (TRAIN, train, "train U^S and its ControlNet, or one stage"),
-              "generate": (GENERATE, generate, "make labelled images"),
-              "segment": (SEGMENT, segment, "train a segmenter and measure it; predict")}
-    for command, (table, run, text) in tables.items():
-        sub = commands.add_parser(command, help=text, description=text)
-        sub.set_defaults(run=run)
+    runs = {"train": (train, "train U^S and its ControlNet, or one stage"),
+            "generate": (generate, "make labelled images"),
+            "segment": (segment, "train a segmenter and measure it; predict")}
+    for command, (run, text) in runs.items():
+        sub = commands.add_parser(command, help=text, description=text, epilog=parser.epilog)
+        sub.set_defaults(run=run, stage=None)
         if STAGES[command]:
             sub.add_argument("stage", nargs="?", choices=STAGES[command])
         if command == "segment":
             sub.add_argument("images", nargs="*", help="predict: pictures or folders")
-        for name, flag in table.items():
-            kind = flag.type or type(flag.default)
-            options = {"type": kind, "choices": flag.choices or None}
-            if flag.many:
-                options["nargs"] = "+"
-            if kind is bool:
-                options = {"action": argparse.BooleanOptionalAction}
-            text = f"{flag.help} {describe(command, name, flag)}".replace("%", "%%")
-            sub.add_argument("--" + name.replace("_", "-"), help=text, default=None, **options)
+        add_flags(sub, TABLES[command], command)
     return parser
 
 
-def main(argv=None):
-    """Run one command; user errors become one sentence on stderr and exit code 2."""
+def settings(*words):
+    """The words of a command line -> its settings, for scripts that call the parts themselves."""
+    args = build_parser().parse_args(list(map(str, words)))
+    return settle(args, args.stage if args.command == "train" else None)
+
+
+def run(parser, argv=None):
+    """Run one command; errors of the user become one sentence on stderr and exit code 2."""
     tune_cpu()
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         args.run(args)
     except (UserError, clip_text.FileError, segformer.FileError, unet_module.FileError,
@@ -1985,7 +1794,7 @@ def main(argv=None):
         said = str(error).strip()
         if "Original Traceback" in said:  # as a data loader's process hands it on
             said = said.rpartition("UserError: ")[2]
-        print(f"dginstyle: {said}", file=sys.stderr)
+        print(f"{parser.prog.removesuffix('.py')}: {said}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not getattr(args, "compile", None):
@@ -1994,6 +1803,10 @@ def main(argv=None):
         print(f"dginstyle: failed with --compile, try without it: {reason}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv=None):
+    return run(build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,68 @@
-"""One HTML page for a folder of generated images: no network, no server, opens from disk.
+"""Everything that writes pictures: generated images, predictions, contact sheets, the gallery.
 
-Every image stands over its label, a slider fades from one to the other, and the page filters by
-class, weather, set and words of the prompt. A card is filled, and its pictures are read from the
+The gallery is one HTML page for a folder of generated images: no network, no server, opens from
+disk. Every image stands over its label, a slider fades from one to the other, and the page filters
+by class, weather, set and words of the prompt. A card is filled, and its pictures are read from the
 folder, only when it comes near the screen, so thousands of them are no burden.
 
-Use alone (Python's standard library only):
+Shapes: H W pixels. Pictures are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore.
+
+Use alone, beside data.py:
     write_gallery("runs/night", rows)    # rows: dicts with image, label (paths in the folder), …
 """
 
 import json
+import math
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import data
+
+
+def write_image(path, image):
+    """Save a picture as PNG; makes its folder."""
+    with data.replacing(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
+
+
+def save_generated(out, name, image, label, classes):
+    """OUT/images, labels and vis (image | colour label | blend) of one generated image.
+
+    vis/ is written last, so it marks a finished image.
+    """
+    write_image(out / "images" / f"{name}.png", image)
+    data.save_label(out / "labels" / f"{name}_labelTrainIds.png", label, classes)
+    strip = [image, data.colourise(label, classes), data.overlay(image, label, classes)]
+    write_image(out / "vis" / f"{name}.png", np.concatenate(strip, axis=1))
+
+
+def save_prediction(stem, label, image, classes):
+    """STEM_labelTrainIds.png, STEM_colour.png and STEM_overlay.png."""
+    data.save_label(stem.with_name(stem.name + "_labelTrainIds.png"), label, classes)
+    write_image(stem.with_name(stem.name + "_colour.png"), data.colourise(label, classes))
+    write_image(stem.with_name(stem.name + "_overlay.png"), data.overlay(image, label, classes))
+
+
+def contact_sheet(pictures, columns=2, scale=None):
+    """Pictures of one size -> one sheet, small ones enlarged."""
+    h, w = pictures[0].shape[:2]
+    scale = scale or max(1, round(700 / w))
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = np.full((rows * (h + 4), columns * (w + 6), 3), 255, np.uint8)
+    for k, picture in enumerate(pictures):
+        i, j = divmod(k, columns)
+        sheet[i * (h + 4) : i * (h + 4) + h, j * (w + 6) : j * (w + 6) + w] = picture
+    return sheet.repeat(scale, 0).repeat(scale, 1)
+
+
+def write_grid(out):
+    """OUT/grid.png: the first 32 strips of vis/ on one sheet."""
+    strips = [np.asarray(Image.open(f)) for f in sorted((out / "vis").glob("*.png"))[:32]]
+    write_image(out / "grid.png", contact_sheet(strips))
+
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

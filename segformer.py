@@ -13,6 +13,7 @@ Use alone (needs torch and safetensors):
     model = SegFormer.from_pretrained("latest.pth").cuda()
     logits = slide_inference(model, images, crop=512, stride=256)  # images: RGB in [0, 1]
     labels = logits.argmax(1)  # (B, H, W), trainIds
+and to train: `training_loss` of a batch, with AdamW on `parameter_groups`.
 
 Differences from the official code: images are normalised in here; BatchNorm, not SyncBN; Dropout2d
 in every head (HF: plain Dropout); HRDA's detail crop is half of any input, not 512.
@@ -31,6 +32,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+IGNORE = 255
+THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's thing classes of Cityscapes
 # kind of head: where its classifier (K, E, 1, 1) lies below decode_head.
 HEADS = {"segformer": "linear_pred", "daformer": "conv_seg", "hrda": "head.conv_seg"}
 
@@ -400,7 +403,95 @@ def slide_inference(model, images, crop, stride, batch=8):
     return slide(lambda v: resize(model(v), v.shape[2:]), images, crop, stride, batch)
 
 
-def confusion_matrix(prediction, label, num_classes, ignore=255):
+def published_fit(layout, head):
+    """The size (h, w) that pictures of a data set are scaled to fit within, or None: as they are.
+
+    DGInStyle, section 4.1: 1024 x 512 (width x height), ACDC and Dark Zurich 960 x 540; all doubled
+    for HRDA.
+    """
+    sizes = dict.fromkeys(("cityscapes", "bdd100k", "mapillary"), (512, 1024))
+    h, w = (sizes | dict.fromkeys(("acdc", "dark_zurich"), (540, 960))).get(layout, (0, 0))
+    return ((2 * h, 2 * w) if head == "hrda" else (h, w)) if h else None
+
+
+def published_crop(head):
+    """Training crop and sliding window (h, w): 512 x 512, doubled for HRDA."""
+    return (1024, 1024) if head == "hrda" else (512, 512)
+
+
+@torch.no_grad()
+def predict(model, image, window, fit=None):
+    """uint8 (H, W, 3) -> logits (K, H, W): scaled, in sliding windows, scaled back (section 4.1).
+
+    window: (h, w) pixels, half a window apart; fit: the longer side of the picture is scaled to fit
+    within the longer of (h, w), the shorter within the shorter, or None.
+    """
+    H, W = image.shape[:2]
+    device = next(model.parameters()).device
+    x = torch.tensor(image, device=device).permute(2, 0, 1)[None].float()
+    if fit:
+        scale = min(max(fit) / max(H, W), min(fit) / min(H, W))
+        x = resize(x, (int(H * scale + 0.5), int(W * scale + 0.5))).round()  # to 8 bits, as files
+    h, w = x.shape[2:]
+    pad = [max(64, 8 * math.ceil(n / 8)) - n for n in (h, w)]  # what the smallest net can take
+    x = F.pad(x / 255, (0, pad[1], 0, pad[0]), mode="replicate")
+    crop = tuple(min(a, b) for a, b in zip(window, x.shape[2:], strict=True))
+    stride = tuple(max(1, n // 2) for n in crop)
+    return resize(slide_inference(model, x, crop, stride)[..., :h, :w], (H, W))[0]
+
+
+def training_loss(model, images, labels, teacher=None, fd=0.005):
+    """Cross-entropy, for HRDA on both scales, plus the feature distance (FD) -> a number.
+
+    images (B, 3, H, W) uint8; labels (B, H, W) int64, 255 = ignore; teacher: a frozen copy of the
+    model that keeps what ImageNet taught its encoder (DAFormer), fd the weight of the distance.
+    """
+    def cross_entropy(logits, labels):
+        logits = resize(logits.float(), labels.shape[1:])
+        ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return ce / labels.numel()  # over all pixels, ignored ones included, as mmseg 0.16 did
+
+    images = images.float() / 255
+    if model.config.head == "hrda":
+        fused, detail, (y, x, h, w), maps = model.forward_hrda(images)
+        loss = 0.9 * cross_entropy(fused, labels)
+        loss = loss + 0.1 * cross_entropy(detail, labels[:, y : y + h, x : x + w])
+        images = F.interpolate(images, scale_factor=0.5, mode="bilinear")  # the context's view
+    else:
+        maps = model.features(images)
+        loss = cross_entropy(model.decode_head(maps), labels)
+    if teacher is not None:
+        with torch.no_grad():
+            taught = teacher.features(images)[-1]
+        loss = loss + fd * feature_distance(maps[-1], taught, labels)
+    return loss
+
+
+def feature_distance(features, taught, labels):
+    """Thing-class feature distance (DAFormer, arXiv 2111.14887, section 3.2) -> a number.
+
+    features, taught (B, C, h, w) of the last stage; labels (B, H, W) of Cityscapes' 19 classes. The
+    mean L2 distance over the positions that show a thing class over at least three quarters of
+    their area. 0 if there is none.
+    """
+    planes = F.one_hot(labels.masked_fill(labels == IGNORE, 19), 20).movedim(-1, 1).float()
+    share, cls = F.adaptive_avg_pool2d(planes, features.shape[2:]).max(1)
+    mask = (share >= 0.75) & torch.isin(cls, torch.tensor(THINGS, device=cls.device))
+    distance = (features - taught).float().norm(dim=1)
+    return (distance * mask).sum() / mask.sum().clamp(min=1)
+
+
+def parameter_groups(model, lr, weight_decay):
+    """For AdamW: the head at ten times the rate, no weight decay on the backbone's norms."""
+    groups = {}
+    for name, p in model.named_parameters():
+        head = name.startswith("decode_head")
+        decay = 0.0 if "norm" in name and not head else weight_decay
+        groups.setdefault((lr * (10 if head else 1), decay), []).append(p)
+    return [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+
+
+def confusion_matrix(prediction, label, num_classes, ignore=IGNORE):
     """Two integer maps of one shape -> pixel counts (K, K) int64, rows = label.
 
     Pixels labelled `ignore` are left out. ValueError for classes outside 0..K-1.
