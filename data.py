@@ -39,6 +39,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+
+class UserError(ValueError):
+    """What the user can put right: shown as one sentence, without a traceback."""
+
+
 # ---------------------------------------------------------------------------------------------
 # Classes and label files
 
@@ -61,13 +66,15 @@ MAPILLARY_IDS = dict.fromkeys(range(66)) | {
 
 @dataclass(frozen=True)
 class Classes:
-    """The K classes of a domain: names, RGB colours, raw id → trainId (None = ignore)."""
+    """The K <= 254 classes of a domain: names, RGB colours, raw id → trainId (None = ignore)."""
 
     names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
     ids: dict[int, int | None] | None = field(default=None, hash=False)
 
     def __post_init__(self):
+        if len(self.names) > 254:
+            raise ValueError(f"{len(self.names)} classes: a label file has room for 254")
         if len(self.names) != len(self.colours) or {len(c) for c in self.colours} != {3}:
             raise ValueError(f"{len(self.names)} names need as many RGB colours: {self.colours}")
         if bad := set((self.ids or {}).values()) - {None, *range(len(self.names))}:
@@ -76,15 +83,23 @@ class Classes:
     def __len__(self):
         return len(self.names)
 
+    @property
+    def own_ids(self):
+        """Whether raw label values are read by these `ids` instead of a published set's own."""
+        return self.names != CITYSCAPES.names or self.ids not in (None, CITYSCAPES_IDS)
+
     @classmethod
     def from_json(cls, path):
-        """Read {"names": [...], "colours": [[r, g, b], ...], "ids": {"7": 0, "9": null}}."""
+        """Read {"names": [...], "colours": [[r, g, b], ...], "ids": {"7": 0, "9": null}}.
+
+        UserError for a file that is not there or says something else.
+        """
         try:
             spec = json.loads(Path(path).read_text())
             ids = {int(raw): t for raw, t in spec["ids"].items()} if "ids" in spec else None
             return cls(tuple(spec["names"]), tuple(map(tuple, spec["colours"])), ids)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} is no class file with names, colours and ids: {e}") from e
+            raise UserError(f"{path} is no class file with names, colours and ids: {e}") from e
 
 
 CITYSCAPES = Classes(
@@ -98,39 +113,79 @@ CITYSCAPES = Classes(
     ids=CITYSCAPES_IDS)
 
 
-def _decode(path, label=False):  # → uint8 (H, W, 3), or the (H, W) raw indices of a label
+BROKEN = OSError, SyntaxError, ValueError, Image.DecompressionBombError  # what Pillow raises
+
+
+def _orientation(image):
+    """EXIF orientation of an open picture, 1 (upright) to 8; 1 for a tag that makes no sense."""
+    try:
+        tag = image.getexif().get(0x0112) if "exif" in image.info else 1
+    except Exception:  # Pillow has no error of its own for broken EXIF, which hurts no pixel
+        tag = 1
+    return tag if tag in range(1, 9) else 1
+
+
+def _turn(array, orientation):  # stored pixels (H, W, ...) → as a viewer shows them
+    array = array.swapaxes(0, 1) if orientation > 4 else array
+    array = array[::-1] if orientation in (3, 4, 7, 8) else array
+    return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
+
+
+def _decode(path, label=False, orientation=None):
+    """Picture → uint8 (H, W, 3), a label → its raw values (H, W), uint8 or 16 bits; both upright.
+
+    `orientation` stands in for the file's own. UserError for what cannot be read.
+    """
     try:
         with Image.open(path) as image:
-            if label and image.mode not in ("P", "L", "I", "I;16"):
-                raise ValueError(f"{path} has mode {image.mode}: a label must be one channel of "
-                                 "class indices, not colours")
-            # never convert("L"): it would turn palette indices into luminance
-            return np.array(image if label else image.convert("RGB"))
-    except (OSError, SyntaxError) as e:
-        raise ValueError(f"{path} cannot be read as an image: {e}") from e
+            mode, orientation = image.mode, orientation or _orientation(image)
+            stored = image.tile[0][3] if image.tile else mode
+            # never convert a label to "L": it would turn palette indices into luminance
+            raw = label or mode == "RGB" or mode.startswith("I")
+            array = np.array(image if raw else image.convert("RGB"))
+    except BROKEN as e:
+        raise UserError(f"{path} cannot be read as an image: {e}") from e
+    if label and (array.ndim > 2 or array.dtype.kind not in "bui"):
+        raise UserError(f"{path} has mode {mode}: a label must be one channel of class indices, "
+                        "not colours")
+    if label and stored in ("1", "L;2", "L;4"):  # 2 and 4 bits come spread over 0..255
+        array = array.astype(np.uint8) // {"1": 1, "L;2": 85, "L;4": 17}[stored]
+    if not label and mode.startswith("I"):  # 16 bits of grey
+        array = np.rint(array / 257).astype(np.uint8)[..., None].repeat(3, axis=2)
+    return np.ascontiguousarray(_turn(array, orientation))
 
 
 def read_image(path):
-    """Picture file → (H, W, 3) uint8 RGB. ValueError for what is no picture."""
+    """Picture file → (H, W, 3) uint8 RGB, upright by its EXIF. UserError for what is no picture."""
     return _decode(path)
 
 
-def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
-    """Label file → (H, W) uint8, 0..K-1 and 255.
+def _look_up(table, array):  # table[array]; for bytes five times as fast
+    if array.dtype != np.uint8:
+        return table[array]
+    found = bytearray(np.ascontiguousarray(array)).translate(table.tobytes())
+    return np.frombuffer(found, np.uint8).reshape(array.shape)
+
+
+def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=(), orientation=None):
+    """Label file → (H, W) uint8, 0..K-1 and 255, upright by `orientation` or else its own EXIF.
 
     `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 and the values
-    `also_ignore` are ignored. ValueError for colour labels and for any other value.
+    `also_ignore` are ignored. UserError for colour labels and for any other value.
     """
-    raw = _decode(path, label=True)
+    raw = _decode(path, label=True, orientation=orientation)
     table = {c: c for c in range(len(classes))} if ids is None else ids
-    lut, known = np.full(65536, IGNORE, np.uint8), np.zeros(65536, bool)
+    unknown = len(classes)  # no trainId
+    lut = np.full(256 if raw.dtype == np.uint8 else 65536, unknown, np.uint8)
     for value, train_id in (dict.fromkeys((IGNORE, *also_ignore)) | table).items():
-        lut[value], known[value] = IGNORE if train_id is None else train_id, True
-    if not (valid := known[raw]).all():
+        if 0 <= value < len(lut):
+            lut[value] = IGNORE if train_id is None else train_id
+    label = _look_up(lut, raw)
+    if (odd := label == unknown).any():
         kind = "trainIds" if ids is None else "raw ids"
-        raise ValueError(f"{path} holds {np.unique(raw[~valid])[:8].tolist()}, which are neither "
-                         f"{kind} (0..{max(table)}) nor 255 = ignore")
-    return lut[raw]
+        raise UserError(f"{path} holds {np.unique(raw[odd])[:8].tolist()}, which are neither "
+                        f"{kind} (0..{max(table)}) nor 255 = ignore")
+    return label
 
 
 def _palette(classes):  # → (256, 3) uint8; ignore and unused entries are black
@@ -171,14 +226,14 @@ def save_label(path, label, classes=CITYSCAPES):
 # Data set folders
 
 _GT = (("_gt_labelTrainIds", None), ("_gt_labelIds", CITYSCAPES_IDS))
-# layout: image folder, (its part that differs, that part in the label folder), tag of image names,
+# layout: image folder, (its part that differs, that part in the label folders), tag of image names,
 # label tags in order of preference with the ids behind them (None = trainIds), default split
 LAYOUTS = {
     "cityscapes": ("leftImg8bit/{split}", ("leftImg8bit", "gtFine"), "_leftImg8bit", (
         ("_gtFine_labelTrainIds", None), ("_gtFine_labelIds", CITYSCAPES_IDS)), "train"),
     "bdd100k": ("images/10k/{split}", ("images/10k", "labels/sem_seg/masks"), "",
                 (("", None),), "val"),
-    "mapillary": ("{split}/images", ("images", "labels"), "",
+    "mapillary": ("{split}/images", ("images", "labels", "v1.2/labels"), "",
                   (("_labelTrainIds", None), ("", MAPILLARY_IDS)), "validation"),
     "acdc": ("rgb_anon/{condition}/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
     "dark_zurich": ("rgb_anon/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
@@ -186,18 +241,59 @@ LAYOUTS = {
 }
 
 
+def _pictures(folder, above=()):
+    """Picture files below a folder. Linked folders are entered, but not those they lie in."""
+    here = os.path.realpath(folder)
+    for entry in os.scandir(folder) if here not in above else ():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _pictures(entry.path, (*above, here))
+        elif entry.is_file() and entry.name.lower().endswith((".png", ".jpg", ".jpeg")):
+            yield Path(entry.path)
+
+
+def _header(path):
+    """[width, height, EXIF orientation] of a picture, read without its pixels; None if broken."""
+    try:
+        with Image.open(path) as image:
+            return [*image.size, _orientation(image)]
+    except BROKEN:
+        return None
+
+
+def _fit_label(image, label):
+    """Headers of a pair → (orientation that turns the label like its upright image, why not).
+
+    The label's own orientation if the upright sizes agree then; the image's if only the stored
+    sizes agree, as of a label drawn on the stored pixels. Where orientations differ and both sizes
+    agree (half turns, mirrors, squares) nobody can tell, and (None, reason) leaves the pair out.
+    """
+    if image is None or label is None:
+        return None, f"{'a label' if image else 'contents'} that cannot be read"
+    (*size, turn), (*label_size, own) = image, label
+    stored = size == label_size
+    upright = size[::-1 if turn > 4 else 1] == label_size[::-1 if own > 4 else 1]
+    if not stored and not upright:
+        return None, "a label of another size"
+    if stored and upright and turn != own:
+        return None, "an EXIF orientation that its label does not share: save both upright"
+    return own if upright else turn, None
+
+
 class Pairs:
     """Images and labels of one data set folder, whose layout is recognised.
 
-    classes    trainIds to deliver. Public sets lead to the 19 of Cityscapes; for other classes
+    classes    trainIds to deliver. Public sets lead to the 19 of Cityscapes; for other names or ids
                their raw ids go through `classes.ids`, and so does labels/NAME.png of a plain folder
     split      train or val of the published sets (Mapillary's training and validation); default
                train for Cityscapes, val for the others. Plain folders have none and ignore it
     condition  fog, night, rain or snow: one part of ACDC in its original folders
 
-    `images` and `labels` are sorted lists of equal length, `skipped` lists (image, reason).
-    `layout` is a key of LAYOUTS, or gta, generated or rcs_subset for plain folders known by their
-    contents. ValueError for folders that are missing or empty, or when no image has a label.
+    `images` and `labels` are sorted lists of equal length, `skipped` lists (image, reason): no
+    label, one of another size, or a broken file. `layout` is a key of LAYOUTS, or gta, generated or
+    rcs_subset for plain folders known by their contents. UserError for folders that are missing or
+    empty, or when no image has a label.
     """
 
     def __init__(self, root, classes=CITYSCAPES, split=None, condition=None):
@@ -211,18 +307,18 @@ class Pairs:
                 break
         else:
             asked = " and ".join(filter(None, (split, condition)))
-            raise ValueError(f"{root} is no data set folder{asked and f' with {asked}'}: it needs "
-                             "images/ and labels/, or one of the published layouts")
+            raise UserError(f"{root} is no data set folder{asked and f' with {asked}'}: it needs "
+                            "images/ and labels/, or one of the published layouts")
         self.condition = condition
         self.images, self.labels, self._ids, self.skipped = [], [], [], []
-        for path in sorted(path for folder in folders for path in folder.rglob("[!.]*")):
-            if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-                self._add(path)
+        for path in sorted(path for folder in folders for path in _pictures(folder)):
+            self._add(path)
+        self._compare()
         if not self.images and self.skipped:
-            raise ValueError(f"none of the {len(self.skipped)} images in {self.root / where} has a "
-                             f"label: {self.skipped[0][0].name} has {self.skipped[0][1]}")
+            raise UserError(f"none of the {len(self.skipped)} images in {self.root / where} is of "
+                            f"use: {self.skipped[0][0].name} has {self.skipped[0][1]}")
         if not self.images:
-            raise ValueError(f"there are no .png or .jpg images in {self.root / where}")
+            raise UserError(f"there are no .png or .jpg images in {self.root / where}")
         if self.layout == "plain":
             self._look()
         times = (f / time for f in folders for time in ("night", "twilight", "day"))
@@ -231,19 +327,34 @@ class Pairs:
             self.layout = "acdc"  # flattened into rgb_anon/SPLIT, as the segmenter's authors did
 
     def _add(self, path):
-        _, swap, tag, options, _ = LAYOUTS[self.layout]
-        if self.classes.names != CITYSCAPES.names and self.layout != "plain":
-            options = ((options[-1][0], self.classes.ids),)  # trainIds on disk are those of the 19
-        place = path.relative_to(self.root).as_posix().replace(*swap, 1)
-        stem = self.root / place.removesuffix(path.suffix).removesuffix(tag)
+        _, (part, *others), tag, options, _ = LAYOUTS[self.layout]
+        if self.classes.own_ids and self.layout != "plain":
+            same = self.classes.names == CITYSCAPES.names  # trainIds on disk are those of the 19
+            options = [(end, ids and self.classes.ids) for end, ids in options] if same else [
+                (options[-1][0], self.classes.ids)]
+        place = path.relative_to(self.root).as_posix().removesuffix(path.suffix).removesuffix(tag)
         for end, ids in options:
-            if (label := stem.with_name(f"{stem.name}{end}.png")).is_file():
-                self.images.append(path)
-                self.labels.append(label)
-                self._ids.append(ids)
-                return
+            for other in others:
+                label = self.root / f"{place.replace(part, other, 1)}{end}.png"
+                if label.is_file():
+                    self.images.append(path)
+                    self.labels.append(label)
+                    self._ids.append(ids)
+                    return
         wanted = " or ".join(f"NAME{end}.png" for end, _ in options)
-        self.skipped.append((path, f"no {wanted} in {swap[1]}"))
+        self.skipped.append((path, f"no {wanted} in {others[0]}"))
+
+    def _compare(self):
+        """Leave out broken and unequal pairs, and find out how each label is to be turned."""
+        files = self.images + self.labels
+        keys = [_key(self.root, path) for path in files]
+        heads = _remember(self.root / ".sizes.json", keys, files, partial(map, _header),
+                          "picture sizes", least=2000)  # fewer are read in a moment
+        fits = list(map(_fit_label, heads, heads[len(self.images):]))
+        self.skipped += [(path, reason) for path, (_, reason) in zip(self.images, fits, strict=True)
+                         if reason]
+        self._orientations = [orientation for orientation, _ in fits]
+        self._choose([i for i, (_, reason) in enumerate(fits) if not reason])
 
     def _look(self):
         """Whose plain folder it is, and whether labels/NAME.png holds trainIds or ids.
@@ -254,24 +365,29 @@ class Pairs:
         K, names = len(self.classes), [path.stem for path in self.images]
         raw = [path for path, ids in zip(self.labels, self._ids, strict=True) if ids == "look"]
         table = self.classes.ids
-        if raw and self.classes.names == CITYSCAPES.names:
+        if raw and not self.classes.own_ids:
             some = (_decode(path, label=True) for path in raw[::max(1, len(raw) // 8)])
             values = set().union(*(np.unique(label).tolist() for label in some))
             table = CITYSCAPES_IDS if max(values - {IGNORE}, default=0) > 19 else None
             self.layout = "gta" if table else "plain"
         if all(re.match(r"\d\d?_", name) and int(name.split("_")[0]) < K for name in names):
             self.layout = "rcs_subset"
-        if (self.root / "manifest.jsonl").is_file():  # written by dginstyle.py generate
+        # dginstyle.py generate leaves a manifest, and settings and previews if it was cut short
+        started = (self.root / "settings.json").is_file() and (self.root / "vis").is_dir()
+        if started or [*self.root.glob("manifest.jsonl"), *self.root.glob("manifest.*.part")]:
             self.layout = "generated"
         elif not raw and any(re.search(r"^[an]_|_genid\d", name) for name in names):
             self.layout, self.also_ignore = "generated", (K,)  # the authors' set: K means ignore
         self._ids = [table if ids == "look" else ids for ids in self._ids]
 
+    def _choose(self, indices):
+        for name in ("images", "labels", "_ids", "_orientations"):
+            setattr(self, name, [getattr(self, name)[i] for i in indices])
+
     def keep(self, indices):
         """Leave only the pairs `indices`, in this order."""
         self.unused += len(self) - len(indices)
-        for name in ("images", "labels", "_ids"):
-            setattr(self, name, [getattr(self, name)[i] for i in indices])
+        self._choose(indices)
 
     def __len__(self):
         return len(self.images)
@@ -281,19 +397,20 @@ class Pairs:
         return self.images[i].stem.removesuffix(self._tag)
 
     def image(self, i):
-        """(H, W, 3) uint8 RGB."""
+        """(H, W, 3) uint8 RGB, upright."""
         return _decode(self.images[i])
 
     def label(self, i):
-        """(H, W) uint8, 0..K-1 and 255 = ignore."""
-        return read_label(self.labels[i], self.classes, self._ids[i], self.also_ignore)
+        """(H, W) uint8, 0..K-1 and 255 = ignore, turned like its image."""
+        return read_label(self.labels[i], self.classes, self._ids[i], self.also_ignore,
+                          self._orientations[i])
 
     def pair(self, i):
-        """image(i), label(i). ValueError when their sizes differ."""
+        """image(i), label(i). UserError when their sizes differ, as of files changed meanwhile."""
         image, label = self.image(i), self.label(i)
         if image.shape[:2] != label.shape:
-            raise ValueError(f"image {self.images[i]} and label {self.labels[i]} differ in size: "
-                             f"{image.shape[:2]} and {label.shape} (height, width)")
+            raise UserError(f"image {self.images[i]} and label {self.labels[i]} differ in size: "
+                            f"{image.shape[:2]} and {label.shape} (height, width)")
         return image, label
 
     def report(self):
@@ -301,6 +418,7 @@ class Pairs:
         kind = " ".join(filter(None, (self.layout, self.split, self.condition)))
         mapped = sum(ids is not None for ids in self._ids)
         text = f"{self.root} ({kind}): {len(self)} pairs, {mapped} with labels mapped from raw ids"
+        text += " of the class file" if mapped and self.classes.own_ids else ""
         text += f"; {self.also_ignore[0]} read as ignore" if self.also_ignore else ""
         text += f"; {self.unused} pairs not chosen" if self.unused else ""
         left_out = Counter(reason for _, reason in self.skipped).items()
@@ -311,7 +429,7 @@ def open_data(specs, classes=CITYSCAPES, seed=0, split=None, condition=None):
     """["root", "root:N", "root:CONDITION", "root:CONDITION:N"] → [Pairs].
 
     A condition (fog, night, rain, snow) is one part of ACDC; `condition` is that of the sets which
-    have it and name none. N pairs are chosen by `seed`; ValueError if there are fewer.
+    have it and name none. N pairs are chosen by `seed`; UserError if there are fewer.
     """
     opened, form = [], r"(.+?)(?::(fog|night|rain|snow))?(?::(\d+))?"
     for spec in map(str, specs):
@@ -324,7 +442,7 @@ def open_data(specs, classes=CITYSCAPES, seed=0, split=None, condition=None):
         if number is None:
             continue
         if not 0 < int(number) <= len(data):
-            raise ValueError(f"{spec} asks for {number} pairs: {root} holds {len(data)}")
+            raise UserError(f"{spec} asks for {number} pairs: {root} holds {len(data)}")
         data.keep(np.sort(np.random.default_rng(seed).permutation(len(data))[:int(number)]))
     return opened
 
@@ -334,58 +452,74 @@ def open_data(specs, classes=CITYSCAPES, seed=0, split=None, condition=None):
 
 
 def _count(num_classes, label):  # → (K,) pixels per class
-    return np.bincount(label.ravel(), minlength=256)[:num_classes]
+    return np.array(Image.fromarray(label).histogram()[:num_classes])
 
 
-def _count_file(classes, also_ignore, job):  # a job of another process
-    return _count(len(classes), read_label(job[0], classes, job[1], also_ignore))
+def _count_file(classes, also_ignore, job):  # a job of another process → {"0": pixels, ...}
+    row = _count(len(classes), read_label(job[0], classes, job[1], also_ignore))
+    return {str(c): int(row[c]) for c in np.flatnonzero(row)}
 
 
 def class_counts(data, workers=4):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
     One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
-    size and time of its file and the way it is read stay the same. The authors' JSON files in ROOT
-    spare the pass. Several data sets joined in `data.sets` are counted one by one; any other object
-    with `label(i)` and a length is counted in this process and not kept.
+    size and time of its file and the way it is read stay the same, so that a second call, or one of
+    another process after the first, reads no label. The authors' JSON files in ROOT spare the pass.
+    Several data sets joined in `data.sets` are counted one by one; any object without a list
+    `labels` of files but with `label(i)` and a length is counted in this process and not kept.
     """
     if hasattr(data, "sets"):
         return np.concatenate([class_counts(part, workers) for part in data.sets])
     classes = getattr(data, "classes", CITYSCAPES)
-    if not isinstance(data, Pairs):
+    if not hasattr(data, "labels"):
         every = tqdm(range(len(data)), "class counts", leave=False)
         return np.stack([_count(len(classes), data.label(i)) for i in every])
 
-    authors = _authors_counts(data.root) if classes.names == CITYSCAPES.names else {}
-    cache, keys, todo = _read_json(data.root / ".class_counts.json"), [], []
-    counts = np.zeros((len(data), len(classes)), np.int64)
-    for i, (path, ids) in enumerate(zip(data.labels, data._ids, strict=True)):
-        stat, reading = path.stat(), repr((classes.names, ids, data.also_ignore)).encode()
-        keys.append(f"{path.relative_to(data.root).as_posix()} {stat.st_size} {stat.st_mtime_ns} "
-                    f"{zlib.crc32(reading)}")
-        known = authors.get(path.stem.removesuffix("_labelTrainIds"), cache.get(keys[i]))
-        if known is None:
-            todo.append(i)
-        for c in set(known or ()) & set(map(str, range(len(classes)))):
-            counts[i, int(c)] = known[c]
+    authors = {} if classes.own_ids else _authors_counts(data.root)
+    rows = [authors.get(path.stem.removesuffix("_labelTrainIds")) for path in data.labels]
+    todo = [i for i, row in enumerate(rows) if row is None]
     jobs = [(data.labels[i], data._ids[i]) for i in todo]
+    keys = [_key(data.root, path, (classes.names, ids, data.also_ignore)) for path, ids in jobs]
+
     with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is asked to
-        run = partial(pool.map, chunksize=16) if len(jobs) >= 32 and workers > 1 else map
-        rows = run(partial(_count_file, classes, data.also_ignore), jobs)
-        bar = tqdm(rows, "class counts", len(jobs), disable=not jobs)
-        for i, row in zip(todo, bar, strict=True):
-            counts[i] = row
-            cache[keys[i]] = {str(c): int(row[c]) for c in np.flatnonzero(row)}
-    if jobs:
-        _save_cache(data.root / ".class_counts.json", cache)
-    return counts
+        def run(work):
+            many = partial(pool.map, chunksize=16) if len(work) >= 32 and workers > 1 else map
+            return many(partial(_count_file, classes, data.also_ignore), work)
+
+        counted = _remember(data.root / ".class_counts.json", keys, jobs, run, "class counts")
+    for i, row in zip(todo, counted, strict=True):
+        rows[i] = row
+    return np.array([[row.get(str(c), 0) for c in range(len(classes))] for row in rows], np.int64)
+
+
+def _key(root, path, reading=()):
+    """Text that changes with a file's name, size or time, or with the way it is read."""
+    stat, place = path.stat(), path.relative_to(root).as_posix()
+    return f"{place} {stat.st_size} {stat.st_mtime_ns} {zlib.crc32(repr(reading).encode())}"
+
+
+def _remember(file, keys, jobs, run, text, least=1):
+    """The results of run(jobs), of which those that the JSON `file` knows by their key are not run.
+
+    `least` new ones are kept in it, but never a None. A folder that cannot be written makes the
+    next call do it all again.
+    """
+    cache = _read_json(file)
+    todo = [i for i, key in enumerate(keys) if key not in cache]
+    results = run([jobs[i] for i in todo])
+    for i, result in zip(todo, tqdm(results, text, len(todo), delay=1, leave=False), strict=True):
+        cache[keys[i]] = result
+    if len(todo) >= least:
+        _save_cache(file, {key: result for key, result in cache.items() if result is not None})
+    return [cache[key] for key in keys]
 
 
 def _read_json(path):  # {} where there is no such file
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as e:
-        raise ValueError(f"{path} is no JSON file: {e}; delete it to count the labels") from e
+        raise UserError(f"{path} is no JSON file: {e}; delete it to go without") from e
 
 
 def _authors_counts(root):
@@ -413,7 +547,7 @@ def _save_cache(path, cache):
         fresh.write_text(json.dumps(cache))
         fresh.replace(path)  # at once: no other run reads half a file
     except OSError as e:  # a read-only data set is counted every time
-        tqdm.write(f"class counts are not kept: {e}", file=sys.stderr)
+        tqdm.write(f"{path.name} is not kept: {e}", file=sys.stderr)
 
 
 def rcs_probabilities(counts, temperature=0.01):
@@ -423,7 +557,7 @@ def rcs_probabilities(counts, temperature=0.01):
     """
     pixels = np.asarray(counts, np.float64).sum(0)
     if not pixels.any():
-        raise ValueError("the labels hold no class at all: there is nothing to sample")
+        raise UserError("the labels hold no class at all: there is nothing to sample")
     z = np.where(pixels > 0, (1 - pixels / pixels.sum()) / temperature, -np.inf)
     p = np.exp(z - z.max())
     return p / p.sum()
@@ -449,7 +583,7 @@ class RareClassSampler:
         return c, int(rng.choice(self.files[c]))
 
     def draw_distinct(self, num, rng):
-        """→ [(class, index)] of `num` different files, ValueError if there are fewer.
+        """→ [(class, index)] of `num` different files, UserError if there are fewer.
 
         As `draw` with repeated files thrown away, but without waiting for the improbable ones: pair
         (c, i) arrives after an exponential time of rate P(c) / len(files[c]), the earliest count.
@@ -460,7 +594,7 @@ class RareClassSampler:
         for k in np.argsort(np.log(rng.exponential(size=len(pairs))) - np.log(rate)):
             first.setdefault(pairs[k][1], pairs[k][0])
         if num > len(first):
-            raise ValueError(f"{num} files were asked for: only {len(first)} show a class enough")
+            raise UserError(f"{num} files were asked for: only {len(first)} show a class enough")
         return [(c, i) for i, c in first.items()][:num]
 
 
@@ -468,7 +602,7 @@ def write_rcs_subset(data, out, num=6000, seed=0):
     """Copy `num` distinct pairs drawn by RCS to OUT/images and OUT/labels, named CLASS_NAME."""
     out, rng = Path(out), np.random.default_rng(seed)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: name a new folder for the subset")
+        raise UserError(f"{out} is not empty: name a new folder for the subset")
     chosen = RareClassSampler(class_counts(data)).draw_distinct(num, rng)
     for folder in ("images", "labels"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -494,12 +628,12 @@ def crop_box(label, size, rng, cls=None, min_share=0.01, tries=10):
     h, w = (size, size) if isinstance(size, int) else size
     H, W = label.shape
     if H < h or W < w:
-        raise ValueError(f"a label of {W}x{H} pixels is smaller than the crop of {w}x{h}")
+        raise UserError(f"a label of {W}x{H} pixels is smaller than the crop of {w}x{h}")
     if cls is None:
         return int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1)), 0.0
     pixels = np.flatnonzero(label == cls)
     if not len(pixels):
-        raise ValueError(f"class {cls} does not occur in the label that is to be cropped to it")
+        raise UserError(f"class {cls} does not occur in the label that is to be cropped to it")
     for _ in range(tries):
         y, x = divmod(int(rng.choice(pixels)), W)
         top, left = min(max(y - h // 2, 0), H - h), min(max(x - w // 2, 0), W - w)
@@ -1103,7 +1237,7 @@ def toy_street(seed, style="sunny", size=(128, 256)):
     -> image uint8 (H,W,3), label uint8 (H,W) with trainIds 0..18 and 255.
     """
     if style not in STYLES:
-        raise ValueError(f"no toy style {style!r}; choose from {', '.join(STYLES)}")
+        raise UserError(f"no toy style {style!r}; choose from {', '.join(STYLES)}")
     rng = np.random.default_rng([seed, STYLES.index(style)])
     return light_street(Street(seed, size), style, rng)
 
@@ -1120,7 +1254,7 @@ class ToyStreets:
     def __init__(self, styles=("sunny",), n=1000, split="train", size=(128, 256)):
         unknown = set(styles) - set(STYLES)
         if unknown:
-            raise ValueError(f"no toy style {sorted(unknown)}; choose from {', '.join(STYLES)}")
+            raise UserError(f"no toy style {sorted(unknown)}; choose from {', '.join(STYLES)}")
         self.styles, self.n, self.split, self.size = tuple(styles), n, split, size
         self.memory = {}
 
@@ -1161,6 +1295,7 @@ class LabelMaps:
     def __init__(self, root, classes=CITYSCAPES):
         self.classes, self.root = classes, Path(root)
         self.labels = sorted(self.root.glob("*_labelTrainIds.png"))
+        self._ids, self.also_ignore = [None] * len(self.labels), ()
 
     def __len__(self):
         return len(self.labels)
@@ -1246,7 +1381,9 @@ def main(argv=None):
         print(f"{'class':16}{'pixels':>15}{'share':>9}{'P(c)':>9}{'files':>8}")
         for name, n, p in zip(classes.names, counts.T, rcs_probabilities(counts), strict=True):
             print(f"{name:16}{n.sum():15,}{n.sum() / counts.sum():9.3%}{p:9.4f}{sum(n > 0):8}")
-    except (ValueError, OSError) as e:
+    except (UserError, OSError) as e:
+        if isinstance(e, OSError) and e.errno is None:
+            raise  # a fault of the code
         print(f"data.py: {e}", file=sys.stderr)
         return 2
     return 0
