@@ -52,6 +52,7 @@ from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from experiments import bench
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
+from toy import streets
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -1478,9 +1479,9 @@ def test_data_user_errors(tmp_path, capsys):
     (tmp_path / "c.json").write_text("{")
     pairs, label = data.Pairs(tmp_path / "set"), np.zeros((2, 2), np.uint8)
     for fault in (lambda: data.Pairs(tmp_path / "none"), lambda: data.read_image(tmp_path),
-                  lambda: data.open_data([f"{tmp_path}/set:7"]), lambda: data.toy_street(0, "hail"),
+                  lambda: data.open_set(f"{tmp_path}/set:7"), lambda: data.open_set("toy:hail"),
                   lambda: data.Classes.from_json(tmp_path / "c.json"),
-                  lambda: data.crop_box(label, 3, None), lambda: data.ToyStreets(["hail"]),
+                  lambda: data.crop_box(label, 3, None),
                   lambda: data.write_rcs_subset(pairs, tmp_path), lambda: data.read_label(
                       tmp_path / "set/images/a.png"), lambda: data.rcs_probabilities(label * 0)):
         with pytest.raises(data.UserError):
@@ -1499,7 +1500,7 @@ def test_data_command_shows_faults_of_the_code(tmp_path, monkeypatch, error, sho
     def fault(*args, **options):
         raise error
 
-    monkeypatch.setattr(data, "open_data", fault)
+    monkeypatch.setattr(data, "open_set", fault)
     if shown:
         assert data.main(["stats", "x"]) == 2
     else:
@@ -1530,35 +1531,31 @@ def test_data_missing_parts(tmp_path):
 def test_data_open(tmp_path):
     """root:N takes N pairs, the same for the same seed, others for another, never more."""
     root = data_plain(tmp_path / "a:7", [f"s{i}" for i in range(9)])
-    whole, some = data.open_data([root, f"{root}:3"], seed=1)
+    whole, some = (data.open_set(spec, seed=1) for spec in (root, f"{root}:3"))
     assert (len(whole), len(some)) == (9, 3)
     assert set(some.images) < set(whole.images) and some.images == sorted(some.images)
     assert "6 pairs not chosen" in some.report()
     for image, label in zip(some.images, some.labels, strict=True):
         assert label.name == f"{image.stem}_labelTrainIds.png"
-    assert data.open_data([f"{root}:3"], seed=1)[0].images == some.images
-    assert len({tuple(data.open_data([f"{root}:3"], seed=s)[0].images) for s in range(9)}) > 1
+    assert data.open_set(f"{root}:3", seed=1).images == some.images
+    assert len({tuple(data.open_set(f"{root}:3", seed=s).images) for s in range(9)}) > 1
     for n in (10, 0):
         with pytest.raises(ValueError, match=f"asks for {n} pairs: .* holds 9"):
-            data.open_data([f"{root}:{n}"])
+            data.open_set(f"{root}:{n}")
 
 
 def test_data_open_by_condition(tmp_path):
     """root:night is that part of ACDC, root:night:N some of it; elsewhere it is refused."""
     data_fake(tmp_path / "acdc", "acdc original night")
-    night, = data.open_data([f"{tmp_path}/acdc:night"])
+    night = data.open_set(f"{tmp_path}/acdc:night")
     assert (len(night), night.condition) == (2, "night") and "acdc val night" in night.report()
-    assert len(data.open_data([f"{tmp_path}/acdc:night:1"])[0]) == 1
-    assert len(data.open_data([f"{tmp_path}/acdc:fog"], split="train")[0]) == 1
-    data_fake(tmp_path / "city", "cityscapes")
-    specs = [f"{tmp_path}/acdc", f"{tmp_path}/acdc:fog", f"{tmp_path}/city"]
-    opened = data.open_data(specs, condition="night")
-    assert [p.condition for p in opened] == ["night", "fog", None]
+    assert len(data.open_set(f"{tmp_path}/acdc:night:1")) == 1
+    assert len(data.open_set(f"{tmp_path}/acdc:fog", split="train")) == 1
     data_plain(tmp_path / "plain", ["a"])
     with pytest.raises(ValueError, match="plain is no data set folder with night"):
-        data.open_data([f"{tmp_path}/plain:night"])
+        data.open_set(f"{tmp_path}/plain:night")
     data_plain(tmp_path / "plain:night", ["a"])
-    assert len(data.open_data([f"{tmp_path}/plain:night"])[0]) == 1
+    assert len(data.open_set(f"{tmp_path}/plain:night")) == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2564,28 +2561,28 @@ def test_segformer_confusion_refuses_unknown_classes():
 
 def test_toy_streets_repeat_and_share_scenes():
     """A scene is a function of its seed; every style shows it with the same label."""
-    image, label = data.toy_street(3, "sunny")
-    again, _ = data.toy_street(3, "sunny")
+    image, label = streets.toy_street(3, "sunny")
+    again, _ = streets.toy_street(3, "sunny")
     assert np.array_equal(image, again) and image.shape == (128, 256, 3)
-    for style in data.STYLES[1:]:
-        other, same_label = data.toy_street(3, style)
+    for style in streets.STYLES[1:]:
+        other, same_label = streets.toy_street(3, style)
         assert np.array_equal(label, same_label) and np.abs(other - image.astype(int)).mean() > 10
     with pytest.raises(ValueError, match="no toy style"):
-        data.toy_street(0, "sandstorm")
+        streets.toy_street(0, "sandstorm")
 
 
 def test_toy_streets_show_every_class():
     """All 19 classes and ignore occur, and train, val and test scenes differ."""
-    streets = data.ToyStreets(n=60)
-    seen = set().union(*(np.unique(streets.label(i)).tolist() for i in range(60)))
+    scenes = streets.ToyStreets(n=60)
+    seen = set().union(*(np.unique(scenes.label(i)).tolist() for i in range(60)))
     assert seen == {*range(19), 255}
-    labels = [data.ToyStreets(n=1, split=s).label(0) for s in ("train", "val", "test")]
+    labels = [streets.ToyStreets(n=1, split=s).label(0) for s in ("train", "val", "test")]
     assert not np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[1], labels[2])
 
 
 def test_scaled_crop_keeps_image_and_label_together():
     """A picture painted from its label is still that after any crop at any ratio."""
-    label = data.toy_street(1)[1]
+    label = streets.toy_street(1)[1]
     image = np.repeat(np.minimum(label, 20)[..., None] * 10, 3, 2)
     rng = np.random.default_rng(0)
     for ratio in (0.5, 1, 2.0):
@@ -2651,27 +2648,44 @@ def test_presets():
     """Explicit flags win over the preset, the preset over the defaults; fast needs at most a fifth
     of paper's network evaluations at the published size."""
     def parse(*words):
-        args = dginstyle.build_parser().parse_args(["generate", "--device", "cpu", *words])
-        return dginstyle.fill_defaults(args, dginstyle.GENERATE, "generate", args.sd is None,
-                                       dginstyle.PRESETS.get(args.preset))
+        return dginstyle.settings("generate", "--device", "cpu", *words)
 
     def evaluations(args):
         stride = 64 // dginstyle.STRIDES[args.stride]
         return args.steps * (1 + len(dginstyle.tiles((128, 128), (64, 64), (stride, stride))))
 
     published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
-    assert {**vars(published), "preset": "paper"} == vars(paper)
+    assert vars(published) == vars(paper) and paper.sampler == "ddim" and paper.guidance == 7.5
     fast = parse("--sd", "x", "--preset", "fast")
     assert evaluations(paper) == 520 and evaluations(paper) >= 5 * evaluations(fast)
     mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
     assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
-    assert parse().stride == (8, 16) and parse().sampler == "ddim"  # the toy's own
+    toy = parse()  # has settings of its own
+    assert (toy.sampler, toy.guidance, toy.controlnet) == ("dpm++", 5.0, HERE / "toy/controlnet")
+    assert parse("--preset", "paper").sampler == "ddim"
+
+
+def test_a_packs_settings(tmp_path, capsys):
+    """settings.json of an --sd folder: flags win over it, it wins over the published defaults,
+    paths start at the folder, and what is no setting is an error."""
+    file, flags = tmp_path / "settings.json", ["--sd", tmp_path, "--device", "cpu"]
+    file.write_text(json.dumps({"generate": {"guidance": 3, "window": "8x16", "controlnet": "c"},
+                                "train": {"lr": 0.5, "batch": 7}, "controlnet": {"batch": 9}}))
+    args = dginstyle.settings("generate", *flags)
+    assert (args.guidance, args.window, args.controlnet) == (3.0, (8, 16), tmp_path / "c")
+    assert dginstyle.settings("generate", *flags, "--guidance", "1").guidance == 1.0
+    args = dginstyle.settings("train", "controlnet", *flags)
+    assert (args.batch, args.lr, args.accumulate, args.steps) == (9, 0.5, 4, 312_100)
+    assert dginstyle.settings("train", "dreambooth", *flags).batch == 7
+    for bad in ({"generate": {"guidence": 3}}, {"generates": {}}, {"train": {"lr": "fast"}}, [1]):
+        file.write_text(json.dumps(bad))
+        refuses(capsys, ["generate", *map(str, flags)], "settings.json")
 
 
 def test_generate_from_label_maps_alone(tmp_path):
     """A folder of *_labelTrainIds.png without pictures is enough, in other classes' sizes too."""
     (tmp_path / "maps").mkdir()
-    data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", data.toy_street(0)[1])
+    data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", streets.toy_street(0)[1])
     out = tmp_path / "out"
     assert main(["generate", *QUICK, "--data", str(tmp_path / "maps"), "--no-mrlf", "--window",
                  "8x16", "--out", str(out)]) == 0
@@ -2682,7 +2696,7 @@ def test_generate_from_label_maps_alone(tmp_path):
 def test_generate_takes_label_maps_of_any_kind(tmp_path):
     """Folders of large maps, other sizes than the window, without MRLF and with a mixed swap."""
     for k in range(2):
-        image, label = data.toy_street(k, size=(256, 512))
+        image, label = streets.toy_street(k, size=(256, 512))
         (tmp_path / "set" / "images").mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / "labels").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "set" / "images" / f"{k}.png")
@@ -2776,8 +2790,7 @@ def test_gradients_are_added_up_once_an_update(monkeypatch):
             waits.append(self.waiting)
             return self.module(batch)
 
-    args = dginstyle.build_parser().parse_args(["train", "dreambooth", "--accumulate", "3"])
-    args = dginstyle.fill_defaults(args, dginstyle.TRAIN, "dreambooth", toy=True)
+    args = dginstyle.settings("train", "dreambooth", "--accumulate", "3")
     net = torch.nn.Linear(2, 2)
     objective = dginstyle.Objective(lambda batch: net(batch[0]).square().mean(), net=net)
     state = dginstyle.Trained(objective, None, args)
@@ -2830,18 +2843,15 @@ def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path
 @pytest.mark.parametrize("arch", ["segformer", "hrda"])
 def test_segmenter_loss_falls(arch, tmp_path):
     """Both kinds of head learn one picture by heart, HRDA through its two losses."""
-    args = dginstyle.build_parser().parse_args(["segment", "--arch", arch])
-    args = dginstyle.fill_defaults(args, dginstyle.SEGMENT, "segment", toy=True)
     torch.manual_seed(0)
     model = SegFormer(SegFormerConfig(**{**segformer.PRESETS["tiny"], "head": arch})).train()
-    loss = dginstyle.segmenter_loss(model, None, args)
-    image, label = data.toy_street(0)
+    image, label = streets.toy_street(0)
     batch = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None],
              torch.from_numpy(label.astype(np.int64))[None])
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     values = []
     for _ in range(30):
-        value = loss(batch)
+        value = segformer.training_loss(model, *batch)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -2853,10 +2863,10 @@ def test_feature_distance_counts_thing_positions_only():
     """Distance where at least three quarters of a cell show a thing class; elsewhere nothing."""
     features, taught = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
     labels = torch.zeros(1, 64, 64, dtype=torch.int64)
-    assert dginstyle.feature_distance(features, taught, labels) == 0
+    assert segformer.feature_distance(features, taught, labels) == 0
     labels[:, :32, :32] = 13  # one whole cell of car: the norm of four ones
     labels[:, 32:, 32:44] = 11  # less than three quarters of a cell
-    assert abs(dginstyle.feature_distance(features, taught, labels) - 2) < 1e-6
+    assert abs(segformer.feature_distance(features, taught, labels) - 2) < 1e-6
 
 
 def test_eight_processes_make_the_images_of_one(generated, tmp_path):
@@ -2907,7 +2917,7 @@ def test_a_killed_runs_manifest_is_taken_up(generated, tmp_path):
 def test_label_maps_below_the_crop_are_enlarged(tmp_path):
     """A map smaller than the training window is enlarged to cover it, as for the segmenter, and
     the ControlNet learns from such pairs too."""
-    image, label = data.toy_street(0, size=(40, 100))
+    image, label = streets.toy_street(0, size=(40, 100))
     data_png(tmp_path / "set/images/a.png", image)
     data_png(tmp_path / "set/labels/a_labelTrainIds.png", label)
     common = ["--data", str(tmp_path / "set"), "--steps", "1"]
@@ -3029,7 +3039,7 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
 def test_predictions_of_equal_names_and_broken_pictures(tmp_path, capsys):
     """a/1.png and a/1.jpg keep two predictions, b/1.png a third; a broken picture is named and
     left out, and only when none can be read the command fails."""
-    image = Image.fromarray(data.toy_street(0, size=(32, 64))[0])
+    image = Image.fromarray(streets.toy_street(0, size=(32, 64))[0])
     for name in ("a/1.png", "a/1.jpg", "b/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         image.save(tmp_path / name)
@@ -3056,7 +3066,7 @@ def test_sets_to_measure_on_are_opened_before_training(tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(data.LabelMaps, "pair", broken, raising=False)
     (tmp_path / "maps").mkdir()
-    data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", data.toy_street(0)[1])
+    data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", streets.toy_street(0)[1])
     opened = dginstyle.open_sets
 
     def sets(specs, *rest, **named):
@@ -3081,15 +3091,14 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
 
 def test_joined_sets_are_all_used():
     """Concatenation reaches every picture of every set (the released code loses the second)."""
-    joined = data.Joined([data.ToyStreets(("sunny",), 3), data.ToyStreets(("night",), 2)])
+    joined = data.Joined([streets.ToyStreets(("sunny",), 3), streets.ToyStreets(("night",), 2)])
     names = [joined.name(i) for i in range(len(joined))]
     assert len(names) == 5 and sum("night" in n for n in names) == 2
 
 
 def segment_draw(argv):
     """The training draw of a segment command."""
-    args = dginstyle.build_parser().parse_args(["segment", *argv])
-    args = dginstyle.fill_defaults(args, dginstyle.SEGMENT, "segment", toy=False)
+    args = dginstyle.settings("segment", *argv)
     return dginstyle.segmenter_draw(dginstyle.open_training_data(args)[1], args)
 
 
@@ -3100,7 +3109,7 @@ def test_segmenter_learns_from_the_source_and_the_generated_set(tmp_path):
         data_plain(root, [name + "2"], np.full((3, 4), value, np.uint8))
     data_plain(tmp_path / "made", ["a_made3", "a_made4"], np.full((3, 4), 2, np.uint8))
     draw = segment_draw(["--data", str(tmp_path / "source"), str(tmp_path / "made"), "--crop",
-                         "6x8", "--fit", "none", "--augment", "none"])
+                         "6x8", "--fit", "none", "--no-augment"])
     rng = np.random.default_rng(0)
     labels = [draw(rng)[1] for _ in range(300)]
     assert all(label.shape == (6, 8) and len(label.unique()) == 1 for label in labels)
@@ -3120,7 +3129,7 @@ def test_segmenter_crops_show_the_rare_class(tmp_path):
     seen = {}
     for name, *more in (("7_a",), ("plain",), ("7_a", "--no-rcs"), ("plain", "--no-rcs")):
         draw = segment_draw(["--data", str(tmp_path / name), "--crop", "64x64", "--fit", "none",
-                             "--augment", "none", "--rcs-min-pixels", "60", *more])
+                             "--no-augment", "--rcs-min-pixels", "60", *more])
         rng = np.random.default_rng(0)
         seen[name, *more] = np.mean([(draw(rng)[1] == 7).sum() > 30 for _ in range(40)])
     assert seen["7_a",] > 0.4 and seen["plain",] > 0.4, seen
@@ -3129,28 +3138,21 @@ def test_segmenter_crops_show_the_rare_class(tmp_path):
 
 def test_hrda_has_the_published_sizes():
     """--arch hrda doubles scale, crop and window; an HRDA file is measured in its own windows."""
-    big = data.ToyStreets(("sunny",), 1, size=(72, 128))
-    args = dginstyle.build_parser().parse_args(["segment", "--no-rcs", "--augment", "none"])
-    args = dginstyle.fill_defaults(args, dginstyle.SEGMENT, "segment", toy=False)
-    windows = []
-
-    def model(x):
-        windows.append(tuple(x.shape[2:]))
-        return torch.zeros(len(x), 19, 8, 8)
-
+    big = streets.ToyStreets(("sunny",), 1, size=(72, 128))
+    args = dginstyle.settings("segment", "--data", "x", "--no-rcs", "--no-augment")
     for arch, scale in (("daformer", 1), ("hrda", 2)):
         args.arch = arch
         image, label = dginstyle.segmenter_draw(data.Joined([big]), args)(np.random.default_rng(0))
         assert image.shape[1:] == label.shape == (512 * scale, 512 * scale)
-        model.config = SegFormerConfig(head=arch)
-        dginstyle.predict_logits(model, big.image(0), args, "cityscapes")
-        assert windows.pop() == (512 * scale, 512 * scale)
+        assert segformer.published_crop(arch) == (512 * scale, 512 * scale)
+        assert segformer.published_fit("cityscapes", arch) == (512 * scale, 1024 * scale)
+        assert segformer.published_fit("acdc", arch) == (540 * scale, 960 * scale)
+        assert segformer.published_fit("plain", arch) is None
 
 
 def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
     """Whatever the layout calls its splits; ACDC by condition gets a row of its own."""
-    args = dginstyle.build_parser().parse_args(["segment"])
-    args = dginstyle.fill_defaults(args, dginstyle.SEGMENT, "segment", toy=True)
+    args = dginstyle.settings("segment")
     for kind in ("cityscapes", "bdd100k", "mapillary", "acdc original"):
         data_fake(tmp_path / kind, kind)
         for split in ("train", "test"):
@@ -3169,7 +3171,7 @@ def test_other_classes_everywhere(tmp_path, capsys):
     file.write_text(json.dumps({"names": ["water", "ship", "quay"], "colours": colours,
                                 "ids": {"5": 0, "7": 1, "9": 2, "0": None}}))
     for k in range(2):
-        image, label = data.toy_street(k)
+        image, label = streets.toy_street(k)
         raw = np.array([5, 7, 9], np.uint8)[np.minimum(label // 5, 2)]
         raw[:4] = 0
         data_png(tmp_path / f"set/images/{k}.png", image)
@@ -3238,7 +3240,6 @@ def test_bad_training_flags(capsys, tmp_path):
     refuses(capsys, [*train, "--lr", "0"], "--lr 0")
     refuses(capsys, [*train, "--size", "36x36"], "36x36", "multiples of")
     refuses(capsys, [*train, "--sd", "/nowhere"], "/nowhere")
-    refuses(capsys, ["train", "prior", "--sd", "somewhere", "--data", "toy:all", *out], "--sd")
     refuses(capsys, ["segment", "--data", "somewhere", *out], "--eval-data")
     refuses(capsys, ["segment", "--data", "toy:sunny:none", *out], "toy:sunny:none")
     refuses(capsys, ["generate", "--device", "cuda:77", *out], "cuda:77")
@@ -3323,7 +3324,7 @@ def test_another_runs_folder_is_refused(capsys, generated, tmp_path):
 
 def test_bench_loop_is_ours():
     """The released loop that the bench times us against gives what we give."""
-    models, args = tiny_models(), bench.settings("--steps", "2", "--large-segment", "60000")
+    models, args = tiny_models(), bench.with_(bench.paper_settings(2), large_segment=60000)
     label = np.zeros((32, 32), np.uint8)
     label[20:] = 10
     condition = dginstyle.Condition("x", label, "road sky", None, None, (0, 0), 3)

@@ -49,6 +49,7 @@ from dginstyle import Condition, Models, Noise, Schedule
 from experiments import claim
 from segformer import PRESETS as MIT
 from segformer import SegFormer, SegFormerConfig
+from toy import streets
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -225,16 +226,14 @@ def transformers_segmenter(config):
         num_labels=config.num_classes))
 
 
-def settings(*flags):
-    """The arguments of `generate` for the toy pack, with these flags."""
-    args = dginstyle.build_parser().parse_args(["generate", *map(str, flags)])
-    return dginstyle.fill_defaults(args, dginstyle.GENERATE, "generate", args.sd is None,
-                                   dginstyle.PRESETS.get(args.preset))
+def paper_settings(steps):
+    """Settings of `generate`: the toy pack's, with the published sampling."""
+    return dginstyle.settings("generate", "--preset", "paper", "--steps", steps)
 
 
 def street(size, seed=1):
     """What `generate` draws for one image: a toy street's label map, of this size in pixels."""
-    label = np.array(Image.fromarray(data.toy_street(seed)[1]).resize(size[::-1], Image.NEAREST))
+    label = np.array(Image.fromarray(streets.toy_street(seed)[1]).resize(size[::-1], Image.NEAREST))
     prompt = data.weather_prompt(data.caption(label, CLASSES), "rainy")
     return Condition("street", label, prompt, "rainy", None, (0, 0), seed)
 
@@ -395,7 +394,7 @@ def image_case(name, models, fast, condition, args, dtype):
 
 def preset_case(models, conditions, dtype):
     """The same images by --preset fast (ours) and --preset paper: the ratio is images a second."""
-    fast, paper = (settings("--preset", p) for p in ("fast", "paper"))
+    fast, paper = (dginstyle.settings("generate", "--preset", p) for p in ("fast", "paper"))
     return Case("preset fast", lambda: dginstyle.make_images(models, conditions, CLASSES, fast),
                 {"paper": lambda: dginstyle.make_images(models, conditions, CLASSES, paper)},
                 dtype, count=False)
@@ -446,7 +445,7 @@ def segmenter_training_case(device, backbone, size, batch):
     args = argparse.Namespace(arch="segformer", rcs=True, rcs_temperature=0.01, rcs_min_pixels=40,
                               fit=(), crop=size, augment="photometric",
                               fd=0.0)
-    pairs = data.Joined([data.ToyStreets(("sunny",), 50)])
+    pairs = data.Joined([streets.ToyStreets(("sunny",), 50)])
     draw, rng = dginstyle.segmenter_draw(pairs, args), np.random.default_rng(0)
 
     def make_batch():
@@ -515,7 +514,7 @@ def scaling_rows(bench, models, steps):
     h, w = models.size
 
     def picture(width=w, images=1, **changes):
-        args = with_(settings("--preset", "paper", "--steps", steps), **changes)
+        args = with_(paper_settings(steps), **changes)
         made = [street((h, width), seed) for seed in range(images)]
         return lambda: dginstyle.make_images(models, made, CLASSES, args)
 
@@ -546,7 +545,7 @@ def toy_bench(bench):
     quick, device = bench.quick, bench.device
     models = toy_models(device)
     half = cast(models, torch.bfloat16)
-    args = with_(settings("--stride", "quarter", "--steps", 2 if quick else 20), **PLAIN)
+    args = with_(paper_settings(2 if quick else 20), **PLAIN)
     condition = street(models.size)
     for case in network_cases(models, torch.float32):
         bench.run(case)
@@ -604,8 +603,7 @@ def sd_bench(bench):
     models = sd_models(bench.device, 64 if gpu else 32)
     half = cast(models, torch.bfloat16)
     steps = 1 if bench.quick else 20 if gpu else 2
-    args = with_(settings("--preset", "paper", "--steps", steps), guidance=7.5, tile_batch=None,
-                 **PLAIN)
+    args = with_(paper_settings(steps), guidance=7.5, tile_batch=None, **PLAIN)
     condition = street(models.size)
     for name, nets, dtype in (("fp32", models, torch.float32), ("bf16", half, torch.bfloat16)):
         for case in network_cases(nets, dtype):

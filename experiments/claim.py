@@ -34,15 +34,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
 import data
 import dginstyle
 import gallery
 import segformer
+from toy import streets
 from vae import VAE
 
 HERE = Path(__file__).resolve().parent
-UNSEEN = [s for s in data.STYLES if s != "sunny"]
+UNSEEN = [s for s in streets.STYLES if s != "sunny"]
 SMALL = ("pole", "traffic light", "traffic sign", "person", "rider", "motorcycle", "bicycle")
 
 
@@ -80,20 +82,20 @@ SETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: source pictures (or not), sets as NAME or NAME:share, more flags."""
+    """One line of the table: source pictures (or not), sets as NAME or NAME:share."""
 
     title: str
     sets: tuple = ()
     source: str = "sunny"  # "", or "all": real pictures of every style
-    flags: tuple = ()
+    strong: bool = False  # `strong_distortion` in place of the photometric one
     quick: bool = False
 
 
 ROWS = [
     Row("source only", quick=True),
-    Row("source, strong augmentation", flags=("--augment", "strong"), quick=True),
+    Row("source, strong augmentation", strong=True, quick=True),
     Row("source + generated (full method)", ("full",), quick=True),
-    Row("full method, strong augmentation", ("full",), flags=("--augment", "strong")),
+    Row("full method, strong augmentation", ("full",), strong=True),
     Row("without Style Swap", ("swap 0",), quick=True),
     Row("swap ratio 0.25", ("swap 0.25",)),
     Row("swap ratio 0.5", ("swap 0.5",)),
@@ -124,16 +126,19 @@ class Job:
     cost: float  # seconds on one core, roughly: only their ratios count, for the time left
 
 
+def command(*argv):
+    """A command of dginstyle.py; RuntimeError where it failed."""
+    if dginstyle.main([str(word) for word in argv]):
+        raise RuntimeError("failed: " + " ".join(map(str, argv)))
+
+
 def run_job(job, threads, log):
     """In a worker process. -> seconds; RuntimeError where a command failed."""
     torch.set_num_threads(threads)
     dginstyle.tune_cpu()
     start = time.time()
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        if callable(job.call[0]):
-            job.call[0](*job.call[1:])
-        elif dginstyle.main([str(a) for a in job.call]):
-            raise RuntimeError(f"{job.name} failed; see {log}")
+        (job.call[0] if callable(job.call[0]) else command)(*job.call[callable(job.call[0]):])
     return time.time() - start
 
 
@@ -185,7 +190,7 @@ def generate_jobs(out, scale, rows, precision):
 
 
 def segment_argv(stage, scale, seed, path, specs, flags=()):
-    tests = [f"toy:{s}:{scale.test}" for s in data.STYLES]
+    tests = [f"toy:{s}:{scale.test}" for s in streets.STYLES]
     return ("segment", *stage, "--data", *specs, "--eval-data", *tests, "--seed", seed,
             "--out", path, "--save-every", 10**6, *flags)
 
@@ -206,6 +211,35 @@ def encoder_jobs(out, scale):
     return jobs
 
 
+def strong_distortion(image, rng):
+    """uint8 (H,W,3) → the same kind: gamma, tint, contrast, saturation, haze, blur and noise.
+
+    How far augmentation alone carries, as the baseline that generated images have to beat; wide
+    enough to turn a sunny street into something as dark as night or as pale as fog.
+    """
+    x = (image.astype(np.float32) / 255) ** np.exp(rng.uniform(-0.8, 1.1))
+    x = x * np.exp(rng.normal(0, 0.2, 3))
+    grey = x.mean(-1, keepdims=True)
+    x = grey + (x - grey) * rng.uniform(0, 1.3)
+    x = x.mean() + (x - x.mean()) * rng.uniform(0.3, 1.4) + rng.uniform(-0.25, 0.25)
+    if rng.random() < 0.3:  # haze
+        x = x + rng.uniform(0.2, 0.8) * (rng.uniform(0.5, 0.9) - x)
+    if rng.random() < 0.3:
+        blurred = TF.gaussian_blur(torch.tensor(x).permute(2, 0, 1), 5, rng.uniform(0.3, 1.2))
+        x = blurred.permute(1, 2, 0).numpy()
+    x = x + rng.normal(0, rng.uniform(0, 0.05), x.shape)
+    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def strongly(*argv):
+    """A command of dginstyle.py with strong augmentation."""
+    published, data.photometric_distortion = data.photometric_distortion, strong_distortion
+    try:
+        command(*argv)
+    finally:
+        data.photometric_distortion = published
+
+
 def row_jobs(out, scale, rows):
     jobs = []
     for seed in range(scale.seeds):
@@ -220,9 +254,10 @@ def row_jobs(out, scale, rows):
                 specs.append(f"{folder}:{int(scale.images * float(share))}" if share else folder)
             encoder = encoder_path(out, seed) / "segformer"
             argv = segment_argv([], scale, seed, path, specs, [
-                "--steps", scale.steps, "--pretrained", encoder, "--fd", 0, *row.flags])
+                "--steps", scale.steps, "--pretrained", encoder, "--fd", 0])
+            argv = (strongly, *argv) if row.strong else argv
             jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv,
-                            0.2 * scale.steps + 0.05 * scale.test * len(data.STYLES)))
+                            0.2 * scale.steps + 0.05 * scale.test * len(streets.STYLES)))
     return jobs
 
 
@@ -238,7 +273,7 @@ def filter_set(source, target, weights, alpha=1.25):
     the mean loss of its class over the whole set.
     """
     model = segformer.SegFormer.from_pretrained(weights)
-    pairs = data.open_data([str(source)], data.CITYSCAPES, 0)[0]
+    pairs = data.open_set(source)
     total, count, losses = np.zeros(256), np.zeros(256), []
     for i in range(len(pairs)):
         image, label = pairs.pair(i)
@@ -278,7 +313,7 @@ def style_classifier(steps, size=(64, 128)):
         nn.Conv2d(3, 24, 5, 2, 2), nn.BatchNorm2d(24), nn.ReLU(),
         nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.ReLU(),
         nn.Conv2d(48, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(data.STYLES)))
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(streets.STYLES)))
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
 
     def batch(pairs, rng, n=32):
@@ -287,10 +322,10 @@ def style_classifier(steps, size=(64, 128)):
             i = int(rng.integers(len(pairs)))
             crop, _ = data.scaled_crop(pairs.image(i), None, size, rng, [1.0])
             images.append(dginstyle.from_uint8(crop[None])[0])
-            styles.append(data.STYLES.index(pairs.weather(i)))
+            styles.append(streets.STYLES.index(pairs.weather(i)))
         return torch.stack(images), torch.tensor(styles)
 
-    pairs, rng = data.ToyStreets(data.STYLES, 2 * steps, "train"), np.random.default_rng(0)
+    pairs, rng = streets.ToyStreets(streets.STYLES, 2 * steps, "train"), np.random.default_rng(0)
     for _ in range(steps):
         x, y = batch(pairs, rng)
         loss = F.cross_entropy(net(x), y)
@@ -298,7 +333,7 @@ def style_classifier(steps, size=(64, 128)):
         loss.backward()
         optimizer.step()
     net.eval()
-    x, y = batch(data.ToyStreets(data.STYLES, 140, "val"), np.random.default_rng(1), 560)
+    x, y = batch(streets.ToyStreets(streets.STYLES, 140, "val"), np.random.default_rng(1), 560)
     with torch.no_grad():
         return net, float((net(x).argmax(1) == y).float().mean())
 
@@ -314,8 +349,8 @@ def fidelity(folder, judge, classifier, source):
     -> dict of fractions
     """
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    streets = data.ToyStreets(("sunny",), source, "train")
-    seeds = {streets.name(i): streets.SPLITS["train"] + i for i in range(source)}
+    scenes = streets.ToyStreets(("sunny",), source, "train")
+    seeds = {scenes.name(i): scenes.SPLITS["train"] + i for i in range(source)}
     counts = torch.zeros(2, 19, 19, dtype=torch.int64)
     seen = {}  # weather: (image, twin) recognised, for every image
     for k, row in enumerate(rows):
@@ -323,15 +358,15 @@ def fidelity(folder, judge, classifier, source):
         label = np.asarray(Image.open(folder / row["label"]))
         top, left = row["crop"]
         seed = seeds[Path(row["image"]).stem.partition("_")[2]]
-        style = row["weather"] or data.STYLES[k % len(data.STYLES)]
-        real = data.toy_street(seed, style)[0]
+        style = row["weather"] or streets.STYLES[k % len(streets.STYLES)]
+        real = streets.toy_street(seed, style)[0]
         real = real[top : top + label.shape[0], left : left + label.shape[1]]
         x = dginstyle.from_uint8(np.stack([image, real]))
         logits = F.interpolate(judge((x + 1) / 2), label.shape, mode="bilinear")
         for count, prediction in zip(counts, logits.argmax(1), strict=True):
             count += segformer.confusion_matrix(prediction, torch.from_numpy(label.copy()), 19)
         if row["weather"]:
-            guess = [data.STYLES[int(i)] for i in classifier(x).argmax(1)]
+            guess = [streets.STYLES[int(i)] for i in classifier(x).argmax(1)]
             seen.setdefault(style, []).append([g == style for g in guess])
     small = [data.CITYSCAPES.names.index(c) for c in SMALL]
     got, real = (segformer.mean_iou(c) for c in counts)
@@ -346,9 +381,9 @@ def fidelity(folder, judge, classifier, source):
 def reconstruction(vae, n=12):
     """PSNR in dB of encoding and decoding n whole unseen streets, style by style."""
     psnr = {}
-    for style in data.STYLES:
-        streets = data.ToyStreets([style], n, "val")
-        x = dginstyle.from_uint8(np.stack([streets.image(i) for i in range(n)]))
+    for style in streets.STYLES:
+        scenes = streets.ToyStreets([style], n, "val")
+        x = dginstyle.from_uint8(np.stack([scenes.image(i) for i in range(n)]))
         error = F.mse_loss(vae.decode(vae.encode(x)).clamp(-1, 1), x)
         psnr[style] = 10 * np.log10(4 / error.item())
     return psnr
@@ -461,7 +496,7 @@ def fidelity_table(found):
                      f"{100 * (m['mIoU'] / m['mIoU real']).mean():.0f} % | {spread(m['small'])} "
                      f"({m['small real'].mean():.1f}) | {style} |")
     seen = {w: [r["weathers"][w] for r in found.get("full", []) if w in r["weathers"]]
-            for w in data.STYLES}
+            for w in streets.STYLES}
     shares = ", ".join(f"{w} {image:.0f} ({twin:.0f})" for w, v in seen.items() if v
                        for image, twin in [100 * np.mean(v, axis=0)])
     lines += ["", f"Percent of the weathers recognised, full method (real twins): {shares}."]
@@ -480,11 +515,11 @@ def rare_class_table(out, scale):
         files = sorted((set_path(out, name, 0) / "labels").glob("*_labelTrainIds.png"))
         return [np.asarray(Image.open(f)) for f in files]
 
-    streets = data.ToyStreets(("sunny",), scale.source, "train")
-    maps = {"source": [streets.label(i) for i in range(scale.source)],
+    scenes = streets.ToyStreets(("sunny",), scale.source, "train")
+    maps = {"source": [scenes.label(i) for i in range(scale.source)],
             "uniform crops": generated("no rare classes"), "rare-class crops": generated("full")}
     maps = {k: shares(v) for k, v in maps.items() if v}
-    counts = data.class_counts(streets)
+    counts = data.class_counts(scenes)
     draw = 100 * np.asarray(data.rcs_probabilities(counts))
     lines = ["Rare-class sampling, from the statistics of the source to the labels of the images: "
              "percent of pixels / percent of images that show the class.", "",

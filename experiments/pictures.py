@@ -17,22 +17,21 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import dginstyle
 import segformer
+from toy import streets
 from vae import VAE
 
 PAPER, INK = (255, 255, 255), (30, 30, 30)
 
 
 def options(*flags):
-    """The settings of `generate` with these flags."""
-    args = dginstyle.build_parser().parse_args(["generate", *flags])
-    return dginstyle.fill_defaults(args, dginstyle.GENERATE, "generate", True,
-                                   dginstyle.PRESETS["fast"])
+    """The toy pack's settings of `generate`, with these flags."""
+    return dginstyle.settings("generate", *flags)
 
 
 def paint(labels, weathers, args, seed=0):
     """One image for every label (H,W) and weather word -> uint8 (B,H,W,3)."""
     models = dginstyle.Models.from_pretrained(
-        args.sd, args.unet, args.controlnet, args.source_unet, args.swap, args.device)
+        args.sd, args.controlnet, args.source_unet, args.swap, args.device)
     images = []
     for label, weather in zip(labels, weathers, strict=True):
         prompt = data.weather_prompt(data.caption(label, data.CITYSCAPES), weather)
@@ -61,8 +60,8 @@ def sheet(rows, columns, names, scale):
 
 def teaser(seed, scale=1):
     """One label map, seven prompts, with and without the swap."""
-    label = data.toy_street(data.ToyStreets.SPLITS["val"] + seed)[1]
-    styles = data.STYLES
+    label = streets.toy_street(streets.ToyStreets.SPLITS["val"] + seed)[1]
+    styles = streets.STYLES
     rows = [[data.colourise(label, data.CITYSCAPES)] * len(styles)]
     rows += [paint([label] * len(styles), styles, options("--swap", swap)) for swap in "10"]
     return sheet(rows, styles, ("label map", "with\nStyle Swap", "without"), scale)
@@ -72,7 +71,7 @@ def close_ups(seeds, styles, size=(64, 128), scale=4):
     """Crops around small objects: label, first pass alone, both passes."""
     labels, rng = [], np.random.default_rng(1)
     for seed in seeds:
-        label = data.toy_street(data.ToyStreets.SPLITS["val"] + seed)[1]
+        label = streets.toy_street(streets.ToyStreets.SPLITS["val"] + seed)[1]
         rare = next(c for c in (12, 11, 18, 17, 7, 6) if (label == c).sum() > 40)
         top, left, _ = data.crop_box(label, size, rng, rare)
         labels.append(label[top : top + size[0], left : left + size[1]].copy())
@@ -82,18 +81,18 @@ def close_ups(seeds, styles, size=(64, 128), scale=4):
 
 
 @torch.no_grad()
-def streets(seed):
+def parts(seed):
     """An unseen street in every style: the picture, through the VAE, its label, the segmenter's."""
     vae = VAE.from_pretrained(dginstyle.TOY / "vae")
     judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
-    images, labels = zip(*[data.toy_street(data.ToyStreets.SPLITS["val"] + seed, style)
-                           for style in data.STYLES], strict=True)
+    images, labels = zip(*[streets.toy_street(streets.ToyStreets.SPLITS["val"] + seed, style)
+                           for style in streets.STYLES], strict=True)
     x = dginstyle.from_uint8(np.stack(images))
     logits = segformer.slide_inference(judge, (x + 1) / 2, (64, 128), (32, 64))
     guesses = logits.argmax(1).numpy().astype(np.uint8)
     rows = [images, list(dginstyle.decode(vae, vae.encode(x)))]
     rows += [[data.colourise(x, data.CITYSCAPES) for x in maps] for maps in (labels, guesses)]
-    return sheet(rows, data.STYLES, ("street", "through\nthe VAE", "label", "segmenter"), 1)
+    return sheet(rows, streets.STYLES, ("street", "through\nthe VAE", "label", "segmenter"), 1)
 
 
 def main(argv=None):
@@ -103,7 +102,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1, help="validation scene of the teaser")
     args = parser.parse_args(argv)
     dginstyle.tune_cpu()
-    streets(args.seed).save(args.out / "streets.png", optimize=True)
+    parts(args.seed).save(args.out / "streets.png", optimize=True)
     teaser(args.seed).save(args.out / "teaser.png", optimize=True)
     close_ups((2, 5, 9, 14), ("sunny", "overcast", "night", "snowy")).save(
         args.out / "fusion.png", optimize=True)
