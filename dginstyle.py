@@ -940,6 +940,7 @@ class Trained:
             groups or [{"params": self.parameters, "lr": args.lr,
                         "weight_decay": args.weight_decay}],
             betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # a checkpoint has them
         self.scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(args) == "fp16")
         # --ema: the average of every weight, and of BatchNorm's statistics with them
         self.weights = [*self.parameters, *(b for b in objective.nets.buffers()
@@ -1035,12 +1036,12 @@ def fit(stage, objective, draw, args, save, groups=None):
         Samples(draw, args.seed), args.batch, num_workers=processes,
         sampler=range(first * per_step + rank, args.steps * per_step, world),
         multiprocessing_context="fork" if processes else None, pin_memory=device.type == "cuda"))
-    rates, mean = [g["lr"] for g in state.optimizer.param_groups], None
+    mean = None
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=stage,
                disable=rank > 0, mininterval=1)
     for step in bar:
         torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # noise, t, dropout
-        for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
             group["lr"] = rate * lr_factor(args, step)
         loss = update(state, parallel, batches, args)
         state.blend(args.ema, step)
@@ -1659,15 +1660,15 @@ def pack_settings(folder):
     settings = {}
     try:
         for section, values in json.loads(file.read_text()).items():
-            settings[section] = {}
+            settings[section], table = {}, tables[section]
             for name, value in values.items():
-                kind, many = tables[section][name].kind, tables[section][name].many
+                kind, many = table[name].kind, table[name].many
                 items = [kind(item) for item in (value if many else [value])]
                 if kind is Path:
                     items = [file.parent / item for item in items]
                 settings[section][name] = items if many else items[0]
     except KeyError as error:
-        raise UserError(f"{file}: {section} has no setting {error}") from None
+        raise UserError(f"{file}: there is no setting {error}") from None
     except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{file} holds no settings of this program: {error}") from None
     return settings
