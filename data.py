@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -699,30 +698,57 @@ def photometric_distortion(image, rng):
     Brightness + U(-32, 32); contrast x U(.5, 1.5), here or at the end; HSV saturation x U(.5, 1.5);
     hue + one of -18..17 in steps of 2 degrees: mmseg's, without its rounding of HSV to bytes.
     """
+    levels = np.arange(256, dtype=np.float32)
+
     def cut(x):
         return x.clip(0, 255).astype(np.uint8)
 
     def contrast(x):
-        return cut(x.astype(np.float32) * rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else x
+        return _look_up(cut(levels * rng.uniform(0.5, 1.5)), x) if rng.random() < 0.5 else x
 
-    image = image.copy()
+    def strips(change, x, amount):  # of a few rows, whose intermediate results stay in the cache
+        return np.concatenate([cut(change(x[:, y:y + 32].astype(np.float32), amount))
+                               for y in range(0, x.shape[1], 32)], axis=1)
+
+    planes = np.array(image.transpose(2, 0, 1), order="C")  # a copy: the argument stays
     if rng.random() < 0.5:
-        image = cut(image.astype(np.float32) + rng.uniform(-32, 32))
+        planes = _look_up(cut(levels + rng.uniform(-32, 32)), planes)
     if early := rng.random() < 0.5:
-        image = contrast(image)
-    if rng.random() < 0.5:  # at fixed hue and value, S scales the distances from the maximum
-        value = image.max(2, keepdims=True).astype(np.float32)
-        chroma = value - image.min(2, keepdims=True)
-        factor = np.minimum(rng.uniform(0.5, 1.5), value / chroma.clip(1))  # S stays <= 1
-        image = cut(value - (value - image) * factor + 0.5)
+        planes = contrast(planes)
     if rng.random() < 0.5:
-        hue = TF.adjust_hue(torch.tensor(image).permute(2, 0, 1), rng.integers(-18, 18) / 180)
-        image = hue.permute(1, 2, 0).contiguous().numpy()
-    return image if early else contrast(image)
+        planes = strips(_saturate, planes, rng.uniform(0.5, 1.5))
+    if rng.random() < 0.5:
+        planes = strips(_shift_hue, planes, int(rng.integers(-18, 18)) / 180)
+    return (planes if early else contrast(planes)).transpose(1, 2, 0)
 
 
-def random_crop_cat_max(image, label, size, rng, cat_max_ratio=0.75, tries=10):
-    """Uniform crop of a pair to `size` (int or (h, w)) → image, label (copies).
+def _saturate(x, factor):
+    """HSV saturation times `factor`: (3, H, W) float32 RGB in 0..255 → the same, + 0.5 to round.
+
+    At fixed hue and value, S scales the distances from the maximum. S stays <= 1.
+    """
+    value = x.max(0)
+    factor = np.minimum(factor, value / (value - x.min(0)).clip(1))
+    return value - (value - x) * factor + 0.5
+
+
+def _shift_hue(x, turn):
+    """HSV hue + `turn` of a full turn: (3, H, W) float32 RGB in 0..255 → the same.
+
+    Cut to bytes, what torchvision's adjust_hue gives, but for a level where it rounds otherwise.
+    """
+    (r, g, b), value, low = x, x.max(0), x.min(0)
+    chroma = value - low
+    red, green = value == r, value == g
+    hue = np.where(red, g - b, np.where(green, b - r, r - g)) / chroma.clip(1)  # in sixths
+    hue += np.where(red, 0, np.where(green, 2, 4)).astype(np.float32) + 6 * turn
+    hue -= 6 * np.floor(hue / 6)
+    share = np.stack([abs(hue - 3) - 1, 2 - abs(hue - 2), 2 - abs(hue - 4)]).clip(0, 1)
+    return (low + chroma * share) * (255.999 / 255)
+
+
+def cat_max_box(label, size, rng, cat_max_ratio=0.75, tries=10):
+    """Uniform box of `size` (int or (h, w)) in an (H, W) label → (rows, columns), two slices.
 
     Drawn again up to `tries` times until no class fills `cat_max_ratio` or more of the pixels that
     are not ignore, which takes two classes at least (DAFormer's training crop).
@@ -734,7 +760,7 @@ def random_crop_cat_max(image, label, size, rng, cat_max_ratio=0.75, tries=10):
         n = _count(IGNORE, label[box])
         if n.max() < cat_max_ratio * n.sum():
             break
-    return image[box].copy(), label[box].copy()
+    return box
 
 
 def resize_to_fit(image, label, size):
@@ -747,8 +773,10 @@ def resize_to_fit(image, label, size):
     scale = min(max(size) / max(H, W), min(size) / min(H, W))
     to = [int(H * scale + 0.5), int(W * scale + 0.5)]
     image = TF.resize(torch.tensor(image).permute(2, 0, 1), to, antialias=False)
-    if label is not None:
-        label = TF.resize(torch.tensor(label)[None], to, InterpolationMode.NEAREST)[0].numpy()
+    if label is not None:  # the pixels that torch takes as the nearest
+        y, x = (np.arange(n, dtype=np.float32) * np.float32(old / n)
+                for n, old in zip(to, (H, W), strict=True))
+        label = label[y.astype(int).clip(0, H - 1)][:, x.astype(int).clip(0, W - 1)]
     return image.permute(1, 2, 0).contiguous().numpy(), label
 
 
@@ -765,6 +793,53 @@ def cover(image, label, size, exact=False):
     if image is not None:
         image = np.asarray(Image.fromarray(image).resize(to, Image.BILINEAR))
     return image, np.asarray(Image.fromarray(label).resize(to, Image.NEAREST))
+
+
+@dataclass
+class SegmenterDraw:
+    """draw(rng) → one training crop: image uint8 (3, h, w), label int64 (h, w).
+
+    Any picture of the Joined `pairs` is as likely as any other. Generated ones are scaled to cover
+    the crop of `size` (h, w); the others to fit within `fit` (h, w), if given, and then enlarged if
+    they are smaller than the crop. With `rcs` source pictures show a rare class: one drawn by RCS
+    or, in the authors' RCS subset, which was drawn so, the one their name begins with. Up to ten
+    boxes are tried until one has more than `crop_pixels` of it.
+    samplers: one RareClassSampler or None for every set; augment: photometric distortion.
+    """
+
+    pairs: "Joined"
+    samplers: list
+    size: tuple[int, int]
+    fit: tuple[int, int] | tuple[()] = ()
+    augment: bool = True
+    rcs: bool = True
+    crop_pixels: float = 1500
+
+    def __call__(self, rng):
+        k, i = self.pairs.find(int(rng.integers(len(self.pairs))))
+        part, cls = self.pairs.sets[k], None
+        if self.samplers[k]:
+            cls, i = self.samplers[k].draw(rng)
+        elif self.rcs and part.layout == "rcs_subset":
+            cls = int(part.name(i).partition("_")[0])
+        image, label = part.pair(i)
+        made = part.layout == "generated"
+        if self.fit and not made:
+            image, label = resize_to_fit(image, label, self.fit[::-1])
+        image, label = cover(image, label, self.size, exact=made)
+        for _ in range(10):
+            box = cat_max_box(label, self.size, rng)
+            if cls is None or np.count_nonzero(label[box] == cls) > self.crop_pixels:
+                break
+        image, label = image[box], label[box]
+        if rng.random() < 0.5:
+            image, label = image[:, ::-1], label[:, ::-1]
+        if self.augment:
+            image = photometric_distortion(image, rng)
+        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return image, torch.from_numpy(label.astype(np.int64))
+
+
 
 
 class LabelMaps:
@@ -802,17 +877,17 @@ class Joined:
         return int(self.ends[-1])
 
     def find(self, i):
-        """-> the set that holds index i, and the index in it."""
+        """-> the number of the set that holds index i, and the index in it."""
         k = int(np.searchsorted(self.ends, i, side="right"))
-        return self.sets[k], i - (int(self.ends[k - 1]) if k else 0)
+        return k, i - (int(self.ends[k - 1]) if k else 0)
 
     def __getattr__(self, method):
         if method not in ("name", "image", "label", "pair", "weather"):
             raise AttributeError(method)
 
         def delegate(i):
-            part, j = self.find(i)
-            return getattr(part, method)(j)
+            k, j = self.find(i)
+            return getattr(self.sets[k], method)(j)
 
         return delegate
 

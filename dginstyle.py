@@ -1296,46 +1296,16 @@ def train_segmenter(args):
 
 
 def segmenter_draw(pairs, args):
-    """-> draw(rng): one training crop, image uint8 (3,h,w) and label int64 (h,w).
+    """The training crops (data.SegmenterDraw) of a run: of rare classes, but for generated sets.
 
-    Source pictures show a rare class: one drawn by RCS, or in the authors' RCS subset, which was
-    drawn so, the one their name begins with. HRDA's crop has four times the pixels, of the class
-    as well.
+    HRDA's pictures and crops are twice as large each way, with four times the rare class in them.
     """
     scale = 1 + (args.arch == "hrda")
-    size = args.crop or (512 * scale, 512 * scale)
     fit = (720 * scale, 1280 * scale) if args.fit is None else args.fit
-    samplers = {}
-    if args.rcs:
-        samplers = {id(part): data.RareClassSampler(data.class_counts(part), args.rcs_temperature,
-                                                    args.rcs_min_pixels)
-                    for part in pairs.sets if part.layout not in ("generated", "rcs_subset")}
-
-    def draw(rng):
-        part, i = pairs.find(int(rng.integers(len(pairs))))
-        cls = None
-        if id(part) in samplers:
-            cls, i = samplers[id(part)].draw(rng)
-        elif args.rcs and part.layout == "rcs_subset":
-            cls = int(part.name(i).partition("_")[0])
-        image, label = part.pair(i)
-        if fit and part.layout != "generated":
-            image, label = data.resize_to_fit(image, label, fit[::-1])
-        image, label = data.cover(image, label, size, exact=part.layout == "generated")
-        for _ in range(10):  # until the crop shows enough of the rare class
-            crop, crop_label = data.random_crop_cat_max(image, label, size, rng)
-            if cls is None or (crop_label == cls).sum() > args.rcs_min_pixels / 2 * scale**2:
-                break
-        if rng.random() < 0.5:
-            crop, crop_label = crop[:, ::-1], crop_label[:, ::-1]
-        crop = np.ascontiguousarray(crop)
-        if args.augment != "none":
-            strong = args.augment == "strong"
-            crop = (data.strong_distortion if strong else data.photometric_distortion)(crop, rng)
-        image = torch.from_numpy(crop).permute(2, 0, 1)
-        return image, torch.from_numpy(crop_label.astype(np.int64))
-
-    return draw
+    samplers = [None if part.layout in ("generated", "rcs_subset") else
+                rare_class_sampler(part, args) for part in pairs.sets]
+    return data.SegmenterDraw(pairs, samplers, args.crop or segformer.published_crop(args.arch),
+                              fit, args.augment, args.rcs, args.rcs_min_pixels / 2 * scale**2)
 
 
 def load_segmenter(args, K):

@@ -371,6 +371,7 @@ class SegFormer(nn.Module):
 def slide(predict, images, crop, stride, batch=8, cell=1):
     """Average the logits of overlapping windows by coverage; the last window is shifted inside.
 
+    At any time it holds the sum and one batch of windows, not all of them.
     predict maps windows (n, 3, h, w), n <= batch, to logits (n, K, h / cell, w / cell).
     images (B, 3, H, W); crop, stride: int or (h, w) pixels, multiples of cell, stride <= crop. An
     image smaller than the crop is one window. Returns (B, K, H / cell, W / cell).
@@ -383,15 +384,18 @@ def slide(predict, images, crop, stride, batch=8, cell=1):
     ys = [min(i * dy, H - h) for i in range((H - h + dy - 1) // dy + 1)]
     xs = [min(i * dx, W - w) for i in range((W - w + dx - 1) // dx + 1)]
     corners = [(b, y, x) for b in range(B) for y in ys for x in xs]
-    windows = torch.stack([images[b, :, y : y + h, x : x + w] for b, y, x in corners])
-    logits = torch.cat([predict(part) for part in windows.split(batch)])
-    total = logits.new_zeros(B, logits.shape[1], H // cell, W // cell)
-    count = torch.zeros_like(total[:, :1])
-    for (b, y, x), z in zip(corners, logits, strict=True):
-        rows, cols = slice(y // cell, (y + h) // cell), slice(x // cell, (x + w) // cell)
-        total[b, :, rows, cols] += z
-        count[b, :, rows, cols] += 1
-    return total / count
+    total = count = None
+    for part in (corners[i : i + batch] for i in range(0, len(corners), batch)):
+        logits = predict(torch.stack([images[b, :, y : y + h, x : x + w] for b, y, x in part]))
+        if total is None:
+            total = logits.new_zeros(B, logits.shape[1], H // cell, W // cell)
+            count = torch.zeros_like(total[:, :1])
+        for (b, y, x), z in zip(part, logits, strict=True):
+            rows, cols = slice(y // cell, (y + h) // cell), slice(x // cell, (x + w) // cell)
+            total[b, :, rows, cols] += z
+            count[b, :, rows, cols] += 1
+        del logits, z  # before the next batch needs its own
+    return total.div_(count)
 
 
 @torch.no_grad()

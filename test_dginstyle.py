@@ -14,12 +14,14 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import struct
 import subprocess
 import sys
 import unicodedata
+import weakref
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from torchvision.transforms.v2 import functional as TF
 
 import clip_text
 import data
@@ -1628,6 +1631,21 @@ def test_data_counts_of_other_objects(tmp_path):
     assert np.array_equal(data.class_counts(Both()), toy[[0, 0]])
 
 
+def test_data_counts_are_found_again(tmp_path, monkeypatch):
+    """A second call of any process reads no label: of folders, label maps and both joined."""
+    data_plain(tmp_path / "set", ["a", "b"])
+    (tmp_path / "maps").mkdir()
+    data.save_label(tmp_path / "maps/m_labelTrainIds.png", TRAIN)
+
+    def joined():
+        return data.Joined([data.Pairs(tmp_path / "set"), data.LabelMaps(tmp_path / "maps")])
+
+    counts = data.class_counts(joined())
+    assert np.array_equal(counts, [np.bincount(TRAIN.ravel(), minlength=256)[:19]] * 3)
+    monkeypatch.setattr(data, "read_label", None)
+    assert np.array_equal(data.class_counts(joined()), counts)
+
+
 def test_data_rcs_probabilities():
     """P(c) is the softmax of (1 - f)/T over the classes that occur."""
     counts = np.zeros((2, 19), int)
@@ -1869,6 +1887,21 @@ def test_data_distortion_is_seeded():
     assert not any(np.shares_memory(a, image) for a in outs[0])
 
 
+def test_data_hue_equals_torchvision():
+    """The hue step is torchvision's adjust_hue, but for a level in one of a thousand values."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (100, 120, 3)).astype(np.uint8)
+    image[:20] = image[:20, :, :1]  # greys
+    image[20:40] = image[20:40] // 64 * 85  # few and extreme values, two of them often equal
+    for step in range(-18, 18):
+        ours = data.photometric_distortion(image, DataScript(0.9, 0.9, 0.9, 0.1, step, 0.9))
+        theirs = TF.adjust_hue(torch.from_numpy(image).permute(2, 0, 1), step / 180)
+        off = np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy())
+        assert off.max() <= 1 and (off > 0).mean() < 1e-3
+    ours = data._shift_hue(image.transpose(2, 0, 1).astype(np.float32), 0.0)
+    assert ours.dtype == np.float32
+
+
 def test_data_random_crop():
     """The crop is taken at one place of image and label, and avoids crops of a single class."""
     label = np.zeros((40, 40), np.uint8)
@@ -1877,16 +1910,16 @@ def test_data_random_crop():
     image = np.stack(np.broadcast_arrays(*np.indices((40, 40)), label), axis=2).astype(np.uint8)
     rng, good = np.random.default_rng(0), {0: [], 10: []}
     for tries in (0, 10) * 100:
-        crop, crop_label = data.random_crop_cat_max(image, label, (8, 10), rng, tries=tries)
+        box = data.cat_max_box(label, (8, 10), rng, tries=tries)
+        crop, crop_label = image[box], label[box]
         assert crop.shape == (8, 10, 3) and np.array_equal(crop[..., 2], crop_label)
         assert (np.diff(crop[..., 0].astype(int), axis=0) == 1).all()
         n = np.bincount(crop_label.ravel(), minlength=256)[:255]
         good[tries].append(n.max() < 0.75 * n.sum())
     assert np.mean(good[10]) > 0.95 and 0.2 < np.mean(good[0]) < 0.8
-    whole, _ = data.random_crop_cat_max(image, np.zeros((40, 40), np.uint8), 40, rng)
-    assert np.array_equal(whole, image)
+    assert data.cat_max_box(np.zeros((40, 40), np.uint8), 40, rng) == (slice(0, 40),) * 2
     with pytest.raises(ValueError, match="smaller than the crop"):
-        data.random_crop_cat_max(image, label, 41, rng)
+        data.cat_max_box(label, 41, rng)
 
 
 @pytest.mark.parametrize("size, fit, expected", [
@@ -1904,9 +1937,8 @@ def test_data_resize_to_fit(size, fit, expected):
     assert small.shape == (*expected, 3) and small_label.shape == expected
     assert small.dtype == small_label.dtype == np.uint8
     assert set(np.unique(small_label)) <= {0, 18, 255}
-    y, x = np.arange(expected[0]) * size[0] // expected[0], np.arange(expected[1]) * size[1]
-    rows = label[y][:, x // expected[1]]
-    assert (small_label == rows).mean() > 0.99
+    nearest = F.interpolate(torch.from_numpy(label)[None, None].float(), expected)[0, 0]
+    assert np.array_equal(small_label, nearest)
     assert np.abs(small[0, :, 0] - np.arange(0.5, expected[1]) / expected[1] * 255).max() < 2
     assert np.array_equal(image, before[0]) and np.array_equal(label, before[1])
     assert data.resize_to_fit(image, None, fit)[1] is None
@@ -2528,6 +2560,21 @@ def test_segformer_slide_batches_windows_and_averages():
             segformer.slide(predict, images, 32, stride)
 
 
+def test_segformer_slide_keeps_one_batch():
+    """However many windows there are, the logits of earlier batches are gone when one is made."""
+    made = []
+
+    def predict(windows):
+        assert not any(z() is not None for z in made)
+        z = windows[:, :1] * 1
+        made.append(weakref.ref(z))
+        return z
+
+    images = seg_images(1, 3, 32, 200)
+    assert torch.allclose(segformer.slide(predict, images, 32, 16, batch=2), images[:, :1])
+    assert len(made) == 6
+
+
 def test_segformer_confusion_and_iou_by_hand():
     """Counts and scores equal a hand count; 255 is skipped and absent classes are nan."""
     label = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]], dtype=torch.uint8)
@@ -3125,6 +3172,41 @@ def test_segmenter_learns_from_the_source_and_the_generated_set(tmp_path):
     assert all(label.shape == (6, 8) and len(label.unique()) == 1 for label in labels)
     share = np.mean([int(label[0, 0]) == 2 for label in labels])
     assert abs(share - 4 / 6) < 0.09
+
+
+@pytest.mark.parametrize("arch", ["daformer", "hrda"])
+def test_segmenter_draw_is_the_published_one(tmp_path, arch):
+    """A draw, also one sent to another process, is the recipe step by step: resize, crop, colours.
+
+    Scale, box, flip and colours of image and label are those of torchvision on the whole picture.
+    """
+    for k in range(3):
+        image, label = streets.toy_street(k, size=(90, 160))
+        data_png(tmp_path / f"images/{k}.png", image)
+        data_png(tmp_path / f"labels/{k}_labelTrainIds.png", label)
+    draw = segment_draw(["--data", str(tmp_path), "--arch", arch, "--fit", "75x133", "--crop",
+                         "48x64", "--rcs-min-pixels", "40", "--no-augment"])
+    pairs, sampler = draw.pairs, draw.samplers[0]
+    for seed in range(20):
+        image, label = pickle.loads(pickle.dumps(draw))(np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        rng.integers(3)
+        cls, i = sampler.draw(rng)
+        whole, whole_label = (torch.from_numpy(part.copy()) for part in pairs.pair(i))
+        whole = TF.resize(whole.permute(2, 0, 1), [75, 133], antialias=False)
+        whole_label = F.interpolate(whole_label[None, None], (75, 133))[0, 0].long()
+        for _ in range(10):
+            for _ in range(11):
+                y, x = int(rng.integers(28)), int(rng.integers(70))
+                box = slice(y, y + 48), slice(x, x + 64)
+                n = torch.bincount(whole_label[box].flatten(), minlength=256)[:255]
+                if n.max() < 0.75 * n.sum():
+                    break
+            if n[cls] > (80 if arch == "hrda" else 20):
+                break
+        turned = [-1] if rng.random() < 0.5 else []
+        assert torch.equal(label, whole_label[box].flip(turned))
+        assert torch.equal(image, whole[:, box[0], box[1]].flip(turned))
 
 
 def test_segmenter_crops_show_the_rare_class(tmp_path):

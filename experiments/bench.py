@@ -48,7 +48,7 @@ from controlnet import ControlNet
 from dginstyle import Condition, Models, Noise, Schedule
 from experiments import claim
 from segformer import PRESETS as MIT
-from segformer import SegFormer, SegFormerConfig
+from segformer import SegFormer, SegFormerConfig, training_loss
 from toy import streets
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -442,9 +442,7 @@ def segmenter_training_case(device, backbone, size, batch):
     config = SegFormerConfig(**{**MIT[backbone], "head": "segformer",
                                 "num_classes": len(CLASSES.names)})
     ours, theirs = SegFormer(config), transformers_segmenter(config)
-    args = argparse.Namespace(arch="segformer", rcs=True, rcs_temperature=0.01, rcs_min_pixels=40,
-                              fit=(), crop=size, augment="photometric",
-                              fd=0.0)
+    args = dginstyle.settings("segment", "--crop", "x".join(map(str, size)), "--device", "cpu")
     pairs = data.Joined([streets.ToyStreets(("sunny",), 50)])
     draw, rng = dginstyle.segmenter_draw(pairs, args), np.random.default_rng(0)
 
@@ -453,10 +451,10 @@ def segmenter_training_case(device, backbone, size, batch):
         return [torch.stack(part).to(device) for part in zip(*samples, strict=True)]
 
     images, labels = make_batch()
-    loss = dginstyle.segmenter_loss(ours.to(device).train(), None, args)
+    ours.to(device).train()
     pixels = images.float() / 255
     return Case(f"segmenter training step, MiT-{backbone}, batch {batch}",
-                training_step(ours, lambda: loss((images, labels))),
+                training_step(ours, lambda: training_loss(ours, images, labels)),
                 {"transformers": theirs and training_step(
                     theirs.to(device).train(),
                     lambda: theirs(pixel_values=pixels, labels=labels).loss),
