@@ -3379,14 +3379,14 @@ def test_bad_weights(capsys, tmp_path):
     other.controlnet.save_pretrained(tmp_path / "other")
     refuses(capsys, [*common[:-1], str(tmp_path / "other")], "ControlNet", "UNet")
     refuses(capsys, [*common[:-1], str(sd / "unet")], "ControlNet")
-    refuses(capsys, [*common, "--unet", str(sd / "vae")], "UNet")
+    refuses(capsys, [*common, "--swap", "0.5", "--source-unet", str(sd / "vae")], "UNet")
 
     class Evil:
         def __reduce__(self):
             return (print, ("executed",))
 
     torch.save({"x": Evil()}, tmp_path / "evil.bin")
-    refuses(capsys, [*common, "--unet", str(tmp_path / "evil.bin")], "evil.bin")
+    refuses(capsys, [*common, "--swap", "0.5", "--source-unet", str(tmp_path / "evil.bin")], "evil.bin")
     weights = sd / "unet" / "diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
