@@ -3367,7 +3367,7 @@ def test_bad_weights(capsys, tmp_path):
     """Truncated files, pickles of code, other architectures and channel counts are named."""
     out = [*QUICK, "--out", str(tmp_path / "out")]
     sd = tmp_path / "sd"
-    shutil.copytree(HERE / "toy", sd, ignore=shutil.ignore_patterns("*.md", "*.png", "settings.json"))
+    shutil.copytree(HERE / "toy", sd, ignore=shutil.ignore_patterns("*.png", "settings.json"))
     common = ["generate", "--sd", str(sd), *out, "--size", "64x128"]
     refuses(capsys, common[:-2], "--controlnet")
     common += ["--controlnet", str(sd / "controlnet")]
@@ -3379,14 +3379,15 @@ def test_bad_weights(capsys, tmp_path):
     other.controlnet.save_pretrained(tmp_path / "other")
     refuses(capsys, [*common[:-1], str(tmp_path / "other")], "ControlNet", "UNet")
     refuses(capsys, [*common[:-1], str(sd / "unet")], "ControlNet")
-    refuses(capsys, [*common, "--swap", "0.5", "--source-unet", str(sd / "vae")], "UNet")
+    mixed = ["--swap", "0.5", "--source-unet"]
+    refuses(capsys, [*common, *mixed, str(sd / "vae")], "UNet")
 
     class Evil:
         def __reduce__(self):
             return (print, ("executed",))
 
     torch.save({"x": Evil()}, tmp_path / "evil.bin")
-    refuses(capsys, [*common, "--swap", "0.5", "--source-unet", str(tmp_path / "evil.bin")], "evil.bin")
+    refuses(capsys, [*common, *mixed, str(tmp_path / "evil.bin")], "evil.bin")
     weights = sd / "unet" / "diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
