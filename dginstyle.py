@@ -51,7 +51,7 @@ from clip_text import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from data import UserError
 from segformer import SegFormer
-from unet import UNet
+from unet import UNet, read_json
 from vae import VAE
 
 TOY = Path(__file__).resolve().parent / "toy"
@@ -104,7 +104,7 @@ class Schedule:
         file = Path(folder) / "scheduler_config.json"
         if not file.is_file():
             raise UserError(f"{file} is missing: the scheduler folder of an SD model has it")
-        config = json.loads(file.read_text())
+        config = read_json(file)
         if config.get("clip_sample", False) or config.get("rescale_betas_zero_snr", False):
             raise UserError(f"{file}: clip_sample and rescale_betas_zero_snr are not supported")
         known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
@@ -837,7 +837,7 @@ def open_run(out, args, free, name="settings.json", fresh=False):
                 if k not in (*free, "out", "run", "command")}
     file = out / name
     if file.is_file():
-        old = json.loads(file.read_text())
+        old = read_json(file)
         differ = [k for k in settings if old.get(k) != settings[k]]
         if differ:
             raise UserError(f"--out {out} holds a run with other settings ({', '.join(differ)}); "
@@ -1337,37 +1337,12 @@ def evaluate(args, sets, classes):
             if args.save:
                 stem = Path(args.out) / "predictions" / pairs.name(i)
                 gallery.save_prediction(stem, prediction.byte().cpu().numpy(), image, classes)
-        results[spec] = scores(confusion, classes)
+        results[spec] = segformer.scores(confusion, classes.names)
         with data.replacing(file) as part:
             part.write_text(json.dumps(results, indent=1) + "\n")
-    print(score_table(results, classes))
+    print(segformer.score_table(results, classes.names))
     print(f"the same numbers and the confusion matrices are in {file}")
     return results
-
-
-def scores(confusion, classes):
-    """Confusion matrix -> the authors' result keys, as fractions (None: class not in the set)."""
-    m = segformer.mean_iou(confusion)
-    row = {k: round(float(m[k]), 4) for k in ("aAcc", "mIoU", "mAcc")}
-    for key in ("IoU", "Acc"):
-        for name, v in zip(classes.names, m[key].tolist(), strict=True):
-            row[f"{key}.{name}"] = None if math.isnan(v) else round(v, 4)
-    return {**row, "confusion": confusion.tolist()}
-
-
-def score_table(results, classes):
-    """Percent, one row per data set; a mean row when there are several."""
-    short = [n.replace("traffic ", "tr. ")[:8] for n in classes.names]
-    width = max(12, *(len(s) for s in results))
-    lines = [f"{'data':<{width}} {'mIoU':>6} " + " ".join(f"{s:>8}" for s in short)]
-    for spec, r in results.items():
-        cells = [r[f"IoU.{n}"] for n in classes.names]
-        cells = " ".join(f"{'-':>8}" if c is None else f"{100 * c:>8.1f}" for c in cells)
-        lines.append(f"{spec:<{width}} {100 * r['mIoU']:>6.2f} {cells}")
-    if len(results) > 1:
-        mean = np.mean([r["mIoU"] for r in results.values()])
-        lines.append(f"{'mean':<{width}} {100 * mean:>6.2f}")
-    return "\n".join(lines)
 
 
 def predict(args, classes):
@@ -1627,9 +1602,9 @@ def pack_settings(folder):
     if not file.is_file():
         return {}
     tables = TABLES | dict.fromkeys((*STAGES["train"], "vae", "prior"), TRAIN)
-    settings = {}
+    settings, whole = {}, read_json(file)
     try:
-        for section, values in json.loads(file.read_text()).items():
+        for section, values in whole.items():
             settings[section], table = {}, tables[section]
             for name, value in values.items():
                 kind, many = table[name].kind, table[name].many
@@ -1675,7 +1650,7 @@ def is_toy(args):
         specs = (args.data or ["toy"]) + (args.eval_data or [])
         return any(spec.partition(":")[0] == "toy" for spec in specs)
     file = segmenter_path(args) / "config.json"
-    sizes = json.loads(file.read_text()).get("hidden_sizes") if file.is_file() else None
+    sizes = read_json(file).get("hidden_sizes") if file.is_file() else None
     return sizes == list(segformer.PRESETS["tiny"]["hidden_sizes"])
 
 

@@ -522,6 +522,31 @@ def mean_iou(confusion):
     return {**means, "IoU": iou, "Acc": acc}
 
 
+def scores(confusion, names):
+    """Counts (K, K) -> the authors' result keys, as fractions (None: class not in the set)."""
+    m = mean_iou(confusion)
+    row = {k: round(float(m[k]), 4) for k in ("aAcc", "mIoU", "mAcc")}
+    for key in ("IoU", "Acc"):
+        for name, v in zip(names, m[key].tolist(), strict=True):
+            row[f"{key}.{name}"] = None if math.isnan(v) else round(v, 4)
+    return {**row, "confusion": confusion.tolist()}
+
+
+def score_table(results, names):
+    """{data set: `scores`} -> text in percent, one row per set; a mean row if there are several."""
+    short = [n.replace("traffic ", "tr. ")[:8] for n in names]
+    width = max(12, *(len(s) for s in results))
+    lines = [f"{'data':<{width}} {'mIoU':>6} " + " ".join(f"{s:>8}" for s in short)]
+    for spec, r in results.items():
+        cells = [r[f"IoU.{n}"] for n in names]
+        cells = " ".join(f"{'-':>8}" if c is None else f"{100 * c:>8.1f}" for c in cells)
+        lines.append(f"{spec:<{width}} {100 * r['mIoU']:>6.2f} {cells}")
+    if len(results) > 1:
+        mean = sum(r["mIoU"] for r in results.values()) / len(results)
+        lines.append(f"{'mean':<{width}} {100 * mean:>6.2f}")
+    return "\n".join(lines)
+
+
 LEGACY = {  # runs of whole path components, i = 0..3, k = i + 1; None drops keys that start so
     "module": "", "model": "",  # wrappers around the student
     "imnet_model": None, "ema_model": None, "auxiliary_head": None,  # teachers, mmseg's extra head
