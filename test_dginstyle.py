@@ -3292,6 +3292,24 @@ def test_other_classes_everywhere(tmp_path, capsys):
     refuses(capsys, ["generate", "--classes", str(file), "--out", str(tmp_path / "x")], "toy:sunny")
 
 
+def test_a_class_file_with_the_nineteen_names_is_the_nineteen(tmp_path, monkeypatch):
+    """Toy streets take it, and the feature distance, which knows things by trainId, stays on."""
+    (tmp_path / "c.json").write_text(json.dumps({
+        "names": data.CITYSCAPES.names, "colours": data.CITYSCAPES.colours, "ids": {"1": 0}}))
+
+    class Seen(Exception):
+        pass
+
+    def loss(model, teacher, args):
+        raise Seen(teacher is not None)
+
+    monkeypatch.setattr(dginstyle, "segmenter_loss", loss)
+    monkeypatch.setattr(SegFormer, "load_backbone", lambda self, path: self)
+    with pytest.raises(Seen, match="True"):
+        main(["segment", "train", "--data", "toy:sunny:2", "--classes", str(tmp_path / "c.json"),
+              "--pretrained", "x", "--fd", "0.005", "--out", str(tmp_path / "out")])
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
