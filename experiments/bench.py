@@ -4,6 +4,7 @@
     python -m experiments.bench --sd-size           the SD1.5 configuration with random weights
     python -m experiments.bench --device cuda       either of them on a GPU
     python -m experiments.bench --sampling 64       label fidelity of faster sampling, 64 images
+    python -m experiments.bench --data-path         a training sample of GTA's size, on one core
     python -m experiments.bench --quick             once through everything, to see that it runs
 
 Every case times our way and the others in turn, round after round, and reports medians and their
@@ -43,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dginstyle
+import gallery
 from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet
 from dginstyle import Condition, Models, Noise, Schedule
@@ -639,6 +641,30 @@ def report(bench):
     (HERE / "bench.md").write_text("\n".join(lines))
 
 
+def data_path(files=12, draws=36):
+    """-> {recipe: mean CPU ms of a training sample}, pairs of 1914 x 1052 and about 2.3 MB a PNG
+    as GTA's, one thread; and of the PNG decoding in it."""
+    def cost(call):
+        start = time.process_time()
+        for k in range(draws):
+            call(np.random.default_rng([0, k]))
+        return 1e3 * (time.process_time() - start) / draws
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for k in range(files):
+            image, label = streets.toy_street(k, "overcast", (1052, 1914))
+            gallery.write_image(root / "images" / f"{k}.png", image)
+            data.save_label(root / "labels" / f"{k}_labelTrainIds.png", label)
+        pairs = data.Joined([data.open_set(root)])
+        result = {"PNG decoding": cost(lambda rng: pairs.image(int(rng.integers(files))))}
+        for arch in ("daformer", "hrda"):
+            args = dginstyle.settings("segment", "--data", root, "--arch", arch, "--device", "cpu")
+            result[arch] = cost(dginstyle.segmenter_draw(pairs, args))
+    return result
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.bench")
     parser.add_argument("--sd-size", action="store_true", help="SD1.5's size, random weights")
@@ -646,8 +672,13 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="one short round of everything")
     parser.add_argument("--sampling", type=int, metavar="N", help="instead: time and label "
                         "fidelity of the presets and what lies between, N toy images each")
+    parser.add_argument("--data-path", action="store_true", help="instead: CPU ms of a sample")
     args = parser.parse_args(argv)
     dginstyle.tune_cpu()
+    if args.data_path:
+        for name, ms in data_path().items():
+            print(f"{name:16}{ms:8.1f} ms")
+        return
     bench = Bench(torch.device(args.device), args.quick)
     if args.sampling:
         bench.title = f"sampling {args.sampling} toy images in bf16"
