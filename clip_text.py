@@ -373,6 +373,8 @@ def load_strict(model, state, file, dtype):
         raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
     copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
               for k, v in state.items()}
+    if broken := [k for k, v in copies.items() if not v.isfinite().all()]:
+        raise FileError(f"{file}: {broken[0]} holds numbers that are not finite in {dtype}")
     model.load_state_dict(copies, strict=True, assign=True)
     return model
 

@@ -713,6 +713,10 @@ def sample(models, conditions, classes, args):
 def make_images(models, conditions, classes, args):
     """Conditions of one size -> uint8 images (B,H,W,3): sampled, decoded and scaled back."""
     latents = sample(models, conditions, classes, args)
+    for c, z in zip(conditions, latents, strict=True):
+        if not z.isfinite().all():
+            raise UserError(f"{c.name}, seed {c.seed}: the latents are no longer numbers; try "
+                            "--precision fp32")
     with models.on_device("vae"):
         images = decode(models.vae, latents)
     size = conditions[0].label.shape
