@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -53,7 +54,7 @@ from clip_text import (
 )
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
-from experiments import bench
+from experiments import bench, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
 from unet import UNet, UNetConfig
@@ -3467,6 +3468,31 @@ def test_bench_reports_ratios(tmp_path, monkeypatch):
     assert abs(row["of peak"] - 2 * 64**3 / row["seconds"]["ours"] / 1e9) < 1e-9
     assert json.loads((tmp_path / "bench.json").read_text())["toy size, cpu"]["rows"] == [row]
     assert "absent: not installed" in (tmp_path / "bench.md").read_text()
+
+
+# ---- experiments/rehearse.py ---------------------------------------------------------------------
+
+
+def test_rehearsal_finds_every_command_of_the_readmes():
+    """Blocks, variables, comments and `&&` are read; each dginstyle.py line of the READMEs is one
+    of the rehearsal's, and they cover the verbs, public weights and several processes."""
+    text = "```\nSD=a/b\npip install x && python y.py $SD \\\n --z 1  # why\n```\n```\nls\n```"
+    assert rehearse.parse(text) == [[["python", "y.py", "a/b", "--z", "1"]]]
+    lines = [" ".join(line.words) for line in rehearse.all_lines()]
+    for name in filter(lambda name: (HERE / name).is_file(), rehearse.READMES):
+        for line in (HERE / name).read_text().split("\n"):
+            if re.match(r"(python|torchrun) .*dginstyle\.py ", line):
+                words = line.partition("#")[0].split()[:4]
+                assert any(found.startswith(" ".join(words)) for found in lines), line
+    for words in ("dginstyle.py generate --sd", "train controlnet --sd", "--nproc-per-node=8",
+                  "segment predict", "segment --arch hrda", "data.py rcs-subset"):
+        assert any(words in line for line in lines), words
+
+
+def test_rehearsal_of_three_commands(capsys):
+    """README's eight-process generate, ControlNet training in bf16 and segmenter run to their end
+    on look-alikes of the public data sets and weights."""
+    assert rehearse.main(["--quick"]) == 0, capsys.readouterr().out
 
 
 # ---- the house -----------------------------------------------------------------------------------
