@@ -3937,6 +3937,124 @@ def test_diff_prior_of_models():
     assert model(torch.rand(1, 3, 64, 128)).shape == (1, 19, 32, 64)
 
 
+DIFF_RUN = ["--backbone", "diff", "--data", "toy:sunny:4", "--batch", "1", "--diff-steps", "1"]
+
+
+def test_diff_command_trains_resumes_and_measures(tmp_path, capsys):
+    """2 + 2 updates give bit for bit the weights of 4; files hold no prior; the other verbs run."""
+    flags = ["segment", "train", *DIFF_RUN, "--ema", "0.5", "--save-dtype", "fp32",
+             "--lr-schedule", "constant", "--out"]
+    for name, steps in (("whole", ["4"]), ("parts", ["2", "4"])):
+        for n in steps:
+            assert main([*flags, str(tmp_path / name), "--steps", n]) == 0
+    whole, parts = (load_file(tmp_path / name / "segformer" / "model.safetensors")
+                    for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    saved = torch.load(tmp_path / "parts" / "checkpoints" / "segformer.pt", weights_only=True)
+    assert {"model." + k for k in whole} == saved["nets"].keys()
+    assert all(k.startswith(("fusion.", "decoder.", "decode_head.")) for k in whole)
+    refuses(capsys, [*flags, str(tmp_path / "parts"), "--diff-steps", "5"], "diff_steps")
+
+    out = ["--out", str(tmp_path / "parts")]  # all three verbs: nothing left to train, then eval
+    assert main(["segment", *flags[2:-1], "--steps", "4", *out, "--eval-data", "toy:night:1"]) == 0
+    result = json.loads((tmp_path / "parts" / "eval.json").read_text())["toy:night:1"]
+    assert main(["segment", "eval", *out, "--eval-data", "toy:night:1"]) == 0
+    assert json.loads((tmp_path / "parts" / "eval.json").read_text())["toy:night:1"] == result
+    assert np.sum(result["confusion"]) > 128 * 256 * 0.9
+    Image.fromarray(streets.toy_street(0, size=(70, 130))[0]).save(tmp_path / "a.png")
+    assert main(["segment", "predict", str(tmp_path / "a.png"), *out]) == 0
+    label = tmp_path / "parts" / "predictions" / "a_labelTrainIds.png"
+    assert data.read_label(label).shape == (70, 130)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_diff_command_in_half_precision(precision, tmp_path):
+    """The prior's weights are halves, those trained are not; both run under autocast."""
+    flags = ["--precision", precision, "--out", str(tmp_path)]
+    assert main(["segment", "train", *DIFF_RUN, "--steps", "1", *flags]) == 0
+    row, = map(json.loads, open(tmp_path / "log.jsonl"))
+    assert np.isfinite(row["loss"])
+    assert main(["segment", "eval", "--eval-data", "toy:sunny:1", *flags]) == 0
+
+
+@pytest.mark.parametrize("sd", SD_LIKE)
+def test_diff_command_on_stable_diffusion_folders(sd, tmp_path, monkeypatch):
+    """UNets of four levels and a VAE of factor 8, with the noise or v as output, as SD 1 and 2."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1,
+                          norm_num_groups=8, cross_attention_dim=24, **{
+                              k: tuple(v) if isinstance(v, list) else v
+                              for k, v in SD_LIKE[sd].items()}))
+    kind = {"sd1": "epsilon", "sd2": "v_prediction"}[sd]
+    models = replace(tiny_models(), unet=net, controlnet=ControlNet.from_unet(net, 20),
+                     vae=VAE(VAEConfig(block_out_channels=(8,) * 4, layers_per_block=1,
+                                       norm_num_groups=4)), schedule=Schedule(prediction_type=kind))
+    flags = ["--sd", str(write_sd_folder(tmp_path / "sd", models)), "--out", str(tmp_path / "run")]
+    monkeypatch.setitem(diff.PRESETS, "sd", diff.PRESETS["tiny"])
+    assert main(["segment", *DIFF_RUN, *flags, "--crop", "64x128", "--steps", "1", "--arch",
+                 "daformer", "--eval-data", "toy:sunny:1"]) == 0
+    config = json.loads((tmp_path / "run" / "segformer" / "config.json").read_text())
+    assert config["head"] == "daformer" and config["steps"] == "1"
+
+
+def test_diff_command_refuses(tmp_path, capsys):
+    """Another prior, a UNet too small, HRDA, MiT weights and odd crops end with one sentence."""
+    train = ["segment", "train", *DIFF_RUN, "--steps", "1", "--out", str(tmp_path / "run")]
+    refuses(capsys, [*train, "--arch", "hrda"], "--arch segformer or daformer")
+    refuses(capsys, [*train, "--pretrained", "mit_b5.pth"], "--pretrained")
+    refuses(capsys, [*train, "--crop", "60x100"], "60x100", "multiples of 16")
+    refuses(capsys, [*train, "--sd", "nowhere"], "nowhere")
+    small = write_sd_folder(tmp_path / "small", tiny_models())
+    refuses(capsys, [*train, "--sd", str(small)], "three levels")
+    assert not (tmp_path / "run").exists()
+    assert main(train) == 0
+    other = tmp_path / "other"
+    shutil.copytree(HERE / "toy", other)
+    net = UNet.from_pretrained(other / "unet_source")  # U^S is another prior than U^P
+    net.save_pretrained(other / "unet")
+    measure = ["segment", "eval", "--out", str(tmp_path / "run"), "--eval-data", "toy:sunny:1"]
+    refuses(capsys, [*measure, "--sd", str(other)], "trained on the features of prior")
+    refuses(capsys, [*measure, "--sd", str(small)], "three levels")
+
+
+def test_diff_command_with_other_classes(tmp_path):
+    """Only classes with a description get a prompt; logits and metric have the file's classes."""
+    file = tmp_path / "classes.json"
+    file.write_text(json.dumps({"names": ["ship", "wall"], "colours": [[9, 0, 0], [0, 9, 0]],
+                                "ids": {"5": 0, "7": 1}}))
+    image, label = streets.toy_street(0)
+    data_png(tmp_path / "set/images/0.png", image)
+    data_png(tmp_path / "set/labels/0.png", np.where(label < 5, 5, 7).astype(np.uint8))
+    flags = ["--classes", str(file), "--data", str(tmp_path / "set"), "--eval-data",
+             str(tmp_path / "set"), "--out", str(tmp_path / "run"), "--crop", "64x128"]
+    prior = dginstyle.load_prior(dginstyle.settings("segment", *flags),
+                                 data.Classes.from_json(file))
+    assert prior.classes == (1,) and len(prior.texts) == 2
+    assert main(["segment", "--backbone", "diff", "--diff-steps", "1", *flags, "--steps", "1"]) == 0
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())[str(tmp_path / "set")]
+    assert {k for k in result if k.startswith("IoU")} == {"IoU.ship", "IoU.wall"}
+
+
+def test_diff_command_loss_falls():
+    """The command's model learns one picture by heart, at the published rates times ten."""
+    args = dginstyle.settings("segment", *DIFF_RUN, "--lr", "6e-4")
+    assert args.clip == 5 and args.batch == 1 and args.arch == "segformer"
+    torch.manual_seed(0)
+    model, loss = dginstyle.build_diff(args, data.CITYSCAPES)
+    image, label = (torch.from_numpy(x[None, :64, :128].copy()) for x in streets.toy_street(0))
+    optimizer = torch.optim.AdamW(segformer.parameter_groups(model, args.lr, args.weight_decay))
+    batch = image.permute(0, 3, 1, 2), label.long()
+    values = []
+    for step in range(8):
+        torch.manual_seed(step)
+        value = loss(batch)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert min(values[-2:]) < 0.7 * values[0], values
+
+
 def test_diff_can_be_copied_out(tmp_path):
     """diff.py, unet.py and segformer.py work alone, with another's latents, in ten lines."""
     for name in ("diff.py", "unet.py", "segformer.py"):
