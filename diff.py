@@ -414,6 +414,7 @@ class Diff(nn.Module):
                 "steps": c.steps, "guidance": c.guidance, "classes": list(prior.classes),
                 "released": sorted(set(c.released) - {"undetached"})}
 
+    @torch.compiler.disable  # else --compile unrolls every call of the UNet
     @torch.no_grad()
     def extract(self, images, labels=None, noise=None):
         """The frozen part: images (B,3,H,W) in [0,1] -> the maps of `diffusion_features`.
