@@ -10,7 +10,7 @@ Models and Stylized Semantic Control", ECCV 2024, arXiv 2312.03048. In the paper
        second_pass                  fusion (MRLF) with the large segments kept
     5  draw_condition, generate     label crop by rare class, caption, weather; the data maker
     6  train dreambooth|controlnet
-    7  segment train|eval|predict   SegFormer / DAFormer / HRDA on source + generated
+    7  segment train|eval|predict   SegFormer / DAFormer / HRDA / DIFF on source + generated
     8  the command line             python dginstyle.py train|generate|segment --help
 
 Without --sd and --data everything runs on the toy pack in toy/ and on procedural toy streets.
@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import clip_text
 import data
+import diff
 import gallery
 import segformer
 import unet as unet_module
@@ -50,6 +51,7 @@ import vae as vae_module
 from clip_text import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from data import UserError
+from diff import Diff
 from segformer import SegFormer
 from unet import UNet, read_json
 from vae import VAE
@@ -1269,6 +1271,12 @@ def segmenter_path(args):
     return args.weights or (own if own.exists() else TOY / "segformer")
 
 
+def segmenter_config(path):
+    """config.json of a segmenter's folder; {} for a single file."""
+    file = Path(path) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def train_segmenter(args):
     """AdamW, poly decay with warm-up, random crops, flips, photometric distortion (section 4.1).
 
@@ -1278,6 +1286,18 @@ def train_segmenter(args):
     """
     classes, pairs = open_training_data(args)
     torch.manual_seed(args.seed)
+    model, loss = (build_diff if args.backbone == "diff" else build_segformer)(args, classes)
+
+    def save():
+        model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
+
+    fit("segformer", Objective(loss, model=model), segmenter_draw(pairs, args), args, save,
+        segformer.parameter_groups(model, args.lr, args.weight_decay))
+    say(f"segmenter is in {Path(args.out) / 'segformer'}")
+
+
+def build_segformer(args, classes):
+    """-> a new SegFormer and its loss of a batch."""
     model = SegFormer(segformer.preset(args.backbone, args.arch, len(classes.names)))
     teacher = None
     if args.pretrained:
@@ -1287,16 +1307,34 @@ def train_segmenter(args):
     elif args.backbone != "tiny":
         say(f"--pretrained is missing: MiT-{args.backbone.upper()} starts from random weights, "
             "without the feature distance to ImageNet's")
+    return model, lambda batch: segformer.training_loss(model, *batch, teacher, args.fd)
 
-    def loss(batch):
-        return segformer.training_loss(model, *batch, teacher, args.fd)
 
-    def save():
-        model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
+def build_diff(args, classes):
+    """-> a new DIFF on the prior in --sd, which stays frozen, and its loss (IPKL) of a batch.
 
-    fit("segformer", Objective(loss, model=model), segmenter_draw(pairs, args), args, save,
-        segformer.parameter_groups(model, args.lr, args.weight_decay))
-    say(f"segmenter is in {Path(args.out) / 'segformer'}")
+    UserError for what it does not have: HRDA, other encoders, crops that the UNet cannot halve.
+    """
+    if args.arch == "hrda" or args.pretrained:
+        raise UserError("--backbone diff goes with --arch segformer or daformer and with --sd, "
+                        "not with --arch hrda or --pretrained")
+    prior = load_prior(args, classes)
+    sizes = diff.PRESETS["sd" if prior.vae.factor == 8 else "tiny"]
+    model = Diff(diff.DiffConfig(**sizes, head=args.arch, steps=args.diff_steps,
+                                 num_classes=len(classes.names)), prior)
+    if any(n % model.multiple for n in args.crop or ()):
+        raise UserError(f"--crop {args.crop[0]}x{args.crop[1]}: DIFF on this prior needs "
+                        f"multiples of {model.multiple}")
+    return model, lambda batch: model.loss(batch[0].float() / 255, batch[1])
+
+
+def load_prior(args, classes):
+    """The Stable Diffusion in --sd as DIFF reads it, in the precision of the run."""
+    models = Models.from_pretrained(args.sd, device=args.device,
+                                    dtype=DTYPES[choose_precision(args)])
+    if len(models.unet.up_blocks) < 3:
+        raise UserError(f"--sd {args.sd}: DIFF reads three levels of the UNet; this one has less")
+    return diff.Prior.of(models, classes.names)
 
 
 def segmenter_draw(pairs, args):
@@ -1312,13 +1350,17 @@ def segmenter_draw(pairs, args):
                               fit, args.augment, args.rcs, args.rcs_min_pixels / 2 * scale**2)
 
 
-def load_segmenter(args, K):
-    """The model of `segmenter_path`; UserError if it knows other classes."""
+def load_segmenter(args, classes):
+    """The model of `segmenter_path`, of either kind; UserError if it knows other classes."""
     path = segmenter_path(args)
     print(f"segmenter: {path}")
-    model = SegFormer.from_pretrained(path)
-    if model.config.num_classes != K:
-        raise UserError(f"the segmenter knows {model.config.num_classes} classes, the data {K}")
+    if segmenter_config(path).get("architecture") == "Diff":
+        model = Diff.from_pretrained(path, load_prior(args, classes))
+    else:
+        model = SegFormer.from_pretrained(path)
+    if model.config.num_classes != len(classes.names):
+        raise UserError(f"the segmenter knows {model.config.num_classes} classes, the data "
+                        f"{len(classes.names)}")
     return model.to(args.device)
 
 
@@ -1326,7 +1368,7 @@ def evaluate(args, sets, classes):
     """mIoU over each whole set: a table (rows data sets, columns classes) and eval.json, which
     grows set by set."""
     K = len(classes.names)
-    model = load_segmenter(args, K)
+    model = load_segmenter(args, classes)
     head = model.config.head
     window = args.crop or segformer.published_crop(head)
     results, file = {}, Path(args.out) / "eval.json"
@@ -1356,7 +1398,7 @@ def predict(args, classes):
     """
     out = Path(args.out) / "predictions"
     jobs, broken = prediction_jobs(args.images, out), []
-    model = load_segmenter(args, len(classes.names))
+    model = load_segmenter(args, classes)
     window = args.crop or segformer.published_crop(model.config.head)
     for file, stem in tqdm(jobs, unit="image"):
         try:
@@ -1569,7 +1611,10 @@ SEGMENT = {
     "out": Flag(Path("runs/segment"), "output folder"),
     "eval_data": Flag(None, "sets to measure on, as --data; one row each", str, many=True),
     "weights": Flag(None, "eval, predict: segmenter folder or file; default: OUT/segformer", Path),
-    "backbone": Flag("b5", "MiT size: b0 to b5, tiny", choices=tuple(segformer.PRESETS)),
+    "backbone": Flag("b5", "MiT size: b0 to b5, tiny; or diff: the features of --sd (DIFF, arXiv "
+                           "2406.00777)", choices=(*segformer.PRESETS, "diff")),
+    "sd": Flag(TOY, "diff: Stable Diffusion folder or file; eval and predict need the same"),
+    "diff_steps": Flag("full", "diff: the steps of noise that are read", choices=tuple(diff.STEPS)),
     "arch": Flag("daformer", "decode head", choices=("segformer", "daformer", "hrda")),
     "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", Path),
     "fit": Flag(None, "train: scale pictures, not generated ones, to fit within HxW before "
@@ -1592,20 +1637,22 @@ RECIPES = {
     "dreambooth": dict(steps=30_000, lr=2e-6, accumulate=2),
     "controlnet": dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
     "segment": dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
+    "diff": dict(batch=1, clip=5.0),  # segment --backbone diff, the rest as above
 }
 
 
 def pack_settings(folder):
     """settings.json of a model folder -> {section: {flag: value}}, {} where there is none.
 
-    Sections are generate, train (and dreambooth, controlnet, vae, prior for one of its stages) and
-    segment; names and values are those of the flags, paths are relative to the folder. UserError
-    for anything else in it.
+    Sections are generate, train (and dreambooth, controlnet, vae, prior for one of its stages),
+    segment (and diff for its backbone); names and values are those of the flags, paths are relative
+    to the folder. UserError for anything else in it.
     """
     file = Path(folder) / "settings.json"
     if not file.is_file():
         return {}
     tables = TABLES | dict.fromkeys((*STAGES["train"], "vae", "prior"), TRAIN)
+    tables["diff"] = SEGMENT
     settings, whole = {}, read_json(file)
     try:
         for section, values in whole.items():
@@ -1627,12 +1674,16 @@ def settle(args, stage=None):
     """A copy of args with a value for every flag that was not given.
 
     In this order: the preset's (generate), that of the settings.json in --sd, the published one of
-    the stage, the published one of the flag. `segment` has no --sd: with toy streets or the toy
-    pack's segmenter it takes the toy pack's settings.
+    the stage, the published one of the flag. `segment` takes the toy pack's settings with toy
+    streets or a segmenter of the toy pack's size, whatever --sd, and no others.
     """
     command, pack = args.command, {}
-    if command != "segment" or is_toy(args):
+    if command != "segment":
         pack = pack_settings(getattr(args, "sd", None) or TOY)
+    elif is_toy(args):
+        pack = pack_settings(TOY)
+    if getattr(args, "backbone", None) == "diff":
+        stage = "diff"
     sources = [source.get(name, {}) for source in (pack, RECIPES) for name in (stage, command)]
     if command == "generate":
         sources.insert(0, PRESETS[args.preset or sources[1].get("preset", "paper")])
@@ -1653,9 +1704,8 @@ def is_toy(args):
     if args.stage in (None, "train"):
         specs = (args.data or ["toy"]) + (args.eval_data or [])
         return any(spec.partition(":")[0] == "toy" for spec in specs)
-    file = segmenter_path(args) / "config.json"
-    sizes = read_json(file).get("hidden_sizes") if file.is_file() else None
-    return sizes == list(segformer.PRESETS["tiny"]["hidden_sizes"])
+    sizes = segmenter_config(segmenter_path(args)).get("hidden_sizes")
+    return sizes in [list(kind.PRESETS["tiny"]["hidden_sizes"]) for kind in (segformer, diff)]
 
 
 def choose_device(name):
@@ -1680,14 +1730,14 @@ def describe(command, name, flag):
             value = "toy"
         return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
-    own = {stage: show(RECIPES[stage][name]) for stage in STAGES[command] or (command,)
-           if name in RECIPES.get(stage, {})}
-    if command == "segment" and name in RECIPES["segment"]:
-        return f"(default: {show(RECIPES['segment'][name])})"
+    stages, default = STAGES[command] or (command,), flag.default
+    if command == "segment":
+        stages, default = ("diff",), RECIPES["segment"].get(name, default)
+    own = {stage: show(RECIPES[stage][name]) for stage in stages if name in RECIPES.get(stage, {})}
     if own and len(own) == len(STAGES[command]):
         return "(default: " + ", ".join(f"{stage} {value}" for stage, value in own.items()) + ")"
     rest = "".join(f", {stage} {value}" for stage, value in own.items())
-    return f"(default: {show(flag.default)}{rest})" if flag.default is not None or own else ""
+    return f"(default: {show(default)}{rest})" if default is not None or own else ""
 
 
 def add_flags(parser, table, command):

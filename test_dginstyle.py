@@ -11,6 +11,7 @@ import argparse
 import ast
 import colorsys
 import contextlib
+import functools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from torchvision.transforms.v2 import functional as TF
 import clip_text
 import data
 import dginstyle
+import diff
 import gallery
 import segformer
 import unet as unet_module
@@ -54,6 +56,7 @@ from clip_text import (
 )
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
+from diff import Diff, DiffConfig, Prior, diffusion_features, invert
 from experiments import bench, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
@@ -3495,12 +3498,589 @@ def test_rehearsal_of_three_commands(capsys):
     assert rehearse.main(["--quick"]) == 0, capsys.readouterr().out
 
 
+# ---- diff.py -------------------------------------------------------------------------------------
+
+
+def diff_prior(prediction_type="epsilon", seed=0, classes=(3, 5)):
+    """A prior of three levels with random weights: VAE factor 4, so images are multiples of 16."""
+    config = UNetConfig(block_out_channels=(16, 16, 32), layers_per_block=1, attention_head_dim=2,
+                        cross_attention_dim=24, norm_num_groups=8,
+                        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2)
+    auto = randomise(VAE(VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1,
+                                   norm_num_groups=4, scaling_factor=1.0)), seed + 1, 0.2)
+    texts = torch.randn(1 + len(classes), 7, 24, generator=torch.Generator().manual_seed(seed + 2))
+    return Prior(randomise(UNet(config), seed), auto, texts, classes, prediction_type)
+
+
+def diff_model(prior, seed=0, **options):
+    torch.manual_seed(seed)
+    return Diff(DiffConfig(**{**diff.PRESETS["tiny"], **options}), prior)
+
+
+def diff_pictures(seed=0, B=2, size=32, classes=(0, 3, 5, 255)):
+    """Images (B,3,H,W) in [0,1] and label maps (B,H,W) in blocks."""
+    g = torch.Generator().manual_seed(seed)
+    blocks = torch.tensor(classes)[torch.randint(len(classes), (B, size // 8, size // 8),
+                                                 generator=g)]
+    labels = blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return torch.rand(B, 3, size, size, generator=g), labels
+
+
+def recorded(source):
+    """A source of noise and the list of all it gives."""
+    tape = []
+
+    def noise(shape):
+        tape.append(source(shape).clone())
+        return tape[-1]
+
+    return noise, tape
+
+
+def released_features(net, texts, masks, z, noise, abar):
+    """The released loop for one picture, written out -> the maps at strides 64, 32, 16, 8.
+
+    net(x, t, context) -> output, decoder's maps [[resnets' of a level], …], [[transformers'], …];
+    texts (1+J,L,D): "" for the unguided half, then the J texts of the guided one, "" first; masks
+    (J,1,h,w); z (1,C,h,w). All 37 steps, both halves of the guidance, network output taken for
+    eps, transformer maps summed over all copies, noise of its own for every text.
+    """
+    visited = [*range(24), 26, 30, 34, 40, 45, 52, 60, 69, 80, 91, 105, 121, 139, 160]
+    J, steps = len(masks), []
+    for t, s in zip(visited[:-1], visited[1:], strict=True):
+        out, resnets, attentions = net(z.repeat(1 + J, 1, 1, 1), t, texts)
+        steps.append(([[h[:1] for h in level] for level in resnets],
+                      [[y.sum(0, keepdim=True) for y in level] for level in attentions]))
+        n = noise((J, *z.shape[1:])) if 10 < t < 250 else torch.zeros(J, *z.shape[1:])
+        value = count = 0
+        for j in range(J):
+            e = out[:1] + 5.0 * (out[1 + j : 2 + j] - out[:1])
+            x0 = (z - math.sqrt(1 - abar[t]) * e) / math.sqrt(abar[t])
+            a, eta = abar[s] / abar[t], float(10 < t < 250)
+            c1 = eta * math.sqrt((1 - a) * (1 - abar[s]) / (1 - abar[t]))
+            c2 = math.sqrt(max(1 - abar[s] - c1**2, 1e-10))
+            value = value + masks[j] * (math.sqrt(abar[s]) * x0 + c1 * n[j].to(z) + c2 * e)
+            count = count + masks[j]
+        z = value / count
+    order, maps = [33, 29, 25, 22, 18, 14, 11, 7, 3], []
+    for level in range(len(steps[0][0])):
+        parts = [steps[i][kind][level][k] for kind in (0, 1)
+                 for k in range(len(steps[0][kind][level])) for i in order]
+        maps.append(torch.cat(parts, dim=1).float())
+    return maps
+
+
+def released_net(unet):
+    """Our UNet as `released_features` wants it."""
+    def net(x, t, context):
+        inner, resnets, attentions = [], [], []
+        out = unet.out(unet.trunk(x, t, context, inner=inner))
+        for block in unet.up_blocks:
+            kinds = 1 + hasattr(block, "attentions")
+            part, inner = inner[: kinds * len(block.resnets)], inner[kinds * len(block.resnets) :]
+            resnets.append(part[::kinds])
+            attentions.append(part[1::2] if kinds == 2 else [])
+        return out, resnets, attentions
+
+    return net
+
+
+def hooked_net(theirs):
+    """diffusers' UNet as `released_features` wants it: hooks on resnets and transformer blocks."""
+    caught = {}
+
+    def catch(module, key, tokens):
+        def hook(module, args, out):
+            caught[key] = out.transpose(1, 2).unflatten(2, tokens(out)) if tokens else out
+
+        module.register_forward_hook(hook)
+
+    size = {}
+    for i, block in enumerate(theirs.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            catch(resnet.conv2, ("resnet", i, j), None)
+        for j, attention in enumerate(getattr(block, "attentions", [])):
+            attention.register_forward_pre_hook(
+                lambda module, args: size.update(hw=tuple(args[0].shape[2:])))
+            catch(attention.transformer_blocks[0], ("attention", i, j), lambda out: size["hw"])
+
+    def net(x, t, context):
+        caught.clear()
+        out = theirs(x, t, context).sample
+        levels = range(len(theirs.up_blocks))
+        return (out, *([[v for key, v in caught.items() if key[:2] == (kind, i)] for i in levels]
+                       for kind in ("resnet", "attention")))
+
+    return net
+
+
+def test_diff_inner_maps_equal_hooks_on_diffusers(oracle_pair, tmp_path):
+    """The twelve resnets' and nine transformer blocks' maps are those that hooks catch."""
+    oracle_pair[0].save_pretrained(tmp_path)
+    ours, theirs = UNet.from_pretrained(tmp_path), hooked_net(oracle_pair[0])
+    g = torch.Generator().manual_seed(3)
+    x, context = torch.randn(2, 4, 16, 24, generator=g), torch.randn(2, 7, 24, generator=g)
+    with torch.no_grad():
+        (out, *have), (want_out, *want) = released_net(ours)(x, 9, context), theirs(x, 9, context)
+        assert relative(out, want_out) < 1e-5
+        assert torch.equal(ours(x, 9, context), out)
+    assert [[len(level) for level in kind] for kind in have] == [[3] * 4, [0, 3, 3, 3]]
+    for a, b in zip(sum(have[0] + have[1], []), sum(want[0] + want[1], []), strict=True):
+        assert a.shape == b.shape and relative(a, b) < 1e-5
+
+
+def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
+    """With the release's faults back: the features of its loop, around diffusers' UNet and ours."""
+    oracle_pair[0].save_pretrained(tmp_path)
+    g, linear = torch.Generator().manual_seed(3), oracle_pair[0].config.use_linear_projection
+    prediction = "v_prediction" if linear else "epsilon"  # as SD 2.1 and SD 1.5
+    texts, z = torch.randn(3, 7, 24, generator=g), torch.randn(2, 4, 8, 8, generator=g)
+    prior = Prior(UNet.from_pretrained(tmp_path), tiny_models().vae, texts, (3, 5), prediction)
+    labels = diff_pictures(4, B=2, size=64)[1]
+    labels[1][labels[1] == 5] = 0  # the second picture does not show one of the two classes
+    noise, tape = recorded(torch.randn)
+    have = diffusion_features(prior, z, labels, noise,
+                              released=("v_as_eps", "sum_texts", "own_noise"))
+    tape += 4 * tape[-1:]  # for the steps that nothing reads
+    first, nets = 0, (hooked_net(oracle_pair[0]), released_net(prior.unet))
+    for b, (net, shown) in enumerate(zip(nets, [(3, 5), (3,)], strict=True)):
+        J = 1 + len(shown)
+        masks = torch.stack([torch.ones(1, 8, 8), *((labels[b][None, ::8, ::8] == c).float()
+                                                    for c in shown)])
+        with torch.no_grad():
+            want = released_features(
+                net, torch.cat([texts[:1], texts[:J]]), masks, z[b : b + 1],
+                playback([n[first : first + J] for n in tape]), prior.abar.tolist())
+        first += J
+        for ours, theirs in zip(have, want[1:], strict=True):
+            assert relative(ours[b], theirs[0]) < 1e-4
+
+
+def test_diff_step_by_hand():
+    """x_t -> x_s in numbers: x_0 and eps of x_t at the new level, part of eps replaced by noise."""
+    assert abs(invert(1.0, 0.5, 0.9, 0.6) - (0.6**0.5 * (1 - 0.1**0.5 * 0.5) / 0.9**0.5
+                                             + 0.4**0.5 * 0.5)) < 1e-12
+    c1 = ((1 - 0.88 / 0.9) * 0.12 / 0.1) ** 0.5  # 0.1633
+    want = 0.88**0.5 * (1 - 0.1**0.5 * 0.5) / 0.9**0.5 + c1 * 2 + (0.12 - c1**2) ** 0.5 * 0.5
+    assert abs(invert(1.0, 0.5, 0.9, 0.88, 1.0, 2.0) - want) < 1e-12
+    x0 = (1 - 0.1**0.5 * 0.5) / 0.9**0.5  # a step so long that c_1^2 exceeds the whole variance
+    c1 = ((1 - 0.6 / 0.9) * 0.4 / 0.1) ** 0.5
+    assert abs(invert(1.0, 0.5, 0.9, 0.6, 1.0, 2.0) - (0.6**0.5 * x0 + c1 * 2 + 5e-6)) < 1e-12
+
+
+def test_diff_inversion_and_sampling_return():
+    """Inversion with eta = 0 through the published steps, then DDIM with the toy prior: z again."""
+    models = Models.from_pretrained(dginstyle.TOY)
+    schedule, abar = models.schedule, models.schedule.abar.tolist()
+    context = models.encode_prompts([""])[1]
+    image = torch.from_numpy(data.ToyStreets(("sunny",), 1).pair(0)[0])[None, :64, :64]
+    with torch.no_grad():
+        z = x = models.vae.encode(image.permute(0, 3, 1, 2) / 127.5 - 1)
+        steps = list(zip(diff.VISITED, diff.VISITED[1:], strict=False))
+        for t, s in steps:
+            _, eps = schedule.split(models.unet(x, t, context), x, t)
+            x = invert(x, eps, abar[t], abar[s])
+        assert relative(x, z) > 0.1
+        for t, s in reversed(steps):
+            x = schedule.step(models.unet(x, s, context), x, s, t)
+    assert relative(x, z) < 0.01
+
+
+def test_diff_recorded_noise_reproduces():
+    """One source makes all noise: played back it gives the same features, another other ones."""
+    prior, (images, labels) = diff_prior(), diff_pictures()
+    for steps in diff.STEPS:
+        model = diff_model(prior, steps=steps)  # in training, where noise is drawn
+        noise, tape = recorded(torch.randn)
+        want = model.extract(images, labels, noise)
+        torch.manual_seed(0)
+        assert all(map(torch.equal, model.extract(images, labels, playback(tape)), want))
+        assert not torch.equal(model.extract(images, labels)[2], want[2])
+        assert len(tape) == 1 + {"full": 22, "5": 3, "1": 1, "direct": 9}[steps]
+    model.eval()
+    alone = model.extract(images[1:])
+    for a, b in zip(model.extract(images), alone, strict=True):  # fixed noise, any place in a batch
+        assert relative(a[1:], b) < 1e-5
+
+
+def test_diff_published_sizes():
+    """SD at 512 x 512: 7680, 3840, 1920 channels a timestep, and the published parameter counts."""
+    with torch.device("meta"):
+        net, z, texts = UNet(), torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
+    prior = Prior(net, tiny_models().vae, texts)
+    maps = diffusion_features(prior, z, steps="1")
+    assert [tuple(m.shape[1:]) for m in maps] == [(7680, 16, 16), (3840, 32, 32), (1920, 64, 64)]
+    with torch.device("meta"):
+        model = Diff(DiffConfig(), prior)
+    maps = [m.repeat(1, 9, 1, 1) for m in maps]  # nine timesteps
+    pyramid = model.decoder(*(fuse(m) for fuse, m in zip(model.fusion, maps, strict=True)))
+    assert [tuple(x.shape[1:]) for x in pyramid] == [(256, 128, 128), (512, 64, 64),
+                                                     (1024, 32, 32), (2048, 16, 16)]
+    assert model.decode_head(pyramid).shape == (1, 19, 128, 128)
+
+    def millions(net):
+        return round(sum(p.numel() for p in net.parameters()) / 1e6, 1)
+
+    assert [millions(f) for f in model.fusion] == [180.4, 45.1, 11.3]
+    assert millions(model.decoder) == 68.8
+
+
+def test_diff_prior_is_frozen():
+    """A training step leaves no gradient in the prior, which is neither a parameter nor saved."""
+    prior, (images, labels) = diff_prior(), diff_pictures()
+    model = diff_model(prior)
+    model.loss(images, labels).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    for net in (prior.unet, prior.vae):
+        assert all(p.grad is None and not p.requires_grad for p in net.parameters())
+        assert not {id(p) for p in net.parameters()} & {id(p) for p in model.parameters()}
+    assert {k.split(".")[0] for k in model.state_dict()} == {"fusion", "decoder", "decode_head"}
+
+
+def test_diff_branches_agree_where_texts_do():
+    """With "" as every class's prompt, wherever it lies, the label map tells nothing."""
+    prior, (images, labels) = diff_prior(), diff_pictures()
+    prior.texts[:] = prior.texts[:1].clone()
+    for steps, label in (("full", torch.full_like(labels, 3)), ("5", labels)):
+        model = diff_model(prior, steps=steps).eval()
+        for a, b in zip(model.extract(images, label), model.extract(images), strict=True):
+            assert relative(a, b) < 1e-4
+        assert relative(model.loss(images, label), 2 * diff.cross_entropy(
+            model.decode_head(model.features(images)), label)) < 1e-5
+
+
+def test_diff_label_masks_move_what_they_cover():
+    """A class's prompt changes the latents inside its mask, and only there at first."""
+    prior, (_, labels) = diff_prior(), diff_pictures(size=32)
+    rows, masks = diff.texts_and_masks(prior.classes, labels, (8, 8))
+    assert rows == [[0, *(i for i, c in ((1, 3), (2, 5)) if (label == c).any())]
+                    for label in labels]
+    assert masks.shape == (sum(map(len, rows)), 1, 8, 8) and (masks[0] == 1).all()
+    assert torch.equal(masks[1, 0], (labels[0, ::4, ::4] == prior.classes[rows[0][1] - 1]).float())
+    seen = []
+    trunk = prior.unet.trunk
+    prior.unet.trunk = lambda x, *args, **named: seen.append(x) or trunk(x, *args, **named)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    diffusion_features(prior, z, labels, steps="5")
+    told = seen[1][0]  # the first picture after one step
+    seen.clear()
+    diffusion_features(prior, z, steps="5")
+    covered = (masks[1 : len(rows[0])].sum(0) > 0).expand(4, 8, 8)
+    moved = told != seen[1][0]
+    assert not moved[~covered].any() and moved[covered].float().mean() > 0.9
+
+
+def test_diff_switches():
+    """Each switch back to the release changes what it names and nothing else."""
+    _, labels = diff_pictures()
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    eps, v = diff_prior(), diff_prior("v_prediction")
+
+    def run(prior, labels, *released, noise=None, steps="5"):
+        return diffusion_features(prior, z, labels, noise, steps=steps, released=released)
+
+    def equal(a, b):
+        return all(map(torch.equal, a, b))
+
+    assert equal(run(eps, labels), run(eps, labels, "v_as_eps"))
+    assert not equal(run(v, labels), run(v, labels, "v_as_eps"))
+    assert equal(run(v, labels, steps="direct"), run(v, labels, "v_as_eps", steps="direct"))
+    for level, (a, b) in enumerate(zip(run(eps, None), run(eps, None, "sum_texts"), strict=True)):
+        half = a.shape[1] // (2 if level < 2 else 1)  # the last level has no transformers
+        assert torch.equal(a[:, :half], b[:, :half])
+        assert torch.equal(2 * a[:, half:], b[:, half:])
+    assert equal(run(eps, None), run(eps, None, "own_noise"))
+    assert equal(run(eps, labels), run(eps, labels, "own_noise"))  # fixed: the same for everyone
+    a, b = (run(eps, labels, *released, noise=lambda shape: noise.repeat(2, 1, 1, 1)[: shape[0]])
+            for released in ((), ("own_noise",)))
+    assert not equal(a, b)
+
+    images, _ = diff_pictures()
+    values, gradients = [], []
+    for released in ((), ("undetached",)):
+        model = diff_model(eps, released=released, steps="5").eval()  # no dropout
+        torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+        value = model.loss(images, labels)
+        value.backward()
+        values.append(value.item())
+        gradients.append(model.decode_head.conv_seg.weight.grad)
+    assert values[0] == values[1] and relative(*gradients) > 1e-3
+
+
+def test_diff_mixing_is_a_weighted_sum():
+    """The alternative fusion sums every layer's maps over timesteps with one softmax per stride."""
+    torch.manual_seed(0)
+    mixing = diff.Mixing(layers=2, steps=3, c=4, dim=32, groups=4)
+    torch.nn.init.normal_(mixing.mixing_weights)
+    maps = torch.randn(2, 2, 3, 4, 5, 6)
+    weights = mixing.mixing_weights.exp() / mixing.mixing_weights.exp().sum()
+    want = sum(weights[m, s] * mixing.bottlenecks[m](maps[:, m, s])
+               for m in range(2) for s in range(3))
+    assert relative(mixing(maps.flatten(1, 3)), want) < 1e-5
+    prior, (images, labels) = diff_prior(), diff_pictures()
+    model = diff_model(prior, fusion="mixing", steps="5", ipkl=False)
+    model.loss(images, labels).backward()
+    assert all(f.mixing_weights.grad.abs().sum() > 0 for f in model.fusion)
+
+
+def diff_train(model, optimizer, images, labels, steps):
+    """Updates as dginstyle.fit makes them: the randomness of a step belongs to the step."""
+    values = []
+    for step in steps:
+        torch.manual_seed(step)
+        value = model.train().loss(images, labels)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        values.append(value.item())
+    return values
+
+
+def test_diff_training_learns_and_resumes(tmp_path):
+    """A few updates lower the loss; stopped, saved and gone on they are the same, bit for bit."""
+    prior, (images, labels) = diff_prior(), diff_pictures()
+
+    def start():
+        model = diff_model(prior, steps="5")
+        return model, torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    whole, optimizer = start()
+    values = diff_train(whole, optimizer, images, labels, range(8))
+    assert values[-1] < 0.8 * values[0]
+    first, optimizer = start()
+    assert diff_train(first, optimizer, images, labels, range(4)) == values[:4]
+    torch.save([first.state_dict(), optimizer.state_dict()], tmp_path / "half.pt")
+    second, optimizer = start()
+    for part, saved in zip((second, optimizer), torch.load(tmp_path / "half.pt"), strict=True):
+        part.load_state_dict(saved)
+    assert diff_train(second, optimizer, images, labels, range(4, 8)) == values[4:]
+    for (name, a), (_, b) in zip(whole.state_dict().items(), second.state_dict().items(),
+                                 strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_diff_files(tmp_path):
+    """A saved model comes back as it was, in any precision, but only with its own prior."""
+    prior, (images, _) = diff_prior("v_prediction"), diff_pictures()
+    model = diff_model(prior, steps="5", released=("sum_texts",), num_classes=7).eval()
+    model.save_pretrained(tmp_path / "a")
+    again = Diff.from_pretrained(tmp_path / "a", prior)
+    assert again.config == model.config and torch.equal(again(images), model(images))
+    assert not any(k.startswith(("prior", "unet", "vae")) for k in load_file(
+        tmp_path / "a" / "model.safetensors"))
+    model.save_pretrained(tmp_path / "half", torch.float16)
+    assert relative(Diff.from_pretrained(tmp_path / "half", prior)(images), model(images)) < 0.01
+    half = diff_prior("v_prediction")
+    half.unet.bfloat16(), half.vae.half()
+    assert half.hash == prior.hash  # signs outlive rounding
+    assert Diff.from_pretrained(tmp_path / "a", half)(images).dtype == torch.float32
+    for other in (diff_prior("v_prediction", seed=1), diff_prior()):
+        with pytest.raises(ValueError, match="trained on the features of prior"):
+            Diff.from_pretrained(tmp_path / "a", other)
+    SegFormer(SegFormerConfig(**segformer.PRESETS["tiny"])).save_pretrained(tmp_path / "mit")
+    with pytest.raises(ValueError, match="no DIFF segmenter"):
+        Diff.from_pretrained(tmp_path / "mit", prior)
+    with pytest.raises(ValueError, match="no whole segmenter|of None"):
+        SegFormer.from_pretrained(tmp_path / "a")
+
+
+def test_diff_cache(tmp_path, monkeypatch):
+    """Features on disk are those once computed; those of another prior or setting are refused."""
+    prior, (images, labels) = diff_prior(), diff_pictures()
+    options = dict(**diff.PRESETS["tiny"], steps="5")
+    model, plain = (Diff(DiffConfig(**options), prior, cache=c).eval() for c in (tmp_path, None))
+    want = plain.extract(images, labels), plain.extract(images)
+    for _ in range(2):
+        for have, maps in zip((model.extract(images, labels), model.extract(images)), want,
+                              strict=True):
+            assert all(relative(a, b) < 1e-5 for a, b in zip(have, maps, strict=True))
+        monkeypatch.setattr(model, "compute", None)  # the second time it cannot be called
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    model.train()
+    assert model.loss(images, labels).isfinite()
+    Diff(DiffConfig(**options, released=("undetached",)), prior, tmp_path)  # not of the features
+    for config, other, what in ((DiffConfig(**{**options, "steps": "1"}), prior, "steps"),
+                                (DiffConfig(**options), diff_prior(seed=1), "prior")):
+        with pytest.raises(ValueError, match=f"features of another {what}"):
+            Diff(config, other, tmp_path)
+
+
+def test_diff_sizes_and_errors():
+    """Any size of picture gives logits of half its sides, rounded up; bad settings are named."""
+    model = diff_model(diff_prior(), num_classes=5, steps="1").eval()
+    with torch.no_grad():
+        for H, W in ((32, 48), (33, 47), (64, 17)):
+            assert model(torch.rand(1, 3, H, W)).shape == (1, 5, -(-H // 2), -(-W // 2))
+        images, labels = diff_pictures(size=32)
+        assert torch.equal(model(images), model.decode_head(model.features(images)))
+    for images in (torch.rand(1, 3, 40, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="divisible by 16"):
+            model.features(images)
+    for options, match in ((dict(steps="6"), "steps '6' is not one of full, 5"),
+                           (dict(fusion="sum"), "fusion"), (dict(head="hrda"), "head"),
+                           (dict(released=("all",)), "released")):
+        with pytest.raises(ValueError, match=match):
+            DiffConfig(**options)
+    with pytest.raises(ValueError, match="three levels"):
+        Diff(DiffConfig(), Prior(tiny_models().unet, tiny_models().vae, torch.zeros(1, 5, 24)))
+
+
+def test_diff_prior_of_models():
+    """Models give a prior: its schedule, and the prompts of the classes that have one."""
+    models = Models.from_pretrained(dginstyle.TOY)
+    prior = Prior.of(models, data.CITYSCAPES.names)
+    assert prior.classes == (1, 3, 12, 14, 16) and prior.prediction_type == "v_prediction"
+    assert torch.equal(prior.abar, diff.sd_abar()) and prior.texts.shape == (6, 77, 96)
+    assert torch.equal(prior.texts[0], models.encode_prompts([""])[1, 0])
+    assert diff.class_prompts(["sky", "wall"])[1].startswith("A high quality photo; europe city; w")
+    model = Diff(DiffConfig(**diff.PRESETS["tiny"], steps="1"), prior).eval()
+    assert model(torch.rand(1, 3, 64, 128)).shape == (1, 19, 32, 64)
+
+
+DIFF_RUN = ["--backbone", "diff", "--data", "toy:sunny:4", "--batch", "1", "--diff-steps", "1"]
+
+
+def test_diff_command_trains_resumes_and_measures(tmp_path, capsys):
+    """2 + 2 updates give bit for bit the weights of 4; files hold no prior; the other verbs run."""
+    flags = ["segment", "train", *DIFF_RUN, "--ema", "0.5", "--save-dtype", "fp32",
+             "--lr-schedule", "constant", "--out"]
+    for name, steps in (("whole", ["4"]), ("parts", ["2", "4"])):
+        for n in steps:
+            assert main([*flags, str(tmp_path / name), "--steps", n]) == 0
+    whole, parts = (load_file(tmp_path / name / "segformer" / "model.safetensors")
+                    for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    saved = torch.load(tmp_path / "parts" / "checkpoints" / "segformer.pt", weights_only=True)
+    assert {"model." + k for k in whole} == saved["nets"].keys()
+    assert all(k.startswith(("fusion.", "decoder.", "decode_head.")) for k in whole)
+    refuses(capsys, [*flags, str(tmp_path / "parts"), "--diff-steps", "5"], "diff_steps")
+
+    out = ["--out", str(tmp_path / "parts")]  # all three verbs: nothing left to train, then eval
+    assert main(["segment", *flags[2:-1], "--steps", "4", *out, "--eval-data", "toy:night:1"]) == 0
+    result = json.loads((tmp_path / "parts" / "eval.json").read_text())["toy:night:1"]
+    assert main(["segment", "eval", *out, "--eval-data", "toy:night:1"]) == 0
+    assert json.loads((tmp_path / "parts" / "eval.json").read_text())["toy:night:1"] == result
+    assert np.sum(result["confusion"]) > 128 * 256 * 0.9
+    Image.fromarray(streets.toy_street(0, size=(70, 130))[0]).save(tmp_path / "a.png")
+    assert main(["segment", "predict", str(tmp_path / "a.png"), *out]) == 0
+    label = tmp_path / "parts" / "predictions" / "a_labelTrainIds.png"
+    assert data.read_label(label).shape == (70, 130)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_diff_command_in_half_precision(precision, tmp_path):
+    """The prior's weights are halves, those trained are not; both run under autocast."""
+    flags = ["--precision", precision, "--out", str(tmp_path)]
+    assert main(["segment", "train", *DIFF_RUN, "--steps", "1", *flags]) == 0
+    row, = map(json.loads, open(tmp_path / "log.jsonl"))
+    assert np.isfinite(row["loss"])
+    assert main(["segment", "eval", "--eval-data", "toy:sunny:1", *flags]) == 0
+
+
+@pytest.mark.parametrize("sd", SD_LIKE)
+def test_diff_command_on_stable_diffusion_folders(sd, tmp_path, monkeypatch):
+    """UNets of four levels and a VAE of factor 8, with the noise or v as output, as SD 1 and 2."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1,
+                          norm_num_groups=8, cross_attention_dim=24, **{
+                              k: tuple(v) if isinstance(v, list) else v
+                              for k, v in SD_LIKE[sd].items()}))
+    kind = {"sd1": "epsilon", "sd2": "v_prediction"}[sd]
+    models = replace(tiny_models(), unet=net, controlnet=ControlNet.from_unet(net, 20),
+                     vae=VAE(VAEConfig(block_out_channels=(8,) * 4, layers_per_block=1,
+                                       norm_num_groups=4)), schedule=Schedule(prediction_type=kind))
+    flags = ["--sd", str(write_sd_folder(tmp_path / "sd", models)), "--out", str(tmp_path / "run")]
+    monkeypatch.setitem(diff.PRESETS, "sd", diff.PRESETS["tiny"])
+    assert main(["segment", *DIFF_RUN, *flags, "--crop", "64x128", "--steps", "1", "--arch",
+                 "daformer", "--eval-data", "toy:sunny:1"]) == 0
+    config = json.loads((tmp_path / "run" / "segformer" / "config.json").read_text())
+    assert config["head"] == "daformer" and config["steps"] == "1"
+
+
+def test_diff_command_refuses(tmp_path, capsys):
+    """Another prior, a UNet too small, HRDA, MiT weights and odd crops end with one sentence."""
+    train = ["segment", "train", *DIFF_RUN, "--steps", "1", "--out", str(tmp_path / "run")]
+    refuses(capsys, [*train, "--arch", "hrda"], "--arch segformer or daformer")
+    refuses(capsys, [*train, "--pretrained", "mit_b5.pth"], "--pretrained")
+    refuses(capsys, [*train, "--crop", "60x100"], "60x100", "multiples of 16")
+    refuses(capsys, [*train, "--sd", "nowhere"], "nowhere")
+    small = write_sd_folder(tmp_path / "small", tiny_models())
+    refuses(capsys, [*train, "--sd", str(small)], "three levels")
+    assert not (tmp_path / "run").exists()
+    assert main(train) == 0
+    other = tmp_path / "other"
+    shutil.copytree(HERE / "toy", other)
+    net = UNet.from_pretrained(other / "unet_source")  # U^S is another prior than U^P
+    net.save_pretrained(other / "unet")
+    measure = ["segment", "eval", "--out", str(tmp_path / "run"), "--eval-data", "toy:sunny:1"]
+    refuses(capsys, [*measure, "--sd", str(other)], "trained on the features of prior")
+    refuses(capsys, [*measure, "--sd", str(small)], "three levels")
+
+
+def test_diff_command_with_other_classes(tmp_path):
+    """Only classes with a description get a prompt; logits and metric have the file's classes."""
+    file = tmp_path / "classes.json"
+    file.write_text(json.dumps({"names": ["ship", "wall"], "colours": [[9, 0, 0], [0, 9, 0]],
+                                "ids": {"5": 0, "7": 1}}))
+    image, label = streets.toy_street(0)
+    data_png(tmp_path / "set/images/0.png", image)
+    data_png(tmp_path / "set/labels/0.png", np.where(label < 5, 5, 7).astype(np.uint8))
+    flags = ["--classes", str(file), "--data", str(tmp_path / "set"), "--eval-data",
+             str(tmp_path / "set"), "--out", str(tmp_path / "run"), "--crop", "64x128"]
+    prior = dginstyle.load_prior(dginstyle.settings("segment", *flags),
+                                 data.Classes.from_json(file))
+    assert prior.classes == (1,) and len(prior.texts) == 2
+    assert main(["segment", "--backbone", "diff", "--diff-steps", "1", *flags, "--steps", "1"]) == 0
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())[str(tmp_path / "set")]
+    assert {k for k in result if k.startswith("IoU")} == {"IoU.ship", "IoU.wall"}
+
+
+def test_diff_command_loss_falls():
+    """The command's model learns one picture by heart, at the published rates times ten."""
+    args = dginstyle.settings("segment", *DIFF_RUN, "--lr", "6e-4")
+    assert args.clip == 5 and args.batch == 1 and args.arch == "segformer"
+    torch.manual_seed(0)
+    model, loss = dginstyle.build_diff(args, data.CITYSCAPES)
+    image, label = (torch.from_numpy(x[None, :64, :128].copy()) for x in streets.toy_street(0))
+    optimizer = torch.optim.AdamW(segformer.parameter_groups(model, args.lr, args.weight_decay))
+    batch = image.permute(0, 3, 1, 2), label.long()
+    values = []
+    for step in range(8):
+        torch.manual_seed(step)
+        value = loss(batch)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert min(values[-2:]) < 0.7 * values[0], values
+
+
+def test_diff_can_be_copied_out(tmp_path):
+    """diff.py, unet.py and segformer.py work alone, with another's latents, in ten lines."""
+    for name in ("diff.py", "unet.py", "segformer.py"):
+        shutil.copy(HERE / name, tmp_path)
+    code = """
+import torch
+from diff import PRESETS, Diff, DiffConfig, Prior
+from unet import PRESETS as SIZES, UNet, UNetConfig
+vae = torch.nn.Conv2d(3, 6, 4, stride=4)
+vae.factor, vae.encode = 4, lambda images, noise: vae(images)
+prior = Prior(UNet(UNetConfig(**SIZES["tiny"])), vae, torch.randn(2, 7, 96), classes=(1,))
+model = Diff(DiffConfig(**PRESETS["tiny"], steps="1"), prior)
+model.loss(torch.rand(2, 3, 32, 32), torch.randint(3, (2, 32, 32))).backward()
+assert model.eval()(torch.rand(1, 3, 32, 64)).argmax(1).shape == (1, 16, 32)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
 # ---- the house -----------------------------------------------------------------------------------
 
 ALLOWED = {
     "unet.py": {"torch", "safetensors"}, "vae.py": {"torch", "safetensors"},
     "clip_text.py": {"torch", "safetensors"}, "segformer.py": {"torch", "safetensors"},
-    "controlnet.py": {"torch", "unet"}, "toy/streets.py": {"numpy", "PIL"},
+    "controlnet.py": {"torch", "unet"},
+    "diff.py": {"torch", "safetensors", "unet", "segformer"}, "toy/streets.py": {"numpy", "PIL"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "toy"},
 }
 
@@ -3513,7 +4093,7 @@ def test_files_can_be_copied_out(file, tmp_path):
             for n in x.names}
     used |= {x.module.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
     assert used - set(sys.stdlib_module_names) <= ALLOWED[file]
-    for name in {file} | ({"unet.py"} if file == "controlnet.py" else set()):
+    for name in {file} | {f"{name}.py" for name in ALLOWED[file] & {"unet", "segformer"}}:
         shutil.copy(HERE / name, tmp_path)
     code = f"import {Path(file).stem}"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
@@ -3534,18 +4114,24 @@ def test_every_flag_is_read():
             assert f"args.{name}" in source or f"ours.{name}" in source, name
 
 
-def test_readme_names_real_flags_and_files():
-    """Every command line in the README parses, and every file it names exists."""
-    text = (HERE / "README.md").read_text()
-    lines = [line for block in text.split("```")[1::2] for line in block.split("\n")]
-    commands = [line.split("#")[0].split() for line in lines if "dginstyle.py " in line]
-    parser = dginstyle.build_parser()
-    assert len(commands) >= 8
-    for words in commands:
-        words = words[words.index("dginstyle.py") + 1 :]
-        parser.parse_args(words)
-    for name in ("toy/README.md", "requirements.txt", "requirements-dev.txt", "LICENSE"):
-        assert (HERE / name).is_file()
+@pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "toy/README.md"])
+def test_readmes_name_real_flags_and_files(name):
+    """Every command line parses, every linked file and heading exists, every function is there."""
+    text, folder = (HERE / name).read_text(), (HERE / name).parent
+    for words in (words for block in rehearse.parse(text) for words in block):
+        if "dginstyle.py" in words:
+            dginstyle.build_parser().parse_args(words[words.index("dginstyle.py") + 1 :])
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, heading = link.partition("#")
+        if not link.startswith("http"):
+            assert (folder / file).exists(), link
+            there = (folder / file).read_text() if heading else ""
+            titles = [t.lower().replace(" ", "-") for t in re.findall(r"^#+ (.*)$", there, re.M)]
+            assert not heading or heading in titles, link
+    for row in re.findall(r"^\| [\d.]+ \| (.*?) \| `(\w+)\.py`", text, re.M):
+        module = __import__(row[1])
+        for function in re.findall(r"`([\w.]+)`", row[0]):
+            assert functools.reduce(getattr, function.split("."), module), function
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """(B,C,h,w), time embedding -> (B,C',h,w)."""
+    """(B,C,h,w), time embedding -> (B,C',h,w). `inner` receives the map before the shortcut."""
 
     def __init__(self, c_in, c_out, cfg):
         super().__init__()
@@ -105,10 +105,12 @@ class ResnetBlock(nn.Module):
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, inner=None):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
+        if inner is not None:
+            inner.append(h)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -186,7 +188,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """(B,C,h,w), context (B,L,D) -> (B,C,h,w)."""
+    """(B,C,h,w), context (B,L,D) -> (B,C,h,w). `inner` receives the transformer block's output."""
 
     def __init__(self, c, heads, cfg):
         super().__init__()
@@ -197,7 +199,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])  # SD has one per transformer
         self.proj_out = nn.Linear(c, c) if self.linear else nn.Conv2d(c, c, 1)
 
-    def forward(self, x, context):
+    def forward(self, x, context, inner=None):
         B, C, h, w = x.shape
         y = self.norm(x)
         if self.linear:
@@ -205,6 +207,8 @@ class SpatialTransformer(nn.Module):
         else:
             y = self.proj_in(y).flatten(2).transpose(1, 2)
         y = self.transformer_blocks[0](y, context)
+        if inner is not None:
+            inner.append(y.transpose(1, 2).unflatten(2, (h, w)))
         if self.linear:
             y = self.proj_out(y).transpose(1, 2).reshape(B, C, h, w)
         else:
@@ -243,9 +247,9 @@ class Level(nn.Module):
         if heads:
             self.attentions = nn.ModuleList([SpatialTransformer(c, heads, cfg) for _ in widths_in])
 
-    def layer(self, i, x, emb, context):
-        x = self.resnets[i](x, emb)
-        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+    def layer(self, i, x, emb, context, inner=None):
+        x = self.resnets[i](x, emb, inner)
+        return self.attentions[i](x, context, inner) if hasattr(self, "attentions") else x
 
 
 class DownBlock(Level):
@@ -289,9 +293,9 @@ class UpBlock(Level):
         if not last:
             self.upsamplers = nn.ModuleList([Upsample(c)])
 
-    def forward(self, x, skips, emb, context, run):
+    def forward(self, x, skips, emb, context, run, inner=None):
         for i, skip in enumerate(skips):
-            x = run(self.layer, i, torch.cat([x, skip], dim=1), emb, context)
+            x = run(self.layer, i, torch.cat([x, skip], dim=1), emb, context, inner)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
@@ -354,9 +358,19 @@ class UNet(nn.Module):
         P a divisor of B, serves B/P samples in a row with each of them.
         control: (residuals of the skips, residual of the middle) from a ControlNet, or None.
         """
+        return self.out(self.trunk(x, t, context, control))
+
+    def trunk(self, x, t, context, control=None, inner=None):
+        """As `forward`, up to the last norm: -> (B,C_0,h,w), from which `out` makes eps.
+
+        inner: a list, to which the decoder's maps (B,C',h',w') are added in the order of their
+        making: of every resnet what it adds to its shortcut, of every transformer what its block
+        puts out. Not together with checkpointing, which makes them twice.
+        """
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         assert x.shape[2] % factor == 0 and x.shape[3] % factor == 0, (tuple(x.shape), factor)
         run = call_checkpointed if self.checkpointing and self.training else call
+        assert inner is None or run is call, "checkpointing makes the decoder's maps twice"
 
         emb = self.time_embedding(t)
         x = self.conv_in(x)
@@ -371,8 +385,12 @@ class UNet(nn.Module):
             x = x + middle
         for block in self.up_blocks:
             n = len(block.resnets)
-            x = block(x, skips[: -n - 1 : -1], emb, context, run)
+            x = block(x, skips[: -n - 1 : -1], emb, context, run, inner)
             skips = skips[:-n]
+        return x
+
+    def out(self, x):
+        """What `trunk` returns -> eps (B,C,h,w)."""
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     @classmethod
