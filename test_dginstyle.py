@@ -11,6 +11,7 @@ import argparse
 import ast
 import colorsys
 import contextlib
+import functools
 import json
 import math
 import os
@@ -4113,18 +4114,24 @@ def test_every_flag_is_read():
             assert f"args.{name}" in source or f"ours.{name}" in source, name
 
 
-def test_readme_names_real_flags_and_files():
-    """Every command line in the README parses, and every file it names exists."""
-    text = (HERE / "README.md").read_text()
-    lines = [line for block in text.split("```")[1::2] for line in block.split("\n")]
-    commands = [line.split("#")[0].split() for line in lines if "dginstyle.py " in line]
-    parser = dginstyle.build_parser()
-    assert len(commands) >= 8
-    for words in commands:
-        words = words[words.index("dginstyle.py") + 1 :]
-        parser.parse_args(words)
-    for name in ("toy/README.md", "requirements.txt", "requirements-dev.txt", "LICENSE"):
-        assert (HERE / name).is_file()
+@pytest.mark.parametrize("name", ["README.md", "experiments/README.md", "toy/README.md"])
+def test_readmes_name_real_flags_and_files(name):
+    """Every command line parses, every linked file and heading exists, every function is there."""
+    text, folder = (HERE / name).read_text(), (HERE / name).parent
+    for words in (words for block in rehearse.parse(text) for words in block):
+        if "dginstyle.py" in words:
+            dginstyle.build_parser().parse_args(words[words.index("dginstyle.py") + 1 :])
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, heading = link.partition("#")
+        if not link.startswith("http"):
+            assert (folder / file).exists(), link
+            there = (folder / file).read_text() if heading else ""
+            titles = [t.lower().replace(" ", "-") for t in re.findall(r"^#+ (.*)$", there, re.M)]
+            assert not heading or heading in titles, link
+    for row in re.findall(r"^\| [\d.]+ \| (.*?) \| `(\w+)\.py`", text, re.M):
+        module = __import__(row[1])
+        for function in re.findall(r"`([\w.]+)`", row[0]):
+            assert functools.reduce(getattr, function.split("."), module), function
 
 
 if __name__ == "__main__":

@@ -645,6 +645,7 @@ def make_folder(root, name, full):
             for place in [folder / part, *[folder] * (part == "weights")]:
                 (place / path.name).symlink_to(source)
     shutil.copytree(HERE / "toy", folder / "toy")
+    (folder / "mine").symlink_to(root / "data/my streets")
     (folder / "classes.json").write_text(json.dumps({
         "names": ["ground", "object", "nature"], "colours": [[t * 80] * 3 for t in range(3)],
         "ids": {str(t): min(t // 5, 2) for t in range(19)}}))
