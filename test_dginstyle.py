@@ -3673,7 +3673,7 @@ def test_diff_inversion_and_sampling_return():
     models = Models.from_pretrained(dginstyle.TOY)
     schedule, abar = models.schedule, models.schedule.abar.tolist()
     context = models.encode_prompts([""])[1]
-    image = torch.from_numpy(data.ToyStreets(("sunny",), 1).pair(0)[0])[None, :64, :64]
+    image = torch.from_numpy(streets.ToyStreets(("sunny",), 1).pair(0)[0])[None, :64, :64]
     with torch.no_grad():
         z = x = models.vae.encode(image.permute(0, 3, 1, 2) / 127.5 - 1)
         steps = list(zip(diff.VISITED, diff.VISITED[1:], strict=False))
