@@ -4125,7 +4125,8 @@ def test_readmes_name_real_flags_and_files(name):
         file, _, heading = link.partition("#")
         if not link.startswith("http"):
             assert (folder / file).exists(), link
-            there = (folder / file).read_text() if heading else ""
+            page = folder / file if file else HERE / name
+            there = page.read_text() if heading else ""
             titles = [t.lower().replace(" ", "-") for t in re.findall(r"^#+ (.*)$", there, re.M)]
             assert not heading or heading in titles, link
     for row in re.findall(r"^\| [\d.]+ \| (.*?) \| `(\w+)\.py`", text, re.M):
