@@ -3673,7 +3673,7 @@ def test_diff_inversion_and_sampling_return():
     models = Models.from_pretrained(dginstyle.TOY)
     schedule, abar = models.schedule, models.schedule.abar.tolist()
     context = models.encode_prompts([""])[1]
-    image = torch.from_numpy(data.ToyStreets(("sunny",), 1).pair(0)[0])[None, :64, :64]
+    image = torch.from_numpy(streets.ToyStreets(("sunny",), 1).pair(0)[0])[None, :64, :64]
     with torch.no_grad():
         z = x = models.vae.encode(image.permute(0, 3, 1, 2) / 127.5 - 1)
         steps = list(zip(diff.VISITED, diff.VISITED[1:], strict=False))
@@ -4125,7 +4125,8 @@ def test_readmes_name_real_flags_and_files(name):
         file, _, heading = link.partition("#")
         if not link.startswith("http"):
             assert (folder / file).exists(), link
-            there = (folder / file if file else HERE / name).read_text() if heading else ""
+            page = folder / file if file else HERE / name
+            there = page.read_text() if heading else ""
             titles = [t.lower().replace(" ", "-") for t in re.findall(r"^#+ (.*)$", there, re.M)]
             assert not heading or heading in titles, link
     for row in re.findall(r"^\| [\d.]+ \| (.*?) \| `(\w+)\.py`", text, re.M):
