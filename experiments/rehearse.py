@@ -152,7 +152,7 @@ def draw(root, pair):
     for file, picture in ((pair.image, image), (pair.label, label)):
         if file:
             (root / file).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(root / file, **options)
+            picture.save(root / file, **(options if picture is image else {"compress_level": 1}))
     if "broken" in pair.kind:
         content = (root / pair.image).read_bytes()
         (root / pair.image).write_bytes(content[: len(content) // 2])
