@@ -376,11 +376,11 @@ IN_WORDS = {
         generate {SD} --controlnet ControlNet_UNet-S --low-vram --data 'data/my streets' \
             data/authors --swap 0.5 {SOURCE} --control-uncond 0.5 --renoise official --window 8
         generate --data data/acdc:rain --label-height 300 --control-uncond 0 --out runs/b
-        train controlnet --data 'data/my streets' --classes classes.json --out runs/c
-        generate --data 'data/my streets' --classes classes.json --controlnet runs/c/controlnet \
+        train controlnet --data mine --classes classes.json --out runs/c
+        generate --data mine --classes classes.json --controlnet runs/c/controlnet \
             --out runs/d
-        segment --data 'data/my streets' runs/d --classes classes.json --backbone tiny \
-            --eval-data 'data/my streets:2' --out runs/e
+        segment --data mine runs/d --classes classes.json --backbone tiny \
+            --eval-data mine:2 --out runs/e
         train controlnet {SD} {SOURCE} --data data/cityscapes data/subset --ema 0.9 --cache 32 \
             --no-checkpointing --clip 0 --lr-schedule cosine --warmup 1 --out runs/f
         segment --data data/subset data/authors data/acdc:rain --no-augment \
@@ -446,7 +446,7 @@ def shorten(words, precision, full=False):
         more += ["--eval-data", "toy:night:2", "toy:sunny:2"]
     elif kind == "segment" and not full:
         more += ["--crop", "128"]
-        more += ["--eval-data", "data/bdd100k:1"] * ("data/my streets:2" not in words)
+        more += ["--eval-data", "data/bdd100k:1"] * ("mine:2" not in words)
     return words + more
 
 
@@ -645,10 +645,16 @@ def make_folder(root, name, full):
             for place in [folder / part, *[folder] * (part == "weights")]:
                 (place / path.name).symlink_to(source)
     shutil.copytree(HERE / "toy", folder / "toy")
-    (folder / "mine").symlink_to(root / "data/my streets")
-    (folder / "classes.json").write_text(json.dumps({
-        "names": ["ground", "object", "nature"], "colours": [[t * 80] * 3 for t in range(3)],
-        "ids": {str(t): min(t // 5, 2) for t in range(19)}}))
+    own = root / "data/my streets"
+    (folder / "mine/labels").mkdir(parents=True)
+    (folder / "mine/images").symlink_to(own / "images")
+    for file in (own / "labels").glob("*.png") if own.is_dir() else ():
+        label = np.array(Image.open(file))
+        raw = np.where(label == 255, 0, 1 + label % 6).astype(np.uint8)  # 0: ignored
+        name = file.name.replace("_labelTrainIds", "")
+        Image.fromarray(raw).save(folder / "mine/labels" / name)
+    block = re.search(r"```json\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    (folder / "classes.json").write_text(block[1])  # as README says it
     return folder
 
 
