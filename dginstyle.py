@@ -1134,11 +1134,13 @@ def train_dreambooth(args, pairs, classes):
     draw = picture_draw(pairs, size, args)
 
     def loss(batch):
+        """[images (B,3,h,w)] -> a number."""
         images, = batch
         text = empty.expand(len(images), -1, -1)
         return diffusion_loss(models, encode_images(models.vae, images), text)
 
     def save():
+        """U^S as it is now, and a sheet: every prompt should look like the source."""
         out = Path(args.out)
         models.unet.save_pretrained(out / "unet_source", DTYPES[args.save_dtype])
         sample_sheet(models, sheet_prompts(args), None, args, out / "samples" / "dreambooth.png")
@@ -1173,6 +1175,7 @@ def train_controlnet(args, pairs, classes):
     sampler = rare_class_sampler(pairs, args)
 
     def draw(rng):
+        """-> image (3,h,w), label (h,w) uint8, tokens (L,): one crop around a rare class."""
         cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
         image, label = data.cover(*pairs.pair(i), size)
         top, left, _ = data.crop_box(label, size, rng, cls, tries=1)
@@ -1182,6 +1185,7 @@ def train_controlnet(args, pairs, classes):
         return from_uint8(image[None])[0], torch.from_numpy(label.copy()), tokens
 
     def loss(batch):
+        """[images or latents, labels, tokens], batched -> a number."""
         images, labels, tokens = batch
         with torch.no_grad():
             text = models.text_encoder(tokens)
@@ -1194,6 +1198,7 @@ def train_controlnet(args, pairs, classes):
     prompts = [prompts[k % len(prompts)] for k in range(8)]
 
     def save():
+        """The ControlNet as it is now, and a sheet of it under the prior."""
         out = Path(args.out)
         models.controlnet.save_pretrained(out / "controlnet", DTYPES[args.save_dtype])
         swapped = Models(**{**vars(models), "unet": prior})
@@ -1289,6 +1294,7 @@ def train_segmenter(args):
     model, loss = (build_diff if args.backbone == "diff" else build_segformer)(args, classes)
 
     def save():
+        """The segmenter as it is now."""
         model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
 
     fit("segformer", Objective(loss, model=model), segmenter_draw(pairs, args), args, save,
@@ -1513,7 +1519,8 @@ class Flag:
 
     @property
     def kind(self):
-        return self.type or type(self.default)
+        """What makes a value of a word: the type given, or the default's."""
+        return self.type or (Path if isinstance(self.default, Path) else type(self.default))
 
 
 DATA_HELP = ("FOLDER, FOLDER:N (N of its pairs), FOLDER:night (or fog, rain, snow: a part of "
@@ -1748,8 +1755,6 @@ def add_flags(parser, table, command):
             options["nargs"] = "+"
         if flag.kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        if isinstance(flag.default, Path):
-            options["type"] = Path
         text = f"{flag.help} {describe(command, name, flag)}".replace("%", "%%").strip()
         parser.add_argument("--" + name.replace("_", "-"), help=text, default=None, **options)
 

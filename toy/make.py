@@ -42,6 +42,7 @@ def train_vae(args, pairs, classes):
     draw = dginstyle.picture_draw(pairs, args.size or (64, 128), args)
 
     def loss(batch):
+        """[images (B,3,h,w)] -> a number."""
         x, = batch
         mean, logvar = (m.float() for m in vae.posterior(x))
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
@@ -51,6 +52,7 @@ def train_vae(args, pairs, classes):
 
     @torch.no_grad()
     def save():
+        """The VAE with normalised latents, and a sheet of crops before and after it."""
         crops = torch.stack([draw(np.random.default_rng([1, k]))[0] for k in range(256)])
         crops = crops.to(args.device)
         final = normalise_latents(vae, crops)
@@ -97,6 +99,7 @@ def train_prior(args, pairs, classes):
     models.check()
 
     def draw(rng):
+        """-> image (3,h,w), tokens (L,) of its caption."""
         i = int(rng.integers(len(pairs)))
         crop, label = data.scaled_crop(*pairs.pair(i), models.size, rng, args.resize_ratios)
         names, weather, kind = data.caption(label, classes), pairs.weather(i), rng.random()
@@ -105,11 +108,13 @@ def train_prior(args, pairs, classes):
         return dginstyle.from_uint8(crop[None])[0], tokenizer(prompt)[0]
 
     def loss(batch):
+        """[images or latents, tokens], batched -> a number."""
         images, tokens = batch
         z = dginstyle.encode_images(models.vae, images)
         return dginstyle.diffusion_loss(models, z, models.text_encoder(tokens))
 
     def save():
+        """The UNet, its text side and scheduler as they are now, and a sheet of every weather."""
         out, dtype = args.out, DTYPES[args.save_dtype]
         models.unet.save_pretrained(out / "unet", dtype)
         models.text_encoder.save_pretrained(out / "text_encoder", dtype)
