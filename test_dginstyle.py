@@ -1,7 +1,8 @@
 """Tests of dginstyle. Run: pytest  (about three minutes on two cores; no network, no GPU).
 
 Order: networks against diffusers and transformers, sampler, the paper's parts against literal
-loops, data, segmenter, commands, bad input, experiments, DIFF, the house rules. Oracles are skipped if not installed.
+loops, data, segmenter, commands, bad input, experiments, DIFF, the house rules. Oracles are skipped
+if not installed.
 
 `python test_dginstyle.py OUT` writes a folder of the true Stable Diffusion 1.5 size with random
 weights and a ControlNet with 20 hint channels, for timing and memory.
