@@ -430,7 +430,7 @@ def shorten(words, precision, full=False):
         return words + ["--num", "3"] * ("rcs-subset" in words)
     count, kind = processes(words), words[words.index("dginstyle.py") + 1]
     words = [re.sub(r"^(toy:\w+)(:\d+)?$", r"\1:8", w) for w in words]
-    toy = "--sd" not in words and not any("data/" in w for w in words)
+    toy = "--sd" not in words and not any(w.startswith(("data/", "mine")) for w in words)
     more = ["--device", "cpu", "--precision", precision]
     if kind == "generate":
         more += ["--num", str(count + 1 - full), "--steps", "1"]
