@@ -2872,6 +2872,28 @@ def test_ema_averages_batchnorm_statistics(tmp_path):
     assert torch.equal(saved["nets"]["model." + key].half().float(), last)
 
 
+def test_one_process_counts_the_classes(monkeypatch):
+    """Under torchrun the first process counts and tells the others, which read no label."""
+    args, counts = dginstyle.settings("generate"), np.array([[100, 0, 50], [0, 100, 0]])
+    told = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", told.append)
+    monkeypatch.setattr(dginstyle, "ranks", lambda device: (0, 2))
+    monkeypatch.setattr(data, "class_counts", lambda pairs: counts)
+    first = dginstyle.rare_class_sampler("pairs", args)
+    monkeypatch.setattr(dginstyle, "ranks", lambda device: (1, 2))
+    monkeypatch.setattr(data, "class_counts", lambda pairs: pytest.fail("counted twice"))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list",
+                        lambda box: box.__setitem__(0, told[0][0]))
+    assert np.array_equal(dginstyle.rare_class_sampler("pairs", args).p, first.p)
+
+
+def test_an_encoder_from_nothing_is_said_so(tmp_path, capsys):
+    """A published encoder without --pretrained, and so without feature distance, is no secret."""
+    assert main(["segment", "train", "--data", "toy:sunny:2", "--backbone", "b0", "--steps", "1",
+                 "--batch", "2", "--crop", "64x64", "--out", str(tmp_path)]) == 0
+    assert "--pretrained is missing: MiT-B0" in capsys.readouterr().out
+
+
 def test_workers(monkeypatch, capsys):
     """One process for every core up to eight; none, and a line, where fork is not to be had."""
     args = argparse.Namespace(workers=None)
