@@ -197,12 +197,24 @@ def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yield a place to write to; what is written takes its name once it is whole."""
+def replacing(path, keep=None):
+    """Yield a place to write to; what is written takes its name once it is whole and on the disk.
+
+    The file that was there takes the name `keep`. Makes the folder, but none above it: a run whose
+    folder was deleted shall not go on in an empty one.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     part = path.with_name(path.name + ".part")
-    yield part
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if keep and path.is_file():
+        os.replace(path, keep)
     os.replace(part, path)
 
 
@@ -428,11 +440,14 @@ def _count(num_classes, label):  # → (K,) pixels per class
 
 
 def _count_file(classes, also_ignore, job):  # a job of another process → {"0": pixels, ...}
-    row = _count(len(classes), read_label(job[0], classes, job[1], also_ignore))
+    try:
+        row = _count(len(classes), read_label(job[0], classes, job[1], also_ignore))
+    except UserError as error:
+        return str(error)
     return {str(c): int(row[c]) for c in np.flatnonzero(row)}
 
 
-def class_counts(data, workers=4):
+def class_counts(data, workers=4, on_error="stop"):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
     One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
@@ -440,9 +455,10 @@ def class_counts(data, workers=4):
     another process after the first, reads no label. The authors' JSON files in ROOT spare the pass.
     Several data sets joined in `data.sets` are counted one by one; any object without a list
     `labels` of files but with `label(i)` and a length is counted in this process and not kept.
+    UserError for a label that cannot be read; on_error="skip": its row is 0, `data.skipped` has it.
     """
     if hasattr(data, "sets"):
-        return np.concatenate([class_counts(part, workers) for part in data.sets])
+        return np.concatenate([class_counts(part, workers, on_error) for part in data.sets])
     classes = getattr(data, "classes", CITYSCAPES)
     if not hasattr(data, "labels"):
         every = tqdm(range(len(data)), "class counts", leave=False)
@@ -461,6 +477,11 @@ def class_counts(data, workers=4):
 
         counted = _remember(data.root / ".class_counts.json", keys, jobs, run, "class counts")
     for i, row in zip(todo, counted, strict=True):
+        if isinstance(row, str) and on_error == "stop":
+            raise UserError(row)
+        if isinstance(row, str):
+            data.skipped.append((data.labels[i], row))
+            row = {}
         rows[i] = row
     return np.array([[row.get(str(c), 0) for c in range(len(classes))] for row in rows], np.int64)
 
@@ -474,8 +495,8 @@ def _key(root, path, reading=()):
 def _remember(file, keys, jobs, run, text, least=1):
     """The results of run(jobs), of which those that the JSON `file` knows by their key are not run.
 
-    `least` new ones are kept in it, but never a None. A folder that cannot be written makes the
-    next call do it all again.
+    `least` new ones are kept in it, but never a None or the text of an error. A folder that cannot
+    be written makes the next call do it all again.
     """
     cache = _read_json(file)
     todo = [i for i, key in enumerate(keys) if key not in cache]
@@ -483,7 +504,8 @@ def _remember(file, keys, jobs, run, text, least=1):
     for i, result in zip(todo, tqdm(results, text, len(todo), delay=1, leave=False), strict=True):
         cache[keys[i]] = result
     if len(todo) >= least:
-        _save_cache(file, {key: result for key, result in cache.items() if result is not None})
+        _save_cache(file, {key: result for key, result in cache.items()
+                           if not isinstance(result, (str, type(None)))})
     return [cache[key] for key in keys]
 
 
@@ -850,7 +872,7 @@ class LabelMaps:
     def __init__(self, root, classes=CITYSCAPES):
         self.classes, self.root = classes, Path(root)
         self.labels = sorted(self.root.glob("*_labelTrainIds.png"))
-        self._ids, self.also_ignore = [None] * len(self.labels), ()
+        self._ids, self.also_ignore, self.skipped = [None] * len(self.labels), (), []
 
     def __len__(self):
         return len(self.labels)
@@ -871,6 +893,7 @@ class Joined:
 
     def __init__(self, sets):
         self.sets = list(sets)
+        self.heard = None  # a list here gets the name of every pair that is asked for
         self.ends = np.cumsum([len(s) for s in self.sets])
 
     def __len__(self):
@@ -879,7 +902,10 @@ class Joined:
     def find(self, i):
         """-> the number of the set that holds index i, and the index in it."""
         k = int(np.searchsorted(self.ends, i, side="right"))
-        return k, i - (int(self.ends[k - 1]) if k else 0)
+        j = i - (int(self.ends[k - 1]) if k else 0)
+        if self.heard is not None:
+            self.heard.append(self.sets[k].name(j))
+        return k, j
 
     def __getattr__(self, method):
         if method not in ("name", "image", "label", "pair", "weather"):

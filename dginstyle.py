@@ -24,13 +24,11 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import datetime
 import functools
 import json
 import math
 import os
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +44,7 @@ import data
 import diff
 import gallery
 import segformer
+import training
 import unet as unet_module
 import vae as vae_module
 from clip_text import TextEncoder, Tokenizer
@@ -53,11 +52,11 @@ from controlnet import ControlNet
 from data import UserError
 from diff import Diff
 from segformer import SegFormer
+from training import DTYPES, Objective, barrier, choose_precision, fit, open_run, ranks, say
 from unet import UNet, read_json
 from vae import VAE
 
 TOY = Path(__file__).resolve().parent / "toy"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @functools.cache
@@ -665,6 +664,10 @@ class Condition:
                 "seed": self.seed, "settings": {n: getattr(args, n) for n in names}}
 
 
+# settings that may change between two runs of generate
+REPEATABLE = ("num", "batch", "tile_batch", "device", "low_vram", "compile", "preset", "on_error")
+
+
 def draw_condition(k, pairs, sampler, size, args, classes):
     """Label crop around a rare class (section 3.4), caption, and a weather sentence or none.
 
@@ -713,17 +716,23 @@ def sample(models, conditions, classes, args):
 
 
 def make_images(models, conditions, classes, args):
-    """Conditions of one size -> uint8 images (B,H,W,3): sampled, decoded and scaled back."""
-    latents = sample(models, conditions, classes, args)
-    for c, z in zip(conditions, latents, strict=True):
-        if not z.isfinite().all():
-            raise UserError(f"{c.name}, seed {c.seed}: the latents are no longer numbers; try "
-                            "--precision fp32")
+    """Conditions of one size -> those that could be made, and uint8 images (B,H,W,3): sampled,
+    decoded and scaled back."""
+    latents, good = sample(models, conditions, classes, args), []
+    for k, c in enumerate(conditions):
+        if latents[k].isfinite().all():
+            good.append(k)
+        else:
+            training.skip(args, UserError(f"{c.name}, seed {c.seed}: the latents are no longer "
+                                          "numbers; try --precision fp32"))
+    conditions = [conditions[k] for k in good]
+    if not good:
+        return conditions, []
     with models.on_device("vae"):
-        images = decode(models.vae, latents)
+        images = decode(models.vae, latents[good])
     size = conditions[0].label.shape
     fit = [Image.fromarray(i).resize((size[1], size[0]), Image.LANCZOS) for i in images]
-    return np.stack([np.asarray(i) for i in fit])
+    return conditions, np.stack([np.asarray(i) for i in fit])
 
 
 def generate(args):
@@ -745,40 +754,54 @@ def generate(args):
     check_options(models, size, args)
     sampler = rare_class_sampler(pairs, args)
 
-    def conditions(start):
-        return [draw_condition(k, pairs, sampler, size, args, classes)
-                for k in range(start, min(start + args.batch, args.num))]
+    def condition(k):
+        return draw_condition(k, pairs, sampler, size, args, classes)
 
-    conditions(0)  # what is wrong with the labels shows before anything is written
+    if args.on_error == "stop":  # what is wrong with the labels shows before anything is written
+        for k in range(min(args.batch, args.num)):
+            condition(k)
+    with open_run(args, "settings.json", REPEATABLE, pairs, fresh=True):
+        make_data_set(models, condition, classes, args)
+        if ranks(args.device)[0] == 0:
+            merge_manifest(args.out)
+            gallery.write_grid(args.out)
+            rows = map(json.loads, training.whole_lines(args.out / "manifest.jsonl"))
+            gallery.write_gallery(args.out, list(rows), size)
+            print(f"{args.num} images with labels in {args.out}; look at "
+                  f"{args.out / 'gallery.html'}")
+
+
+def make_data_set(models, condition, classes, args):
+    """The images of this process and their labels, and for each a row of manifest.jsonl.
+
+    A batch of which a file is missing is computed again as a whole: the same batch, the same bytes.
+    """
     rank, world = ranks(args.device)
-    out = args.out
     if rank == 0:
-        open_run(out, args, ("num", "batch", "tile_batch", "device", "low_vram", "compile",
-                             "preset"), fresh=True)
-        merge_manifest(out)  # of a run that was stopped
+        merge_manifest(args.out)  # of a run that was stopped
     barrier(world)
-    known = set(manifest_lines(out / "manifest.jsonl"))
+    known = set(training.whole_lines(args.out / "manifest.jsonl"))
+    part = f"manifest.{rank}.part" if rank else "manifest.jsonl"
     with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
-          open(out / (f"manifest.{rank}.part" if rank else "manifest.jsonl"), "a") as manifest):
+          open(args.out / part, "a") as manifest):
         for start in range(rank * args.batch, args.num, world * args.batch):
-            batch = conditions(start)
-            todo = [c for c in batch if not (out / "vis" / f"{c.name}.png").is_file()]
+            batch = []
+            for k in range(start, min(start + args.batch, args.num)):
+                try:
+                    batch.append(condition(k))
+                except UserError as error:
+                    training.skip(args, error)
+            todo = {c.name for c in batch if not gallery.is_saved(args.out, c.name)}
             if todo:
-                images = make_images(models, todo, classes, args)
-                for c, image in zip(todo, images, strict=True):
-                    gallery.save_generated(out, c.name, image, c.label, classes)
+                batch, images = make_images(models, batch, classes, args)
+                for c, image in zip(batch, images, strict=True):
+                    if c.name in todo:
+                        gallery.save_generated(args.out, c.name, image, c.label, classes)
             rows = [json.dumps(c.manifest_row(args)) + "\n" for c in batch]
             manifest.write("".join(row for row in rows if row not in known))
             manifest.flush()  # whenever the run is stopped, there is a row for every image
-            bar.update(len(batch) * world)
+            bar.update(min(args.batch, args.num - start) * world)
     barrier(world)
-    if rank:
-        return
-    merge_manifest(out)
-    gallery.write_grid(out)
-    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    gallery.write_gallery(out, rows, size)
-    print(f"{args.num} images with labels in {out}; look at {out / 'gallery.html'}")
 
 
 def rare_class_sampler(pairs, args):
@@ -789,22 +812,16 @@ def rare_class_sampler(pairs, args):
     if not args.rcs:
         return None
     rank, world = ranks(args.device)
-    box = [data.class_counts(pairs) if rank == 0 else None]
+    box = [data.class_counts(pairs, on_error=args.on_error) if rank == 0 else None]
     if world > 1:
         torch.distributed.broadcast_object_list(box)
     return data.RareClassSampler(box[0], args.rcs_temperature, args.rcs_min_pixels)
 
 
-def manifest_lines(file):
-    """The whole lines of a manifest; a run that was stopped may have left half a line."""
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [line for line in lines if line.endswith("\n")]
-
-
 def merge_manifest(out):
     """One row an image in manifest.jsonl, rows of other processes and longer runs included."""
     parts = [out / "manifest.jsonl", *out.glob("manifest.*.part")]
-    rows = sorted({line for part in parts for line in manifest_lines(part)})
+    rows = sorted({line for part in parts for line in training.whole_lines(part)})
     with data.replacing(parts[0]) as file:
         file.write_text("".join(rows))
     for part in parts[1:]:
@@ -832,28 +849,6 @@ def check_options(models, size, args):
         tiles(large, tuple(min(a, b) for a, b in zip(window, large, strict=True)), args.stride)
 
 
-def open_run(out, args, free, name="settings.json", fresh=False):
-    """Make the output folder, or take it up again if it holds a run with the same settings.
-
-    free: settings that may differ between the runs that share a folder; fresh: a first run needs
-    an empty folder.
-    """
-    out = Path(out)
-    settings = {k: str(v) for k, v in sorted(vars(args).items())
-                if k not in (*free, "out", "run", "command")}
-    file = out / name
-    if file.is_file():
-        old = read_json(file)
-        differ = [k for k in settings if old.get(k) != settings[k]]
-        if differ:
-            raise UserError(f"--out {out} holds a run with other settings ({', '.join(differ)}); "
-                             "choose another folder")
-    elif fresh and out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty and holds no run of this command")
-    with data.replacing(file) as part:
-        part.write_text(json.dumps(settings, indent=2) + "\n")
-
-
 def check_weather(words):
     known = {*data.WEATHERS, "dusk", "overcast"}  # the last two: of the toy world
     for word in set(words) - known:
@@ -861,213 +856,7 @@ def check_weather(words):
 
 
 # --------------------------------------------------------------------------------------------
-# 6  train: the loop, and the two stages of section 3.2
-
-
-class Samples(torch.utils.data.Dataset):
-    """Sample i of a run is a function of (seed, i) alone: in any order, worker or restart."""
-
-    def __init__(self, draw, seed):
-        self.draw, self.seed = draw, seed
-
-    def __getitem__(self, i):
-        return self.draw(np.random.default_rng([self.seed, i]))
-
-
-class Objective(torch.nn.Module):
-    """The nets in training and the loss of a batch as one module, which is what DDP wraps."""
-
-    def __init__(self, loss, **nets):
-        super().__init__()
-        self.nets, self.loss = torch.nn.ModuleDict(nets), loss
-
-    def forward(self, batch):
-        return self.loss(batch)
-
-
-def ranks(device):
-    """(rank, number of processes); under torchrun this joins the process group."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not torch.distributed.is_initialized():
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group(
-            "nccl" if device.startswith("cuda") else "gloo",
-            timeout=datetime.timedelta(days=1))  # processes of `generate` meet only at the end
-    return rank, world
-
-
-def barrier(world):
-    if world > 1:
-        torch.distributed.barrier()
-
-
-def say(text):
-    """Print a line; of several processes only the first one does."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text)
-
-
-def lr_factor(args, step):
-    """Learning rate of a step as a fraction of --lr."""
-    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-    done = step / args.steps
-    decay = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "poly": 1 - done}
-    return warm * decay[args.lr_schedule]
-
-
-# what may change between two runs of one training
-RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "eval_fit",
-             "weights", "save", "images", "sample_steps", "guidance", "compile")
-
-
-def workers(args):
-    """--workers, or one for every core of this process, up to 8.
-
-    `draw` is a closure, which only a forked process can share: none where that is not to be had
-    (Windows) or not safe (macOS).
-    """
-    if args.workers != 0 and sys.platform in ("win32", "darwin"):
-        say(f"--workers 0: {sys.platform} cannot share the data with other processes")
-        return 0
-    if args.workers is not None:
-        return args.workers
-    return min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-class Trained:
-    """What changes from update to update, and so what a checkpoint holds."""
-
-    def __init__(self, objective, groups, args):
-        device = torch.device(args.device)
-        self.objective = objective
-        self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            groups or [{"params": self.parameters, "lr": args.lr,
-                        "weight_decay": args.weight_decay}],
-            betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # a checkpoint has them
-        self.scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(args) == "fp16")
-        # --ema: the average of every weight, and of BatchNorm's statistics with them
-        self.weights = [*self.parameters, *(b for b in objective.nets.buffers()
-                                            if b.is_floating_point())] if args.ema else []
-        self.average = [w.detach().clone() for w in self.weights]
-
-    def states(self):
-        return {"nets": self.objective.nets, "optimizer": self.optimizer, "scaler": self.scaler}
-
-    def resume(self, file):
-        """Read a checkpoint, if there is one -> the step to go on from."""
-        if not file.is_file():
-            return 0
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        for name, part in self.states().items():
-            part.load_state_dict(saved[name])
-        for mine, theirs in zip(self.average, saved["average"], strict=True):
-            mine.copy_(theirs)
-        return saved["step"]
-
-    def write(self, file, step):
-        """All that `resume` needs."""
-        saved = {name: part.state_dict() for name, part in self.states().items()}
-        with data.replacing(file) as part:
-            torch.save({"step": step, "average": self.average, **saved}, part)
-
-    def blend(self, ema, step):
-        """average <- ema average + (1 - ema) weights, with a short memory at the start."""
-        if self.average:
-            torch._foreach_lerp_(self.average, [w.detach() for w in self.weights],
-                                 1 - min(ema, (step + 1) / (step + 10)))
-
-    @contextlib.contextmanager
-    def averaged(self):
-        """For a while the nets are in eval mode and, with --ema, hold the averaged weights."""
-        trained = [w.detach().clone() for w in self.weights]
-        for w, a in zip(self.weights, self.average, strict=True):
-            w.data.copy_(a)
-        self.objective.eval()
-        yield
-        self.objective.train()
-        for w, t in zip(self.weights, trained, strict=True):
-            w.data.copy_(t)
-
-
-def update(state, parallel, batches, args):
-    """One optimiser step over --accumulate batches -> the loss, a tensor on the device."""
-    device, precision = torch.device(args.device), choose_precision(args)
-    total = torch.zeros((), device=device)
-    for k in range(args.accumulate):
-        batch = [part.to(device, non_blocking=True) for part in next(batches)]
-        waits = parallel is not state.objective and k < args.accumulate - 1
-        with parallel.no_sync() if waits else contextlib.nullcontext():  # DDP adds up once
-            with torch.autocast(device.type, DTYPES[precision], precision != "fp32"):
-                loss = parallel(batch) / args.accumulate
-            state.scaler.scale(loss).backward()
-        total += loss.detach()
-    state.scaler.unscale_(state.optimizer)
-    if args.clip:
-        torch.nn.utils.clip_grad_norm_(state.parameters, args.clip)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    return total
-
-
-def fit(stage, objective, draw, args, save, groups=None):
-    """The training loop of every stage.
-
-    objective(batch) -> loss; draw(rng) -> one sample; save() writes the nets in their final form,
-    with the averaged weights in place when --ema is on. Restarting continues from the last
-    checkpoint, exactly as if there had been no stop. Under torchrun every process brings a batch
-    of its own to each update. UserError when the loss is no longer a number.
-    """
-    rank, world = ranks(args.device)
-    out = Path(args.out)
-    if rank == 0:
-        open_run(out, args, RESUMABLE, f"{stage}.json")
-    barrier(world)
-    device = torch.device(args.device)
-    objective.to(device, memory_format=torch.channels_last).train()
-    if args.compile:
-        objective.compile()
-    state, checkpoint = Trained(objective, groups, args), out / "checkpoints" / f"{stage}.pt"
-    if first := state.resume(checkpoint):
-        say(f"{stage}: going on from step {first}")
-    parallel = objective if world == 1 else torch.nn.parallel.DistributedDataParallel(
-        objective, gradient_as_bucket_view=True)  # no second copy of the gradients
-
-    per_step = args.batch * args.accumulate * world  # samples in one update
-    processes = workers(args)
-    batches = iter(torch.utils.data.DataLoader(
-        Samples(draw, args.seed), args.batch, num_workers=processes,
-        sampler=range(first * per_step + rank, args.steps * per_step, world),
-        multiprocessing_context="fork" if processes else None, pin_memory=device.type == "cuda"))
-    mean = None
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=stage,
-               disable=rank > 0, mininterval=1)
-    for step in bar:
-        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # noise, t, dropout
-        for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
-            group["lr"] = rate * lr_factor(args, step)
-        loss = update(state, parallel, batches, args)
-        state.blend(args.ema, step)
-        mean = loss if mean is None else torch.lerp(loss, mean, 0.98)
-
-        done, last = step + 1, step + 1 == args.steps
-        saves = done % args.save_every == 0 or last
-        if saves or done % 10 == 0:  # only now does the program wait for the device
-            if not math.isfinite(value := mean.item()):
-                raise UserError(f"{stage}: the loss is {value} at step {done}; lower --lr")
-            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-        if rank == 0 and (done % 50 == 0 or last):
-            with open(out / "log.jsonl", "a") as file:
-                row = {"stage": stage, "step": done, "loss": round(value, 6)}
-                file.write(json.dumps({**row, "time": round(time.time())}) + "\n")
-        if rank == 0 and saves:
-            with state.averaged():
-                save()
-            state.write(checkpoint, done)
-    barrier(world)  # the next stage reads what the first process wrote
+# 6  train: the two stages of section 3.2 (their loop: training.fit)
 
 
 def diffusion_loss(models, z, text, control=None):
@@ -1146,7 +935,7 @@ def train_dreambooth(args, pairs, classes):
         sample_sheet(models, sheet_prompts(args), None, args, out / "samples" / "dreambooth.png")
 
     draw = cached(draw, models.vae, args)
-    fit("dreambooth", Objective(loss, unet=models.unet), draw, args, save)
+    fit("dreambooth", Objective(loss, unet=models.unet), draw, args, save, pairs)
 
 
 def train_controlnet(args, pairs, classes):
@@ -1205,7 +994,7 @@ def train_controlnet(args, pairs, classes):
         sample_sheet(swapped, prompts, hints, args, out / "samples" / "controlnet.png", classes)
 
     draw = cached(draw, models.vae, args)
-    fit("controlnet", Objective(loss, controlnet=models.controlnet), draw, args, save)
+    fit("controlnet", Objective(loss, controlnet=models.controlnet), draw, args, save, pairs)
 
 
 def sheet_prompts(args):
@@ -1297,7 +1086,7 @@ def train_segmenter(args):
         """The segmenter as it is now."""
         model.save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
 
-    fit("segformer", Objective(loss, model=model), segmenter_draw(pairs, args), args, save,
+    fit("segformer", Objective(loss, model=model), segmenter_draw(pairs, args), args, save, pairs,
         segformer.parameter_groups(model, args.lr, args.weight_decay))
     say(f"segmenter is in {Path(args.out) / 'segformer'}")
 
@@ -1378,10 +1167,15 @@ def evaluate(args, sets, classes):
     head = model.config.head
     window = args.crop or segformer.published_crop(head)
     results, file = {}, Path(args.out) / "eval.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     for spec, pairs in sets:
         confusion = torch.zeros(K, K, dtype=torch.int64, device=args.device)
         for i in tqdm(range(len(pairs)), desc=spec, unit="image"):
-            image, label = pairs.pair(i)
+            try:
+                image, label = pairs.pair(i)
+            except UserError as error:
+                training.skip(args, error)
+                continue
             fit = args.eval_fit or segformer.published_fit(pairs.layout, head)
             prediction = segformer.predict(model, image, window, fit).argmax(0)
             label = torch.from_numpy(label).to(args.device)
@@ -1473,15 +1267,6 @@ def open_training_data(args, labels_only=False):
     return classes, data.Joined([part for _, part in sets])
 
 
-def choose_precision(args):
-    """fp32, bf16 or fp16: --precision, or half precision on GPUs and fp32 elsewhere."""
-    if args.precision != "auto":
-        return args.precision
-    if not args.device.startswith("cuda"):
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 def check_loop(args):
     """UserError for training flags that make no sense."""
     for name in ("steps", "batch", "accumulate", "save_every"):
@@ -1530,6 +1315,9 @@ COMMON = {
     "classes": Flag(None, "JSON with names, colours, ids; default: Cityscapes' 19", str),
     "seed": Flag(0, "seed of everything random"),
     "device": Flag("auto", "auto, cpu, cuda, cuda:1, mps"),
+    "on_error": Flag("stop", "what to do about a file that cannot be read, or an image that fails: "
+                     "stop, or skip it and list it in OUT/skipped.jsonl",
+                     choices=("stop", "skip")),
 }
 MODELS = {
     "sd": Flag(TOY, "Stable Diffusion folder or single file; a settings.json in a folder holds "
@@ -1787,11 +1575,20 @@ def settings(*words):
 
 
 def run(parser, argv=None):
-    """Run one command; errors of the user become one sentence on stderr and exit code 2."""
+    """Run one command; errors of the user become one sentence on stderr and exit code 2.
+
+    After Ctrl-C or SIGTERM a sentence too, and 130 or 143.
+    """
     tune_cpu()
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        with training.signals(training.interrupt):
+            args.run(args)
+    except training.Interrupted as stop:
+        number, text = stop.args
+        print(f"{parser.prog.removesuffix('.py')}: {text}; the same command goes on from there",
+              file=sys.stderr)
+        return 128 + number
     except (UserError, clip_text.FileError, segformer.FileError, unet_module.FileError,
             vae_module.FileError, OSError) as error:
         if isinstance(error, OSError) and error.errno is None:

@@ -28,18 +28,23 @@ def write_image(path, image):
 
 
 def save_generated(out, name, image, label, classes):
-    """OUT/images, labels and vis (image | colour label | blend) of one generated image.
-
-    vis/ is written last, so it marks a finished image.
-    """
+    """OUT/images, labels and vis (image | colour label | blend) of one generated image."""
     write_image(out / "images" / f"{name}.png", image)
     data.save_label(out / "labels" / f"{name}_labelTrainIds.png", label, classes)
     strip = [image, data.colourise(label, classes), data.overlay(image, label, classes)]
     write_image(out / "vis" / f"{name}.png", np.concatenate(strip, axis=1))
 
 
+def is_saved(out, name):
+    """Whether all three files of a generated image are there to their end."""
+    files = (out / "images" / f"{name}.png", out / "labels" / f"{name}_labelTrainIds.png",
+             out / "vis" / f"{name}.png")
+    return all(file.is_file() and file.read_bytes()[-8:-4] == b"IEND" for file in files)
+
+
 def save_prediction(stem, label, image, classes):
     """STEM_labelTrainIds.png, STEM_colour.png and STEM_overlay.png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
     data.save_label(stem.with_name(stem.name + "_labelTrainIds.png"), label, classes)
     write_image(stem.with_name(stem.name + "_colour.png"), data.colourise(label, classes))
     write_image(stem.with_name(stem.name + "_overlay.png"), data.overlay(image, label, classes))

@@ -2878,7 +2878,7 @@ def test_one_process_counts_the_classes(monkeypatch):
     told = []
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", told.append)
     monkeypatch.setattr(dginstyle, "ranks", lambda device: (0, 2))
-    monkeypatch.setattr(data, "class_counts", lambda pairs: counts)
+    monkeypatch.setattr(data, "class_counts", lambda pairs, on_error: counts)
     first = dginstyle.rare_class_sampler("pairs", args)
     monkeypatch.setattr(dginstyle, "ranks", lambda device: (1, 2))
     monkeypatch.setattr(data, "class_counts", lambda pairs: pytest.fail("counted twice"))

@@ -24,8 +24,9 @@ import gallery
 import unet
 import vae as vae_module
 from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
-from dginstyle import DTYPES, Models, Objective, Schedule
+from dginstyle import Models, Schedule
 from toy.streets import STYLES
+from training import DTYPES, Objective, fit
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -61,7 +62,7 @@ def train_vae(args, pairs, classes):
         gallery.write_image(args.out / "samples" / "vae.png", gallery.contact_sheet(
             dginstyle.to_uint8(sheet), columns=3, scale=1))
 
-    dginstyle.fit("vae", Objective(loss, vae=vae), draw, args, save)
+    fit("vae", Objective(loss, vae=vae), draw, args, save, pairs)
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def train_prior(args, pairs, classes):
     models.vae.to(args.device)
     nets = dict(unet=models.unet, text_encoder=models.text_encoder)
     draw = dginstyle.cached(draw, models.vae, args)
-    dginstyle.fit("prior", Objective(loss, **nets), draw, args, save)
+    fit("prior", Objective(loss, **nets), draw, args, save, pairs)
 
 
 STAGES = {"vae": train_vae, "prior": train_prior}
