@@ -20,6 +20,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -43,6 +44,7 @@ import dginstyle
 import diff
 import gallery
 import segformer
+import training
 import unet as unet_module
 import vae as vae_module
 from clip_text import (
@@ -3470,6 +3472,228 @@ def test_another_runs_folder_is_refused(capsys, generated, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+# ---- training.py ---------------------------------------------------------------------------------
+
+TINY_RUN = ["segment", "train", "--data", "toy:sunny:4", "--batch", "1", "--workers", "0"]
+
+
+def dies_in(monkeypatch, module, name, call, what):
+    """From now on call number `call` of module.name does `what` in place of its work."""
+    real, calls = getattr(module, name), []
+
+    def wrapped(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            what()
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+def test_a_killed_training_ends_with_the_same_bytes(tmp_path, monkeypatch, capsys):
+    """Killed at step 6 after a checkpoint at 4: log, checkpoints and weights of a whole run."""
+    flags = [*TINY_RUN, "--steps", "8", "--save-every", "2", "--ema", "0.9", "--out"]
+    assert main([*flags, str(tmp_path / "whole")]) == 0
+
+    def die():
+        with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as it would after step 50
+            file.write('{"stage": "segformer", "step": 5, "loss": 1.0}\n{"stage": "segf')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        dies_in(patch, training, "update", 6, die)
+        with pytest.raises(KeyboardInterrupt):
+            main([*flags, str(tmp_path / "parts")])
+    assert main([*flags, str(tmp_path / "parts")]) == 0
+    assert "going on from step 4" in capsys.readouterr().out
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    assert (tmp_path / "parts/checkpoints/segformer.before.pt").is_file()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    """A newest checkpoint cut short is said and passed over; with both damaged: an error."""
+    flags = [*TINY_RUN, "--save-every", "1", "--out", str(tmp_path / "run"), "--steps"]
+    assert main([*flags, "3"]) == 0
+    newest = tmp_path / "run/checkpoints/segformer.pt"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2])
+    assert main([*flags, "3"]) == 0
+    said = capsys.readouterr().out
+    assert "no whole checkpoint" in said and "going on from step 2" in said
+    assert newest.read_bytes() == whole
+    for file in newest.parent.iterdir():
+        file.write_bytes(b"no checkpoint")
+    refuses(capsys, [*flags, "4"], "no whole checkpoint", "delete")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training_after_the_step(number, tmp_path, monkeypatch, capsys):
+    """SIGTERM and Ctrl-C in step 3 leave a checkpoint of it, a sentence, and 143 or 130."""
+    flags = [*TINY_RUN, "--steps", "5", "--out"]
+    assert main([*flags, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        dies_in(patch, training, "update", 3, lambda: os.kill(os.getpid(), number))
+        assert main([*flags, str(tmp_path / "parts")]) == 128 + number
+    assert "stopped after step 3; the same command goes on" in capsys.readouterr().err
+    assert main([*flags, str(tmp_path / "parts")]) == 0
+    assert "going on from step 3" in capsys.readouterr().out
+    weights = [files(tmp_path / run / "segformer") for run in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
+def test_a_signal_ends_generate_at_once(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second batch: 130, one image with its row, nothing half written."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        dies_in(patch, dginstyle, "make_images", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert main(["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len((out / "manifest.jsonl").read_text().splitlines()) == 1
+    assert sorted(f.name for f in out.iterdir()) == ["images", "labels", "manifest.jsonl",
+                                                     "settings.json", "vis"]
+
+
+def test_one_run_a_folder(tmp_path):
+    """A second process is told so; a lock whose holder was killed is free."""
+    code = ("import sys, time, training\n"
+            "with training.locked(sys.argv[1]):\n"
+            "    print('held', flush=True)\n"
+            "    time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, text=True,
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(data.UserError, match="another run is at work"), training.locked(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with training.locked(tmp_path):
+        assert (tmp_path / ".lock").is_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_names_its_pictures(tmp_path, monkeypatch, capsys):
+    """NaN in step 4 of steps looked at together: said with step and pictures; the checkpoint of
+    step 2 is the one that stays."""
+    real, calls = segformer.training_loss, []
+
+    def loss(*args):
+        calls.append(args)
+        return real(*args) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(segformer, "training_loss", loss)
+    flags = [*TINY_RUN, "--steps", "9", "--save-every", "2", "--out", str(tmp_path)]
+    refuses(capsys, flags, "nan at step 4", "train0", "--lr")
+    saved = torch.load(tmp_path / "checkpoints/segformer.pt", weights_only=True)
+    assert saved["step"] == 2
+
+
+def broken_set(folder):
+    """A folder of three pairs, of which the label of b and the picture of c end in the middle."""
+    for seed, name in enumerate("abc"):
+        image, label = streets.toy_street(seed, size=(64, 128))
+        data_png(folder / f"images/{name}.png", image)
+        data_png(folder / f"labels/{name}_labelTrainIds.png", label)
+    for name in ("labels/b_labelTrainIds.png", "images/c.png"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) * 4 // 5])  # what Pillow opens gladly
+
+
+def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
+    """--on-error skip: training, generating and measuring go on, and skipped.jsonl has the files;
+    by default each of them stops."""
+    broken_set(tmp_path / "set")
+    data_words = ["--data", str(tmp_path / "set"), "--steps", "2"]
+    tiny = ["--backbone", "tiny", "--crop", "64x64", "--fit", "64x128", "--workers", "2"]
+    runs = {"train": ["segment", "train", *data_words, *tiny, "--batch", "4"],
+            "make": ["generate", *data_words, "--num", "4", "--no-mrlf"],
+            "plain": ["generate", *data_words, "--num", "9", "--no-mrlf", "--no-rcs"],
+            "eval": ["segment", "eval", "--eval-data", str(tmp_path / "set"), "--weights",
+                     str(HERE / "toy/segformer")]}
+    for name, words in runs.items():
+        out = tmp_path / name
+        refuses(capsys, [*words, "--out", str(tmp_path / f"{name} stops")], "cannot be read")
+        assert main([*words, "--out", str(out), "--on-error", "skip"]) == 0
+        listed = (out / "skipped.jsonl").read_text()
+        assert "b_labelTrainIds.png" in listed
+        assert len(listed.splitlines()) == len(set(listed.splitlines()))
+    assert "images/c.png" in (tmp_path / "train/skipped.jsonl").read_text()
+    assert len(list((tmp_path / "make/images").iterdir())) == 4  # b's label is drawn by nobody
+    assert 0 < len(list((tmp_path / "plain/images").iterdir())) < 9
+
+
+def test_what_is_no_number_is_not_saved(tmp_path, monkeypatch, capsys):
+    """Latents with a NaN: the image is named and left out, or the run stops before it."""
+    real = dginstyle.sample
+
+    def sample(*args):
+        latents = real(*args)
+        latents[1, 0, 0, 0] = float("nan")
+        return latents
+
+    monkeypatch.setattr(dginstyle, "sample", sample)
+    words = ["generate", *QUICK, "--no-mrlf", "--batch", "2", "--out"]
+    refuses(capsys, [*words, str(tmp_path / "stop")], "000001", "seed", "no longer")
+    assert not (tmp_path / "stop/images").is_dir()
+    assert main([*words, str(tmp_path / "skip"), "--on-error", "skip"]) == 0
+    assert len(list((tmp_path / "skip/images").iterdir())) == 1
+    assert "000001" in (tmp_path / "skip/skipped.jsonl").read_text()
+    assert len((tmp_path / "skip/manifest.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_image_cut_short_is_made_again(generated, tmp_path):
+    """A picture that lost its end and a label that is gone come back with the same bytes."""
+    out = tmp_path / "run"
+    shutil.copytree(generated, out)
+    image, label = sorted((out / "images").iterdir())[0], sorted((out / "labels").iterdir())[1]
+    image.write_bytes(image.read_bytes()[:-9])
+    label.unlink()
+    assert main(["generate", *QUICK, "--out", str(out)]) == 0
+    assert files(out) == files(generated)
+
+
+def test_a_full_disk_is_said_and_survived(tmp_path):
+    """Files may not grow beyond a limit: exit 2 and a sentence, nothing half written, and the same
+    commands go on when there is room."""
+    code = (
+        "import resource, sys, dginstyle\n"
+        "words, limit, hard = sys.argv[2:], int(sys.argv[1]), resource.RLIM_INFINITY\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))\n"
+        "assert dginstyle.main(words) == 2\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
+        "from pathlib import Path\n"
+        "assert not list(Path(words[-1]).rglob('*.part'))\n"
+        "assert dginstyle.main(words) == 0\n")
+    for limit, words in ((8_000, ["generate", *QUICK, "--no-mrlf"]),
+                         (100_000, [*TINY_RUN, "--steps", "1"])):
+        out = tmp_path / words[0]
+        done = subprocess.run([sys.executable, "-c", code, str(limit), *words, "--out", str(out)],
+                              cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"dginstyle: .*(File too large|disk full)", done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_vanishes_stays_away(tmp_path, monkeypatch, capsys):
+    """OUT deleted in the middle of generate: a sentence, not a new folder with half a run in it."""
+    out = tmp_path / "run"
+    dies_in(monkeypatch, dginstyle, "make_images", 2, lambda: shutil.rmtree(out))
+    refuses(capsys, ["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)], "run")
+    assert not out.exists()
+
+
+def test_batches_do_not_change_a_byte(tmp_path):
+    """On one thread the images are the same bytes for any --batch and --tile-batch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for k, flags in enumerate((["--batch", "2"], ["--batch", "1"], ["--tile-batch", "5"])):
+            assert main(["generate", *QUICK, *flags, "--out", str(tmp_path / str(k))]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    first, *others = (files(tmp_path / str(k) / "images") for k in range(3))
+    assert all(other == first for other in others)
+
+
 # ---- experiments/bench.py ------------------------------------------------------------------------
 
 
@@ -4131,7 +4355,7 @@ def test_loader_copies_are_equal():
 
 def test_every_flag_is_read():
     """No flag that nobody looks at: each name of a table occurs as args.NAME or ours.NAME."""
-    source = (HERE / "dginstyle.py").read_text()
+    source = (HERE / "dginstyle.py").read_text() + (HERE / "training.py").read_text()
     for table in (dginstyle.GENERATE, dginstyle.TRAIN, dginstyle.SEGMENT):
         for name in table:
             assert f"args.{name}" in source or f"ours.{name}" in source, name

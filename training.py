@@ -344,7 +344,8 @@ def open_run(args, name, free, pairs=None, fresh=False):
     with contextlib.ExitStack() as stack:
         if rank == 0:
             out, settings = Path(args.out), settings_of(args, free)
-            if not (out / name).is_file() and fresh and out.is_dir() and any(out.iterdir()):
+            own = {".lock", name + ".part"}  # of a run that was killed before it had a name
+            if fresh and not (out / name).is_file() and out.is_dir() and set(os.listdir(out)) - own:
                 raise UserError(f"--out {out} is not empty and holds no run of this command")
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
