@@ -3494,6 +3494,19 @@ def test_bench_loop_is_ours():
     assert bench.check_same(models, condition, args) < 1e-5
 
 
+def test_bench_of_diff(tmp_path, monkeypatch):
+    """Our features are the released loop's to 1e-4, and it needs twice as many operations."""
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(bench, "toy_models", lambda device: Models.from_pretrained(dginstyle.TOY))
+    monkeypatch.setattr(streets, "toy_street", lambda seed, size, draw=streets.toy_street: draw(
+        seed, size=(64, 64)))
+    run = bench.Bench(torch.device("cpu"), quick=True)
+    with torch.no_grad():
+        bench.diff_bench(run, False)
+    notes = {row["case"]: row.get("note") for row in run.rows}
+    assert len(notes) == 7 and float(notes["an image, operations"].split()[1]) > 2
+
+
 def test_bench_reports_ratios(tmp_path, monkeypatch):
     """A case is timed on all sides, a missing package leaves its cell empty, both files appear."""
     monkeypatch.setattr(bench, "HERE", tmp_path)
@@ -3571,54 +3584,6 @@ def recorded(source):
     return noise, tape
 
 
-def released_features(net, texts, masks, z, noise, abar):
-    """The released loop for one picture, written out -> the maps at strides 64, 32, 16, 8.
-
-    net(x, t, context) -> output, decoder's maps [[resnets' of a level], …], [[transformers'], …];
-    texts (1+J,L,D): "" for the unguided half, then the J texts of the guided one, "" first; masks
-    (J,1,h,w); z (1,C,h,w). All 37 steps, both halves of the guidance, network output taken for
-    eps, transformer maps summed over all copies, noise of its own for every text.
-    """
-    visited = [*range(24), 26, 30, 34, 40, 45, 52, 60, 69, 80, 91, 105, 121, 139, 160]
-    J, steps = len(masks), []
-    for t, s in zip(visited[:-1], visited[1:], strict=True):
-        out, resnets, attentions = net(z.repeat(1 + J, 1, 1, 1), t, texts)
-        steps.append(([[h[:1] for h in level] for level in resnets],
-                      [[y.sum(0, keepdim=True) for y in level] for level in attentions]))
-        n = noise((J, *z.shape[1:])) if 10 < t < 250 else torch.zeros(J, *z.shape[1:])
-        value = count = 0
-        for j in range(J):
-            e = out[:1] + 5.0 * (out[1 + j : 2 + j] - out[:1])
-            x0 = (z - math.sqrt(1 - abar[t]) * e) / math.sqrt(abar[t])
-            a, eta = abar[s] / abar[t], float(10 < t < 250)
-            c1 = eta * math.sqrt((1 - a) * (1 - abar[s]) / (1 - abar[t]))
-            c2 = math.sqrt(max(1 - abar[s] - c1**2, 1e-10))
-            value = value + masks[j] * (math.sqrt(abar[s]) * x0 + c1 * n[j].to(z) + c2 * e)
-            count = count + masks[j]
-        z = value / count
-    order, maps = [33, 29, 25, 22, 18, 14, 11, 7, 3], []
-    for level in range(len(steps[0][0])):
-        parts = [steps[i][kind][level][k] for kind in (0, 1)
-                 for k in range(len(steps[0][kind][level])) for i in order]
-        maps.append(torch.cat(parts, dim=1).float())
-    return maps
-
-
-def released_net(unet):
-    """Our UNet as `released_features` wants it."""
-    def net(x, t, context):
-        inner, resnets, attentions = [], [], []
-        out = unet.out(unet.trunk(x, t, context, inner=inner))
-        for block in unet.up_blocks:
-            kinds = 1 + hasattr(block, "attentions")
-            part, inner = inner[: kinds * len(block.resnets)], inner[kinds * len(block.resnets) :]
-            resnets.append(part[::kinds])
-            attentions.append(part[1::2] if kinds == 2 else [])
-        return out, resnets, attentions
-
-    return net
-
-
 def hooked_net(theirs):
     """diffusers' UNet as `released_features` wants it: hooks on resnets and transformer blocks."""
     caught = {}
@@ -3655,7 +3620,8 @@ def test_diff_inner_maps_equal_hooks_on_diffusers(oracle_pair, tmp_path):
     g = torch.Generator().manual_seed(3)
     x, context = torch.randn(2, 4, 16, 24, generator=g), torch.randn(2, 7, 24, generator=g)
     with torch.no_grad():
-        (out, *have), (want_out, *want) = released_net(ours)(x, 9, context), theirs(x, 9, context)
+        (out, *have), (want_out, *want) = (net(x, 9, context)
+                                           for net in (bench.released_net(ours), theirs))
         assert relative(out, want_out) < 1e-5
         assert torch.equal(ours(x, 9, context), out)
     assert [[len(level) for level in kind] for kind in have] == [[3] * 4, [0, 3, 3, 3]]
@@ -3676,13 +3642,13 @@ def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
     have = diffusion_features(prior, z, labels, noise,
                               released=("v_as_eps", "sum_texts", "own_noise"))
     tape += 4 * tape[-1:]  # for the steps that nothing reads
-    first, nets = 0, (hooked_net(oracle_pair[0]), released_net(prior.unet))
+    first, nets = 0, (hooked_net(oracle_pair[0]), bench.released_net(prior.unet))
     for b, (net, shown) in enumerate(zip(nets, [(3, 5), (3,)], strict=True)):
         J = 1 + len(shown)
         masks = torch.stack([torch.ones(1, 8, 8), *((labels[b][None, ::8, ::8] == c).float()
                                                     for c in shown)])
         with torch.no_grad():
-            want = released_features(
+            want = bench.released_features(
                 net, torch.cat([texts[:1], texts[:J]]), masks, z[b : b + 1],
                 playback([n[first : first + J] for n in tape]), prior.abar.tolist())
         first += J
