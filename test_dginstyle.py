@@ -3903,6 +3903,22 @@ def test_diff_cache(tmp_path, monkeypatch):
             Diff(config, other, tmp_path)
 
 
+def test_diff_cache_of_the_commands(tmp_path, capsys, monkeypatch):
+    """Measured again with --diff-cache no feature is computed; scores are those without it."""
+    out, cache = ["--out", str(tmp_path / "run")], ["--diff-cache", str(tmp_path / "cache")]
+    assert main(["segment", "train", *DIFF_RUN, "--steps", "1", *out]) == 0
+    measure, scores = ["segment", "eval", "--eval-data", "toy:night:1", *out], []
+    for flags in ([], cache, cache):
+        assert main([*measure, *flags]) == 0
+        scores.append((tmp_path / "run" / "eval.json").read_text())
+        if flags:
+            monkeypatch.setattr(Diff, "compute", None)
+    assert scores[0] == scores[1] == scores[2]
+    refuses(capsys, [*measure, *cache, "--precision", "bf16"], "features of another precision")
+    refuses(capsys, ["segment", "train", *DIFF_RUN, *cache], "--diff-cache", "new crops")
+    refuses(capsys, [*measure, *cache, "--weights", str(HERE / "toy" / "segformer")], "SegFormer")
+
+
 def test_diff_sizes_and_errors():
     """Any size of picture gives logits of half its sides, rounded up; bad settings are named."""
     model = diff_model(diff_prior(), num_classes=5, steps="1").eval()
