@@ -3109,7 +3109,7 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
         mean = np.mean([100 * r["unseen"] for r in runs if r["row"] == row.title])
         seeds = " (1 of 2 seeds)" if row.seeds == 1 else ""
         assert f"| {row.title}{seeds} | {mean:.1f} ±" in table
-    assert all(f"- {title}: " in table for title in ("SegFormer", claim.NO_IPKL))
+    assert all(f"- {title}: " in table for title in ("SegFormer", "DIFF"))
     sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
     claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
     filtered, plain = data.Pairs(tmp_path.parent / "filtered"), data.Pairs(sets / "full-0")

@@ -122,7 +122,8 @@ ROWS = [
     Row("DIFF, source + generated", ("full",), diff=()),
     Row("DIFF, source, strong augmentation", strong=True, diff=()),
     Row("DIFF, source + generated, strong augmentation", ("full",), strong=True, diff=()),
-    Row("DIFF, source only, five calls", diff=("--diff-steps", "5"), seeds=1),
+    Row("DIFF, source only, without IPKL, four times the steps",
+        diff=("--no-ipkl", "--steps", 4 * FULL.steps), seeds=1),
 ]
 SOURCE, FULL_ROW, NO_SWAP, NO_MRLF, ORACLE = (ROWS[i].title for i in (0, 2, 4, 8, 17))
 NO_IPKL, DIFF, DIFF_FULL = (ROWS[i].title for i in (18, 19, 20))
@@ -279,7 +280,7 @@ def row_jobs(out, scale, rows, precision):
         argv = (strongly, *argv) if row.strong else argv
         cost = 0.2 * scale.steps + 0.05 * scale.test * len(streets.STYLES)
         if row.diff is not None:
-            cost *= 3
+            cost *= 8 if "--steps" in row.diff else 2
         jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv, cost))
     return jobs
 
@@ -487,12 +488,13 @@ def verdict(runs):
 def measure_cost(out, rows, precision):
     """cost.json: {model: CPU seconds that a picture takes on one thread, parameters trained}.
 
-    Of SegFormer as in all its rows, and of DIFF on the source alone.
+    Of SegFormer and of DIFF as in all their rows.
     """
     torch.set_num_threads(1)
     weights = {"SegFormer": (dginstyle.TOY / "segformer", "fp32")}
-    weights |= {row.title: (run_path(out, row, 0) / "segformer", precision) for row in rows
-                if row.diff is not None and not row.sets and not row.strong}
+    for row in rows:
+        if row.diff is not None:
+            weights["DIFF"] = run_path(out, row, 0) / "segformer", precision
     costs, image = {}, streets.toy_street(0)[0]
     for name, (folder, kind) in weights.items():
         args = dginstyle.settings("segment", "eval", "--weights", folder, "--precision", kind)
