@@ -3107,8 +3107,9 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     table = (tmp_path / "claim.md").read_text()
     for row in rows:
         mean = np.mean([100 * r["unseen"] for r in runs if r["row"] == row.title])
-        seeds = " (1 of 2 seeds)" if row.seeds == 1 else ""
-        assert f"| {row.title}{seeds} | {mean:.1f} ±" in table
+        name, end = ((f"{row.title} (1 of 2 seeds)", " |") if row.seeds == 1 else
+                     (row.title, " ±"))
+        assert f"| {name} | {mean:.1f}{end}" in table
     assert all(f"- {title}: " in table for title in ("SegFormer", "DIFF"))
     sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
     claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
