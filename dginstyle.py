@@ -1414,7 +1414,8 @@ SEGMENT = {
                            "2406.00777)", choices=(*segformer.PRESETS, "diff")),
     "sd": Flag(TOY, "diff: Stable Diffusion folder or file; eval and predict need the same"),
     "diff_steps": Flag("full", "diff: the steps of noise that are read", choices=tuple(diff.STEPS)),
-    "ipkl": Flag(True, "diff: a branch that is told the labels teaches the other"),
+    "ipkl": Flag(True, "diff: a branch that is told the labels teaches the other; with direct and "
+                        "1 it is told which classes there are, not where"),
     "diff_cache": Flag(None, "diff: eval, predict: folder for the features of the pictures, which "
                              "another head on this prior reads again; training draws new crops, "
                              "for which it would be of no use", Path),

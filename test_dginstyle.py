@@ -3766,6 +3766,9 @@ def test_diff_label_masks_move_what_they_cover():
     covered = (masks[1 : len(rows[0])].sum(0) > 0).expand(4, 8, 8)
     moved = told != seen[1][0]
     assert not moved[~covered].any() and moved[covered].float().mean() > 0.9
+    for steps, blind in (("5", False), ("direct", True)):  # without steps nothing is merged
+        maps = (diffusion_features(prior, z, y, steps=steps)[1] for y in (labels, labels.flip(1)))
+        assert torch.equal(*maps) == blind
 
 
 def test_diff_switches():

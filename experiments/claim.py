@@ -127,7 +127,10 @@ ROWS = [
     Row("DIFF, source only, without IPKL, steps x4", diff=("--no-ipkl",), times=4),
     Row("DIFF, source + generated, without IPKL, steps x4", ("full",), diff=("--no-ipkl",),
         times=4),
-    Row("DIFF, source only, steps x4", diff=(), times=4, seeds=1),
+    # with one call nothing is stepped, and the label masks of IPKL have no latents to merge
+    Row("DIFF, source only, without IPKL, five calls", diff=("--no-ipkl", "--diff-steps", "5"),
+        seeds=1),
+    Row("DIFF, source only, five calls", diff=("--diff-steps", "5"), seeds=1),
 ]
 SOURCE, FULL_ROW, NO_SWAP, NO_MRLF, ORACLE = (ROWS[i].title for i in (0, 2, 4, 8, 17))
 NO_IPKL, DIFF, DIFF_FULL, LONG, LONG_FULL = (ROWS[i].title for i in (18, 19, 20, 23, 24))
@@ -285,7 +288,7 @@ def row_jobs(out, scale, rows, precision):
         argv = (strongly, *argv) if row.strong else argv
         cost = 0.2 * scale.steps + 0.05 * scale.test * len(streets.STYLES)
         if row.diff is not None:
-            cost *= 2 * row.times
+            cost *= 2 * row.times * (5 if "5" in row.diff else 1)
         jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv, cost))
     return jobs
 
