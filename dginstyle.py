@@ -1045,6 +1045,8 @@ def segment(args):
     args = settle(args)
     check_loop(args)
     classes, sets = read_classes(args), []
+    if args.diff_cache and args.stage == "train":
+        raise UserError("--diff-cache is for eval and predict: training draws new crops each time")
     if args.stage in (None, "eval"):
         if not args.eval_data:
             raise UserError("--eval-data is missing: name the sets to measure on")
@@ -1115,7 +1117,7 @@ def build_diff(args, classes):
                         "not with --arch hrda or --pretrained")
     prior = load_prior(args, classes)
     sizes = diff.PRESETS["sd" if prior.vae.factor == 8 else "tiny"]
-    model = Diff(diff.DiffConfig(**sizes, head=args.arch, steps=args.diff_steps,
+    model = Diff(diff.DiffConfig(**sizes, head=args.arch, steps=args.diff_steps, ipkl=args.ipkl,
                                  num_classes=len(classes.names)), prior)
     if any(n % model.multiple for n in args.crop or ()):
         raise UserError(f"--crop {args.crop[0]}x{args.crop[1]}: DIFF on this prior needs "
@@ -1150,7 +1152,9 @@ def load_segmenter(args, classes):
     path = segmenter_path(args)
     print(f"segmenter: {path}")
     if segmenter_config(path).get("architecture") == "Diff":
-        model = Diff.from_pretrained(path, load_prior(args, classes))
+        model = Diff.from_pretrained(path, load_prior(args, classes), cache=args.diff_cache)
+    elif args.diff_cache:
+        raise UserError(f"--diff-cache: {path} holds a SegFormer, which reads no prior's features")
     else:
         model = SegFormer.from_pretrained(path)
     if model.config.num_classes != len(classes.names):
@@ -1410,6 +1414,11 @@ SEGMENT = {
                            "2406.00777)", choices=(*segformer.PRESETS, "diff")),
     "sd": Flag(TOY, "diff: Stable Diffusion folder or file; eval and predict need the same"),
     "diff_steps": Flag("full", "diff: the steps of noise that are read", choices=tuple(diff.STEPS)),
+    "ipkl": Flag(True, "diff: a branch that is told the labels teaches the other; with direct and "
+                        "1 it is told which classes there are, not where"),
+    "diff_cache": Flag(None, "diff: eval, predict: folder for the features of the pictures, which "
+                             "another head on this prior reads again; training draws new crops, "
+                             "for which it would be of no use", Path),
     "arch": Flag("daformer", "decode head", choices=("segformer", "daformer", "hrda")),
     "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", Path),
     "fit": Flag(None, "train: scale pictures, not generated ones, to fit within HxW before "

@@ -59,7 +59,8 @@ SAVED = (91, 52, 30, 22, 18, 14, 11, 7, 3)  # the nine timesteps read, in the or
 VISITED = (*range(24), 26, 30, 34, 40, 45, 52, 60, 69, 80, 91)  # on the way; published: on to 139
 # name: (timesteps of the UNet's calls, those read, True: no inversion, each level noised directly).
 # The picture's latents count as those of the first timestep: 0, in "5" 1. The timesteps of "5" and
-# "1" stand in the release as comments; that "1" is noised directly, and "direct", are ours.
+# "1" stand in the release as comments; that "1" is noised directly, and "direct", are ours. Without
+# steps there are no latents to merge by the label masks: IPKL's branch knows what, but not where.
 STEPS = {
     "full": (VISITED, SAVED, False),
     "5": ((1, 20, 40, 60, 80), (80, 60, 40, 20, 1), False),

@@ -3098,16 +3098,21 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr(claim, "SAMPLING", ["--steps", "1"])
     rows = [r for r in claim.ROWS if r.title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE)]
     rows += [r for r in claim.ROWS if "full filtered" in r.sets]
+    rows += [replace(r, seeds=1) for r in claim.ROWS if r.title == claim.NO_IPKL]
     monkeypatch.setattr(claim, "ROWS", [replace(r, quick=True) for r in rows])
     claim.main(["--quick", "--out", str(tmp_path)])
     before = {k: v for k, v in files(tmp_path).items() if "log" not in k}
     runs = json.loads((tmp_path / "claim.json").read_text())
-    assert [(r["row"], r["seed"]) for r in runs] == [(r.title, s) for s in (0, 1) for r in rows]
+    assert [(r["row"], r["seed"]) for r in runs] == [
+        (r.title, s) for s in (0, 1) for r in rows if s < r.seeds]
     assert all(len(r["IoU"]) == 7 and len(r["IoU"]["night"]) == 19 for r in runs)
     table = (tmp_path / "claim.md").read_text()
     for row in rows:
         mean = np.mean([100 * r["unseen"] for r in runs if r["row"] == row.title])
-        assert f"| {row.title} | {mean:.1f} ±" in table
+        name, end = ((f"{row.title} (1 of 2 seeds)", " |") if row.seeds == 1 else
+                     (row.title, " ±"))
+        assert f"| {name} | {mean:.1f}{end}" in table
+    assert all(f"- {title}: " in table for title in ("SegFormer", "DIFF"))
     sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
     claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
     filtered, plain = data.Pairs(tmp_path.parent / "filtered"), data.Pairs(sets / "full-0")
@@ -3118,6 +3123,13 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     claim.main(["--quick", "--out", str(tmp_path)])  # nothing is left to do
     assert "to do" not in capsys.readouterr().out
     assert {k: v for k, v in files(tmp_path).items() if "log" not in k} == before
+    claim.main(["--quick", "--out", str(tmp_path), "--only", "DIFF"])  # the others as published
+    mixed, published = (json.loads((folder / "claim.json").read_text())
+                        for folder in (tmp_path, HERE / "experiments"))
+    for row in rows:
+        assert ([r for r in mixed if r["row"] == row.title] ==
+                [r for r in (runs if "DIFF" in row.title else published)
+                 if r["row"] == row.title])
 
 
 def test_predictions_of_equal_names_and_broken_pictures(tmp_path, capsys):
@@ -3707,6 +3719,16 @@ def test_bench_loop_is_ours():
     assert bench.check_same(models, condition, args) < 1e-5
 
 
+def test_bench_diff_loop_is_ours():
+    """The released inversion loop that the bench times us against gives our features."""
+    models, prior = tiny_models(), diff_prior(classes=(1, 3))
+    models.encode_prompts = lambda prompts: [None, torch.stack(
+        [prior.texts[("side" in p) + 2 * ("wall" in p)] for p in prompts])]
+    image, labels = diff_pictures(B=1, classes=(0, 1, 3))
+    with torch.no_grad():
+        assert bench.check_same_diff(models, prior, image, labels) < 1e-5
+
+
 def test_bench_reports_ratios(tmp_path, monkeypatch):
     """A case is timed on all sides, a missing package leaves its cell empty, both files appear."""
     monkeypatch.setattr(bench, "HERE", tmp_path)
@@ -3784,54 +3806,6 @@ def recorded(source):
     return noise, tape
 
 
-def released_features(net, texts, masks, z, noise, abar):
-    """The released loop for one picture, written out -> the maps at strides 64, 32, 16, 8.
-
-    net(x, t, context) -> output, decoder's maps [[resnets' of a level], …], [[transformers'], …];
-    texts (1+J,L,D): "" for the unguided half, then the J texts of the guided one, "" first; masks
-    (J,1,h,w); z (1,C,h,w). All 37 steps, both halves of the guidance, network output taken for
-    eps, transformer maps summed over all copies, noise of its own for every text.
-    """
-    visited = [*range(24), 26, 30, 34, 40, 45, 52, 60, 69, 80, 91, 105, 121, 139, 160]
-    J, steps = len(masks), []
-    for t, s in zip(visited[:-1], visited[1:], strict=True):
-        out, resnets, attentions = net(z.repeat(1 + J, 1, 1, 1), t, texts)
-        steps.append(([[h[:1] for h in level] for level in resnets],
-                      [[y.sum(0, keepdim=True) for y in level] for level in attentions]))
-        n = noise((J, *z.shape[1:])) if 10 < t < 250 else torch.zeros(J, *z.shape[1:])
-        value = count = 0
-        for j in range(J):
-            e = out[:1] + 5.0 * (out[1 + j : 2 + j] - out[:1])
-            x0 = (z - math.sqrt(1 - abar[t]) * e) / math.sqrt(abar[t])
-            a, eta = abar[s] / abar[t], float(10 < t < 250)
-            c1 = eta * math.sqrt((1 - a) * (1 - abar[s]) / (1 - abar[t]))
-            c2 = math.sqrt(max(1 - abar[s] - c1**2, 1e-10))
-            value = value + masks[j] * (math.sqrt(abar[s]) * x0 + c1 * n[j].to(z) + c2 * e)
-            count = count + masks[j]
-        z = value / count
-    order, maps = [33, 29, 25, 22, 18, 14, 11, 7, 3], []
-    for level in range(len(steps[0][0])):
-        parts = [steps[i][kind][level][k] for kind in (0, 1)
-                 for k in range(len(steps[0][kind][level])) for i in order]
-        maps.append(torch.cat(parts, dim=1).float())
-    return maps
-
-
-def released_net(unet):
-    """Our UNet as `released_features` wants it."""
-    def net(x, t, context):
-        inner, resnets, attentions = [], [], []
-        out = unet.out(unet.trunk(x, t, context, inner=inner))
-        for block in unet.up_blocks:
-            kinds = 1 + hasattr(block, "attentions")
-            part, inner = inner[: kinds * len(block.resnets)], inner[kinds * len(block.resnets) :]
-            resnets.append(part[::kinds])
-            attentions.append(part[1::2] if kinds == 2 else [])
-        return out, resnets, attentions
-
-    return net
-
-
 def hooked_net(theirs):
     """diffusers' UNet as `released_features` wants it: hooks on resnets and transformer blocks."""
     caught = {}
@@ -3868,7 +3842,8 @@ def test_diff_inner_maps_equal_hooks_on_diffusers(oracle_pair, tmp_path):
     g = torch.Generator().manual_seed(3)
     x, context = torch.randn(2, 4, 16, 24, generator=g), torch.randn(2, 7, 24, generator=g)
     with torch.no_grad():
-        (out, *have), (want_out, *want) = released_net(ours)(x, 9, context), theirs(x, 9, context)
+        (out, *have), (want_out, *want) = (net(x, 9, context)
+                                           for net in (bench.released_net(ours), theirs))
         assert relative(out, want_out) < 1e-5
         assert torch.equal(ours(x, 9, context), out)
     assert [[len(level) for level in kind] for kind in have] == [[3] * 4, [0, 3, 3, 3]]
@@ -3889,13 +3864,13 @@ def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
     have = diffusion_features(prior, z, labels, noise,
                               released=("v_as_eps", "sum_texts", "own_noise"))
     tape += 4 * tape[-1:]  # for the steps that nothing reads
-    first, nets = 0, (hooked_net(oracle_pair[0]), released_net(prior.unet))
+    first, nets = 0, (hooked_net(oracle_pair[0]), bench.released_net(prior.unet))
     for b, (net, shown) in enumerate(zip(nets, [(3, 5), (3,)], strict=True)):
         J = 1 + len(shown)
         masks = torch.stack([torch.ones(1, 8, 8), *((labels[b][None, ::8, ::8] == c).float()
                                                     for c in shown)])
         with torch.no_grad():
-            want = released_features(
+            want = bench.released_features(
                 net, torch.cat([texts[:1], texts[:J]]), masks, z[b : b + 1],
                 playback([n[first : first + J] for n in tape]), prior.abar.tolist())
         first += J
@@ -4015,6 +3990,9 @@ def test_diff_label_masks_move_what_they_cover():
     covered = (masks[1 : len(rows[0])].sum(0) > 0).expand(4, 8, 8)
     moved = told != seen[1][0]
     assert not moved[~covered].any() and moved[covered].float().mean() > 0.9
+    for steps, blind in (("5", False), ("direct", True)):  # without steps nothing is merged
+        maps = (diffusion_features(prior, z, y, steps=steps)[1] for y in (labels, labels.flip(1)))
+        assert torch.equal(*maps) == blind
 
 
 def test_diff_switches():
@@ -4151,6 +4129,22 @@ def test_diff_cache(tmp_path, monkeypatch):
                                 (DiffConfig(**options), diff_prior(seed=1), "prior")):
         with pytest.raises(ValueError, match=f"features of another {what}"):
             Diff(config, other, tmp_path)
+
+
+def test_diff_cache_of_the_commands(tmp_path, capsys, monkeypatch):
+    """Measured again with --diff-cache no feature is computed; scores are those without it."""
+    out, cache = ["--out", str(tmp_path / "run")], ["--diff-cache", str(tmp_path / "cache")]
+    assert main(["segment", "train", *DIFF_RUN, "--steps", "1", *out]) == 0
+    measure, scores = ["segment", "eval", "--eval-data", "toy:night:1", *out], []
+    for flags in ([], cache, cache):
+        assert main([*measure, *flags]) == 0
+        scores.append((tmp_path / "run" / "eval.json").read_text())
+        if flags:
+            monkeypatch.setattr(Diff, "compute", None)
+    assert scores[0] == scores[1] == scores[2]
+    refuses(capsys, [*measure, *cache, "--precision", "bf16"], "features of another precision")
+    refuses(capsys, ["segment", "train", *DIFF_RUN, *cache], "--diff-cache", "new crops")
+    refuses(capsys, [*measure, *cache, "--weights", str(HERE / "toy" / "segformer")], "SegFormer")
 
 
 def test_diff_sizes_and_errors():

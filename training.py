@@ -44,7 +44,8 @@ except ImportError:  # Windows: nothing keeps two runs out of one folder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # settings that may change between two runs of one training
 RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "eval_fit",
-             "weights", "save", "images", "sample_steps", "guidance", "compile", "on_error")
+             "weights", "save", "images", "sample_steps", "guidance", "compile", "on_error",
+             "diff_cache")
 
 
 # --------------------------------------------------------------------------------------------

@@ -5,13 +5,15 @@
     python -m experiments.bench --device cuda       either of them on a GPU
     python -m experiments.bench --sampling 64       label fidelity of faster sampling, 64 images
     python -m experiments.bench --data-path         a training sample of GTA's size, on one core
+    python -m experiments.bench --diff              DIFF's features and training; with --sd-size too
     python -m experiments.bench --quick             once through everything, to see that it runs
 
 Every case times our way and the others in turn, round after round, and reports medians and their
 ratio (above 1: ours is faster). The others are
 
     literal     the released loop written out below: one window at a time, the hint encoded in
-                every step, windows inside the mask not skipped, each window stepped on its own
+                every step, windows inside the mask not skipped, each window stepped on its own; for
+                DIFF: guidance between equal texts, steps and maps that nothing reads
     diffusers   the same loop around diffusers' UNet and ControlNet, or diffusers' module alone
     transformers
 
@@ -25,9 +27,11 @@ pack's; nothing is downloaded.
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -44,10 +48,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dginstyle
+import diff
 import gallery
 from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet
 from dginstyle import Condition, Models, Noise, Schedule
+from diff import Diff, DiffConfig, Prior
 from experiments import claim
 from segformer import PRESETS as MIT
 from segformer import SegFormer, SegFormerConfig, training_loss
@@ -352,6 +358,58 @@ def relative(a, b):
 
 
 # --------------------------------------------------------------------------------------------
+# The released inversion loop of DIFF, written out
+
+
+def released_features(net, texts, masks, z, noise, abar):
+    """The released loop for one picture, written out -> the maps at strides 64, 32, 16, 8.
+
+    net(x, t, context) -> output, decoder's maps [[resnets' of a level], …], [[transformers'], …];
+    texts (1+J,L,D): "" for the unguided half, then the J texts of the guided one, "" first; masks
+    (J,1,h,w); z (1,C,h,w). All 37 steps, both halves of the guidance, network output taken for
+    eps, transformer maps summed over all copies, noise of its own for every text.
+    """
+    visited = [*range(24), 26, 30, 34, 40, 45, 52, 60, 69, 80, 91, 105, 121, 139, 160]
+    J, steps = len(masks), []
+    for t, s in zip(visited[:-1], visited[1:], strict=True):
+        out, resnets, attentions = net(z.repeat(1 + J, 1, 1, 1), t, texts)
+        steps.append(([[h[:1] for h in level] for level in resnets],
+                      [[y.sum(0, keepdim=True) for y in level] for level in attentions]))
+        n = noise((J, *z.shape[1:])) if 10 < t < 250 else torch.zeros(J, *z.shape[1:])
+        value = count = 0
+        for j in range(J):
+            e = out[:1] + 5.0 * (out[1 + j : 2 + j] - out[:1])
+            x0 = (z - math.sqrt(1 - abar[t]) * e) / math.sqrt(abar[t])
+            a, eta = abar[s] / abar[t], float(10 < t < 250)
+            c1 = eta * math.sqrt((1 - a) * (1 - abar[s]) / (1 - abar[t]))
+            c2 = math.sqrt(max(1 - abar[s] - c1**2, 1e-10))
+            value = value + masks[j] * (math.sqrt(abar[s]) * x0 + c1 * n[j].to(z) + c2 * e)
+            count = count + masks[j]
+        z = value / count
+    order, maps = [33, 29, 25, 22, 18, 14, 11, 7, 3], []
+    for level in range(len(steps[0][0])):
+        parts = [steps[i][kind][level][k] for kind in (0, 1)
+                 for k in range(len(steps[0][kind][level])) for i in order]
+        maps.append(torch.cat(parts, dim=1).float())
+    return maps
+
+
+def released_net(unet):
+    """Our UNet as `released_features` wants it."""
+    def net(x, t, context):
+        inner, resnets, attentions = [], [], []
+        out = unet.out(unet.trunk(x, t, context, inner=inner))
+        for block in unet.up_blocks:
+            kinds = 1 + hasattr(block, "attentions")
+            part, inner = inner[: kinds * len(block.resnets)], inner[kinds * len(block.resnets) :]
+            resnets.append(part[::kinds])
+            attentions.append(part[1::2] if kinds == 2 else [])
+        return out, resnets, attentions
+
+    return net
+
+
+# --------------------------------------------------------------------------------------------
 # The cases
 
 
@@ -621,6 +679,107 @@ def sd_bench(bench):
     bench.add(precision_row(models, half, condition, args))
 
 
+def released_maps(models, prior, z, labels, noise):
+    """`released_features` of one picture, its texts encoded each time; labels (1,H,W) or None."""
+    dtype, prompts = prior.unet.conv_in.weight.dtype, diff.class_prompts(CLASSES.names)
+    rows, masks = [[0]], torch.ones(1, 1, *z.shape[2:], device=z.device)
+    if labels is not None:
+        rows, masks = diff.texts_and_masks(prior.classes, labels, z.shape[2:])
+    prompts = ["", "", *(prompts[prior.classes[k - 1]] for k in rows[0][1:])]
+    texts = models.encode_prompts(prompts)[1].to(dtype)
+    plain = released_net(prior.unet)
+
+    def net(x, t, context):
+        out, *maps = plain(x.to(dtype), t, context)
+        return out.float(), *maps
+
+    return released_features(net, texts, masks, z, noise, prior.abar.tolist())
+
+
+def check_same_diff(models, prior, image, labels):
+    """Largest relative difference of our features from the released loop's; at most 1e-4."""
+    fault, z = 0.0, prior.encode(image, diff.fixed_noise())
+    for told in (None, labels):
+        have = diff.diffusion_features(prior, z, told, released=("v_as_eps", "sum_texts"))
+        want = released_maps(models, prior, z, told, diff.fixed_noise())[-3:]
+        fault = max([fault, *map(relative, have, want)])
+    assert fault <= 1e-4, f"our features differ from the released loop's by {fault}"
+    return fault
+
+
+def diff_bench(bench, sd_size):
+    """DIFF's 34 calls: a picture, and an update of IPKL, against the released loop.
+
+    At SD1.5's size on a CPU the picture is 256 x 256, each side runs once, and ours in bf16 only.
+    """
+    device, long = bench.device, sd_size and bench.device.type == "cpu"
+    models = sd_models(device, 32 if long else 64) if sd_size else toy_models(device)
+    sets = {torch.float32: models, torch.bfloat16: cast(models, torch.bfloat16)}
+    priors = {kind: Prior.of(m, CLASSES.names) for kind, m in sets.items()}
+    sizes = diff.PRESETS["sd" if sd_size else "tiny"]
+    model = Diff(DiffConfig(**sizes), priors[torch.float32]).to(device)
+    level64 = diff.Bottleneck(27 * 1280, 2048, 16).to(device) if sd_size else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    image, label = streets.toy_street(1, size=models.size if sd_size else (128, 256))
+    image = dginstyle.from_uint8(image[None]).to(device) / 2 + 0.5
+    labels = torch.from_numpy(label.astype(np.int64))[None].to(device)
+    texts = len(diff.texts_and_masks(priors[torch.float32].classes, labels, (8, 8))[0][0])
+    if not long:
+        fault = check_same_diff(models, priors[torch.float32], image, labels)
+        bench.add({"case": "features against the literal loop's, fp32",
+                   "note": f"largest relative difference {fault:.1e}"})
+
+    def update(kind, loss):
+        with torch.enable_grad(), torch.autocast(device.type, kind, kind != torch.float32):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def logits(kind, z, told, noise):
+        maps = released_maps(sets[kind], priors[kind], z, told, noise)
+        if level64:
+            level64(maps[0])
+        with torch.set_grad_enabled(model.training):
+            return model.decode_head(model.pyramid(maps[-3:]))
+
+    def predict(kind, released):
+        model.eval().prior, noise = priors[kind], diff.fixed_noise()
+        if released:
+            return logits(kind, priors[kind].encode(image, noise), None, noise)
+        return model(image)
+
+    def learn(kind, released):
+        model.train().prior, noise = priors[kind], diff.drawn_noise(device)
+
+        def loss():
+            if not released:
+                return model.loss(image, labels)
+            with torch.no_grad():
+                z = priors[kind].encode(image, noise)
+            a, b = (logits(kind, z, told, noise) for told in (None, labels))
+            return (diff.cross_entropy(a, labels) + diff.cross_entropy(b, labels)
+                    + F.mse_loss(a.float(), b.float()))
+
+        update(kind, loss)
+
+    def operations(call, released):
+        with FlopCounterMode(display=False) as counter:
+            call(torch.float32, released)
+        return counter.get_total_flops()
+
+    for name, call in (("an image", predict), (f"an update, {texts} texts", learn)):
+        for kind in (torch.float32, torch.bfloat16)[long:]:
+            word = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+            others = {f"literal in {word[k]}": functools.partial(call, k, True)
+                      for k in dict.fromkeys((torch.float32, kind))}
+            bench.run(Case(f"{name}, {word[kind]}", functools.partial(call, kind, False), others,
+                           rounds=1 if long else 4, count=False))
+        if not long:
+            ratio = operations(call, True) / operations(call, False)
+            bench.add({"case": f"{name}, operations", "note": f"literal: {ratio:.2f}"})
+
+
 def report(bench):
     """bench.json and bench.md, one section a size and device; other sections are kept."""
     section = f"{bench.title}, {bench.device.type}"
@@ -673,6 +832,7 @@ def main(argv=None):
     parser.add_argument("--sampling", type=int, metavar="N", help="instead: time and label "
                         "fidelity of the presets and what lies between, N toy images each")
     parser.add_argument("--data-path", action="store_true", help="instead: CPU ms of a sample")
+    parser.add_argument("--diff", action="store_true", help="instead: DIFF")
     args = parser.parse_args(argv)
     dginstyle.tune_cpu()
     if args.data_path:
@@ -687,8 +847,13 @@ def main(argv=None):
         sampling_bench(bench, args.sampling)
         return
     bench.title = "SD1.5 size" if args.sd_size else "toy size"
+    if args.diff:
+        bench.title = f"DIFF, {bench.title}"
     with torch.no_grad():
-        (sd_bench if args.sd_size else toy_bench)(bench)
+        if args.diff:
+            diff_bench(bench, args.sd_size)
+        else:
+            (sd_bench if args.sd_size else toy_bench)(bench)
     print(f"\nalso in {HERE / 'bench.json'} and {HERE / 'bench.md'}")
 
 

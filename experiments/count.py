@@ -1,7 +1,8 @@
 """Operations and memory of the full recipe, counted without a GPU and without weights.
 
     python -m experiments.count             # about half a minute on one core
-    python -m experiments.count --measure   # real updates of the ControlNet, on this CPU
+    python -m experiments.count --measure controlnet   # real updates on this CPU
+    python -m experiments.count --measure diff         # the same, and a picture
 
 Operations: torch's FlopCounterMode on meta tensors of the true sizes (two for a multiply-add). It
 counts the backward pass of grouped convolutions as if they were dense, so that an update of a
@@ -18,14 +19,18 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import diff
 from clip_text import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from dginstyle import Models, Schedule
@@ -204,44 +209,104 @@ def generation(windows=8):
     return result
 
 
-def measured(updates=3):
-    """`train controlnet` at 512 x 512, batch 1, bf16, checkpointing, as a user starts it, on this
-    CPU and on random weights of SD1.5's size.
+def diff_memory(prompts=2):
+    """-> {moment: GiB} of DIFF at 512 x 512 in bf16: a picture, then an update with IPKL, batch 1,
+    whose picture shows so many classes that have a prompt."""
+    alive, gib, abar = Alive(), 2**30, diff.sd_abar().tolist()
 
-    -> (seconds of an update: what a run of 1 + `updates` takes longer than one of 1, divided by
-    them; peak GiB of the process).
+    def texts_and_masks(classes, labels, size):  # which classes a fake label map shows
+        rows = [[0], [0, *range(1, 1 + prompts)]][: len(labels)]
+        return rows, torch.empty(sum(map(len, rows)), 1, *size)
+
+    def noise(shape):
+        return torch.empty(shape)
+
+    with FakeTensorMode(), mock.patch.object(diff, "texts_and_masks", texts_and_masks):
+        torch.set_default_dtype(torch.bfloat16)
+        unet, vae = UNet(), VAE()
+        torch.set_default_dtype(torch.float32)
+        prior = diff.Prior(unet, vae, torch.empty(1 + prompts, 77, 768), (1,) * prompts,
+                           abar=SimpleNamespace(tolist=lambda: abar))
+        model = diff.Diff(diff.DiffConfig(), prior)
+        for net in (unet, vae, model):
+            for p in net.parameters():
+                alive.add(p)
+        result = {"weights": alive.now / gib}
+        images, labels = torch.empty(1, 3, 512, 512), torch.empty(1, 512, 512, dtype=torch.long)
+        with alive, torch.no_grad():
+            model.eval()(images, noise)
+        result["picture"] = alive.most / gib
+        optimizer = torch.optim.AdamW(model.train().parameters(), foreach=True)
+        for _ in range(2):  # AdamW's state appears in the first
+            alive.most = 0
+            with alive:
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model.loss(images, labels, noise)
+                loss.backward()
+                del loss
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        result["update"] = alive.most / gib
+    return result
+
+
+# what `--measure` starts, on a Stable Diffusion folder
+MEASURED = {
+    "controlnet": ["train", "controlnet", "--accumulate", "1", "--sample-steps", "1"],
+    "diff": ["segment", "train", "--backbone", "diff", "--diff-steps", "direct", "--arch",
+             "daformer", "--crop", "512x512"],
+}
+
+
+def measured(name, updates=3):
+    """A training at 512 x 512, batch 1, bf16, as a user starts it, on this CPU and on random
+    weights of SD1.5's size; with DIFF first the prediction of a picture.
+
+    -> {what: (seconds, peak GiB of the process)}; an update: what a run of 1 + `updates` takes
+    longer than one of 1, divided by them; a picture: that of the whole command.
     """
+    def run(*argv):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, str(Path(__file__).parents[1] / "dginstyle.py"), *argv,
+                        "--device", "cpu", "--precision", "bf16"], check=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the largest so far
+        return time.perf_counter() - start, peak / 2**20
+
     with tempfile.TemporaryDirectory() as folder:
-        sd, half = Path(folder), torch.bfloat16
+        sd, half, found = Path(folder), torch.bfloat16, {}
         unet, text, tokenizer = UNet(), TextEncoder(), Tokenizer.train(["a street"], 10)
-        for name in ("unet", "unet_source"):
-            unet.save_pretrained(sd / name, half)
+        for kind in ("unet", "unet_source"):
+            unet.save_pretrained(sd / kind, half)
         VAE().save_pretrained(sd / "vae", half)
         text.save_pretrained(sd / "text_encoder", half)
         tokenizer.save(sd / "tokenizer")
+        if name == "diff":
+            prior = diff.Prior(unet.to(half), VAE.from_pretrained(sd / "vae", half), torch.ones(1))
+            diff.Diff(diff.DiffConfig(steps="direct"), prior).save_pretrained(sd / "model")
+            Image.new("RGB", (512, 512)).save(sd / "street.png")
+            found["picture"] = run("segment", "predict", folder + "/street.png", "--sd", folder,
+                                   "--weights", folder + "/model", "--out", folder + "/out")
+            del prior
         del unet, text
-        seconds = []
-        for steps in (1, 1 + updates):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, str(Path(__file__).parents[1] / "dginstyle.py"),
-                            "train", "controlnet", "--sd", folder, "--data", "toy:sunny:4",
-                            "--batch", "1", "--accumulate", "1", "--precision", "bf16", "--device",
-                            "cpu", "--workers", "0", "--sample-steps", "1", "--steps", str(steps),
-                            "--out", str(sd / f"run{steps}")], check=True)
-            seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    return (seconds[1] - seconds[0]) / updates, peak
+        (first, _), (second, peak) = (run(
+            *MEASURED[name], "--sd", folder, "--data", "toy:sunny:4", "--batch", "1", "--workers",
+            "0", "--steps", str(steps), "--out", f"{folder}/run{steps}")
+            for steps in (1, 1 + updates))
+        found["update"] = (second - first) / updates, peak
+    return found
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--measure"]:
-        seconds, gib = measured()
-        print(f"controlnet, update on this CPU: {seconds:.1f} s, {gib:.1f} GiB")
+    if sys.argv[1:2] == ["--measure"]:
+        for what, (seconds, gib) in measured(*sys.argv[2:]).items():
+            print(f"{sys.argv[2]}, {what} on this CPU: {seconds:.1f} s, {gib:.1f} GiB")
         sys.exit()
     for name, value in operations().items():
         print(f"{name:26}{value:10.2f} TFLOP")
     moments = ", ".join(f"{k} {v:.1f}" for k, v in generation().items())
     print(f"generate: GiB {moments}")
+    moments = ", ".join(f"{k} {v:.1f}" for k, v in diff_memory().items())
+    print(f"diff: GiB {moments}")
     F.group_norm, F.layer_norm = in_float32(F.group_norm), in_float32(F.layer_norm)
     for name in ("controlnet", "dreambooth"):
         moments = ", ".join(f"{k} {v:.1f}" for k, v in memory(name).items())

@@ -6,6 +6,7 @@ method.png: one street through `dginstyle.py generate`, step by step, with the f
 teaser.png: one label map under seven prompts, with Style Swap (the prior U^P under the ControlNet)
 and without (U^S). fusion.png: small objects in the first pass alone and after the second (MRLF).
 streets.png: an unseen street before and after the VAE, its label, and what the segmenter sees.
+features.png: what DIFF's frozen prior and a trained SegFormer make of one street in every weather.
 
 They are drawn twice as large as a page shows them: 1800 pixels and more for 900.
 """
@@ -22,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import dginstyle
+import diff
 import segformer
 from toy import streets
 from vae import VAE
@@ -109,6 +111,30 @@ def parts(seed, styles):
     guesses = logits.argmax(1).numpy().astype(np.uint8)
     rows = [images, list(dginstyle.decode(vae, vae.encode(x)))]
     return rows + [[data.colourise(y, CLASSES) for y in maps] for maps in (labels, guesses)]
+
+
+def components(maps):
+    """(B,C,h,w) -> uint8 (B,h,w,3): the three principal components of all B pictures together,
+    each channel brought to variance 1 before, each component to the full range of a colour."""
+    x = maps.float().permute(0, 2, 3, 1).flatten(0, 2)
+    x = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    x = x @ torch.linalg.eigh(x.T @ x)[1][:, -3:].flip(1)
+    low, high = torch.quantile(x, torch.tensor([0.01, 0.99]), dim=0)
+    x = ((x - low) / (high - low)).clamp(0, 1) * 255
+    return x.unflatten(0, (len(maps), *maps.shape[2:])).byte().numpy()
+
+
+@torch.no_grad()
+def feature_maps(seed, styles):
+    """One unseen street in these styles -> its pictures, then {name: components (B,H,W,3)}."""
+    images = [streets.toy_street(streets.ToyStreets.SPLITS["val"] + seed, s)[0] for s in styles]
+    x = (dginstyle.from_uint8(np.stack(images)) + 1) / 2
+    prior = diff.Prior.of(dginstyle.Models.from_pretrained(dginstyle.TOY), CLASSES.names)
+    frozen = diff.Diff(diff.DiffConfig(**diff.PRESETS["tiny"]), prior).eval().extract(x)[::-1]
+    judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
+    return images, {f"{who}\nstride {x.shape[2] // maps.shape[2]}": components(maps).repeat(
+        x.shape[2] // maps.shape[2], 1).repeat(x.shape[2] // maps.shape[2], 2)
+        for who, kind in (("DIFF", frozen), ("SegFormer", judge.features(x)[1:])) for maps in kind}
 
 
 # --------------------------------------------------------------------------------------------
@@ -300,7 +326,14 @@ def street_parts(seed=1, styles=("sunny", "night", "foggy", "snowy")):
                  ("street", "through\nthe VAE", "label", "segmenter"), 2, left=250, size=40)
 
 
-PICTURES = {"method": method, "teaser": teaser, "fusion": fusion, "streets": street_parts}
+def features(seed=1):
+    """Features of one street in every weather, as colours."""
+    images, maps = feature_maps(seed, streets.STYLES)
+    return table([images, *maps.values()], streets.STYLES, ["street", *maps], 1, left=240)
+
+
+PICTURES = {"method": method, "teaser": teaser, "fusion": fusion, "streets": street_parts,
+            "features": features}
 
 
 def main(argv=None):
