@@ -18,11 +18,14 @@ Differences  Text is cleaned as in transformers' fast CLIPTokenizer: NFC, white 
              that depends on flags in the tokenizer's files. Other printable ASCII agrees in all.
 """
 
+import contextlib
 import json
 import os
 import re
 import sys
+import types
 import unicodedata
+import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -245,14 +248,15 @@ class TextEncoder(nn.Module):
         ValueError if it cannot be read or its tensors are not exactly those of a text encoder.
         """
         config, state, file = read_weights(path)
-        state = public_keys(state)
-        config = config or infer_config(state, file)
-        names = [field.name for field in fields(TextEncoderConfig)]
-        if lacks := [name for name in names if name not in config]:
-            raise FileError(f"{path}: config.json is not that of a CLIP text encoder, it has no "
-                             f"{', '.join(lacks)}; give the text_encoder folder")
-        with torch.device("meta"):
-            model = cls(TextEncoderConfig(**{name: config[name] for name in names}))
+        with reading(file, "CLIP text encoder"), torch.device("meta"):
+            state = public_keys(state)
+            config = config or infer_config(state, file)
+            names = [field.name for field in fields(TextEncoderConfig)]
+            if lacks := [name for name in names if name not in config]:
+                raise FileError(f"{path}: config.json is not that of a CLIP text encoder, it has "
+                                f"no {', '.join(lacks)}; give the text_encoder folder")
+            model = cls(configure(TextEncoderConfig, config, state, file,
+                                  lambda c: c.num_hidden_layers))
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
@@ -325,6 +329,7 @@ def read_weights(path):
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -340,20 +345,75 @@ def read_weights(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
+                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:200]
         raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+    for k, v in state.items():
+        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
+        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
+            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
+    return config, state, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a FileError that names the file."""
+    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
+    if not file.is_file() or file.stat().st_size > 2**26:
+        raise FileError(f"{file}: no such file, or one too large for a few settings")
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
+    return content
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for a value of another kind, for whole numbers outside 1 to the longest side of a
+    tensor or the number of tensors, and if layers(instance) exceeds that number: the file bounds
+    every size, before a network is built.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
+
+    def fits(value, kind):
+        if isinstance(kind, types.UnionType):
+            return any(fits(value, one) for one in kind.__args__)
+        if getattr(kind, "__origin__", None) is tuple:
+            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
+        if kind is float:
+            return type(value) in (int, float) and 0 <= value <= 1000
+        return type(value) is kind and (kind is not int or 0 < value <= longest)
+
+    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for f in fields(cls):
+        if f.name in values and not fits(values[f.name], f.type):
+            raise FileError(f"{file}: its config.json says {f.name} = {str(values[f.name])[:60]}, "
+                            "which cannot be")
+    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
+        instance = cls(**values)
+        if layers(instance) > len(state):
+            raise ValueError("it has more layers than the file has tensors")
+    return instance
+
+
+@contextlib.contextmanager
+def reading(file, what):
+    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
+    try:
+        yield
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{file}: no {what} ({type(error).__name__}: {error})") from error
 
 
 def load_strict(model, state, file, dtype):
@@ -367,6 +427,9 @@ def load_strict(model, state, file, dtype):
     faults += [f"unknown {k}" for k in have.keys() - want.keys()]
     both = want.keys() & have.keys()
     faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
+    faults += [f"{k} holds {state[k].dtype}" for k in both
+               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__

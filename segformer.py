@@ -19,12 +19,15 @@ Differences from the official code: images are normalised in here; BatchNorm, no
 in every head (HF: plain Dropout); HRDA's detail crop is half of any input, not 512.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
+import types
+import zipfile
 from collections import Counter, OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -58,6 +61,9 @@ class SegFormerConfig:
     def __post_init__(self):
         if self.head not in HEADS:
             raise ValueError(f"head {self.head!r} is not one of {', '.join(HEADS)}")
+        if {len(getattr(self, name)) for name in (
+                "hidden_sizes", "depths", "num_heads", "strides", "sr_ratios")} != {4}:
+            raise ValueError("an encoder has four stages")
         if any(d % n for d, n in zip(self.hidden_sizes, self.num_heads, strict=True)):
             raise ValueError(f"widths {self.hidden_sizes} do not split into heads {self.num_heads}")
 
@@ -346,10 +352,11 @@ class SegFormer(nn.Module):
         dropout, drop_path. FileError for anything but a whole segmenter.
         """
         config, state, file = read_weights(path)
-        fields = describe(config, state, file) | overrides
-        with torch.device("meta"):
-            model = cls(SegFormerConfig(**fields))
-        return load_strict(model, public_keys(state), file, dtype).eval()
+        with reading(file, "segmenter"), torch.device("meta"):
+            found = describe(config, state, file) | overrides
+            model = cls(configure(SegFormerConfig, found, state, file, lambda c: sum(c.depths)))
+            state = public_keys(state)
+        return load_strict(model, state, file, dtype).eval()
 
     def load_backbone(self, path):
         """Load only the encoder: of nvidia/mit-b*, mit_b*.pth or a segmenter. The head stays.
@@ -357,7 +364,9 @@ class SegFormer(nn.Module):
         Keeps device and dtype, but replaces the parameters: call it before making an optimiser.
         """
         _, state, file = read_weights(path)
-        encoder = {k[9:]: v for k, v in public_keys(state).items() if k.startswith("backbone.")}
+        with reading(file, "encoder of a segmenter"):
+            state = public_keys(state)
+        encoder = {k[9:]: v for k, v in state.items() if k.startswith("backbone.")}
         old = self.backbone.norm4.weight
         load_strict(self.backbone, encoder, file, old.dtype).to(old.device)
         return self
@@ -596,8 +605,7 @@ def public_keys(state):
 def describe(config, state, file):
     """Config fields from config.json ({}: none) and shapes; FileError if either is foreign."""
     if config.get("architecture") == "SegFormer":
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return {k: v for k, v in fields.items() if k != "architecture"}
+        return config
     kind = config.get("architectures", config.get("_class_name"))
     if config and kind != ["SegformerForSemanticSegmentation"]:
         raise FileError(f"{file}: its config.json is of {kind}, no segmenter; an encoder alone "
@@ -608,18 +616,18 @@ def describe(config, state, file):
     if not head or not shape.keys() >= set(convs):
         raise FileError(f"{file}: no whole segmenter; an encoder alone goes to load_backbone")
     classes, dim = shape[f"decode_head.{HEADS[head[0]]}.weight"][:2]
-    fields = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
-    widths = fields["hidden_sizes"] = tuple(shape[k][0] for k in convs)
+    found = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
+    widths = found["hidden_sizes"] = tuple(shape[k][0] for k in convs)
     blocks = Counter(k.split(".")[1] for k in shape if k.endswith(".attn.q.weight"))
-    fields["depths"] = tuple(blocks[f"block{k}"] for k in "1234")
+    found["depths"] = tuple(blocks[f"block{k}"] for k in "1234")
     srs = [f"backbone.block{k}.0.attn.sr.weight" for k in "1234"]
-    fields["strides"] = tuple((shape[k][-1] + 1) // 2 for k in convs)  # kernel = 2 stride - 1
-    fields["sr_ratios"] = tuple(shape.get(k, (1,))[-1] for k in srs)
+    found["strides"] = tuple((shape[k][-1] + 1) // 2 for k in convs)  # kernel = 2 stride - 1
+    found["sr_ratios"] = tuple(shape.get(k, (1,))[-1] for k in srs)
     equal = [D // widths[0] for D in widths]  # heads as wide as stage 1: true of all published ones
-    fields["num_heads"] = tuple(config.get("num_attention_heads", equal))
+    found["num_heads"] = config.get("num_attention_heads", equal)
     if any(k.startswith("segformer.") for k in state):
-        fields["norm_eps"] = 1e-5  # what HF computes with, whatever its config says
-    return fields
+        found["norm_eps"] = 1e-5  # what HF computes with, whatever its config says
+    return found
 
 
 # --------------------------------------------------------------------------------------------
@@ -636,6 +644,7 @@ def read_weights(path):
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -651,20 +660,75 @@ def read_weights(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
+                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:200]
         raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+    for k, v in state.items():
+        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
+        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
+            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
+    return config, state, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a FileError that names the file."""
+    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
+    if not file.is_file() or file.stat().st_size > 2**26:
+        raise FileError(f"{file}: no such file, or one too large for a few settings")
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
+    return content
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for a value of another kind, for whole numbers outside 1 to the longest side of a
+    tensor or the number of tensors, and if layers(instance) exceeds that number: the file bounds
+    every size, before a network is built.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
+
+    def fits(value, kind):
+        if isinstance(kind, types.UnionType):
+            return any(fits(value, one) for one in kind.__args__)
+        if getattr(kind, "__origin__", None) is tuple:
+            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
+        if kind is float:
+            return type(value) in (int, float) and 0 <= value <= 1000
+        return type(value) is kind and (kind is not int or 0 < value <= longest)
+
+    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for f in fields(cls):
+        if f.name in values and not fits(values[f.name], f.type):
+            raise FileError(f"{file}: its config.json says {f.name} = {str(values[f.name])[:60]}, "
+                            "which cannot be")
+    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
+        instance = cls(**values)
+        if layers(instance) > len(state):
+            raise ValueError("it has more layers than the file has tensors")
+    return instance
+
+
+@contextlib.contextmanager
+def reading(file, what):
+    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
+    try:
+        yield
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{file}: no {what} ({type(error).__name__}: {error})") from error
 
 
 def load_strict(model, state, file, dtype):
@@ -678,6 +742,9 @@ def load_strict(model, state, file, dtype):
     faults += [f"unknown {k}" for k in have.keys() - want.keys()]
     both = want.keys() & have.keys()
     faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
+    faults += [f"{k} holds {state[k].dtype}" for k in both
+               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
