@@ -82,14 +82,22 @@ class Tokenizer:
     """CLIP's byte-level BPE; `vocab` maps symbols to ids, `merges` lists pairs, best first.
 
     `pad_token` fills up the length: "<|endoftext|>" in SD1.x, "!" in SD2.x. As in transformers it
-    is special inside prompts too. ValueError if the vocabulary lacks a symbol that can occur.
+    is special inside prompts too. ValueError if the vocabulary lacks a symbol that can occur, or
+    the merges one that the vocabulary has.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad_token: str = EOS):
-        needed = [*ALPHABET, BOS, EOS, pad_token, *(a + b for a, b in merges)]
-        if lacks := [symbol for symbol in needed if symbol not in vocab]:
-            raise FileError(f"the vocabulary lacks {len(lacks)} symbols such as {lacks[0]!r}: "
-                             "take vocab.json and merges.txt from the same CLIP tokenizer")
+        ids, joined = list(vocab.values()), [a + b for a, b in merges]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
+            raise ValueError("the vocabulary's ids must be whole numbers, each once")
+        if not isinstance(pad_token, str):
+            raise ValueError(f"the pad token {str(pad_token)[:40]} is no text")
+        needed = [*ALPHABET, BOS, EOS, pad_token, *joined]
+        lacks = [symbol for symbol in needed if symbol not in vocab]
+        lacks += [symbol for symbol in vocab.keys() - {*needed} if not symbol.startswith("<|")]
+        if lacks or len(set(merges)) < len(merges):
+            raise ValueError("vocabulary and merges do not belong together: one of them lacks "
+                             f"{len(lacks)} symbols such as {lacks[:1]}")
         self.vocab, self.merges, self.pad_token = vocab, merges, pad_token
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
@@ -120,18 +128,17 @@ class Tokenizer:
         """Read vocab.json, merges.txt and the pad token; `folder` may be that of the whole SD."""
         folder, pad = Path(folder), EOS
         folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-        try:
-            vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        vocab, file = read_json(folder / "vocab.json"), folder / "merges.txt"
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second decides
+            if (folder / name).is_file():
+                pad = read_json(folder / name).get("pad_token") or pad
+        with reading(folder, "CLIP tokenizer with vocab.json and merges.txt"):
+            if not file.is_file() or file.stat().st_size > 2**26:
+                raise ValueError("merges.txt is missing or too large")
+            lines = file.read_text("utf-8").split("\n")
             lines = [line.split() for line in lines if line and not line.startswith("#version")]
             merges = [(a, b) for a, b in lines]
-            for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second decides
-                if (folder / name).is_file():
-                    pad = json.loads((folder / name).read_text("utf-8")).get("pad_token") or pad
-        except (OSError, ValueError) as error:
-            raise FileError(f"{folder}: no readable vocab.json and merges.txt of a CLIP tokenizer "
-                             f"({error}); fetch the folder again") from error
-        return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
+            return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
 
     def save(self, folder):
         """Write vocab.json, merges.txt and tokenizer_config.json, as transformers reads them."""
@@ -374,15 +381,12 @@ def read_json(file):
     return content
 
 
-def configure(cls, config, state, file, layers):
-    """The entries of config.json that a config class has -> an instance of it.
+def read_fields(cls, config, file, least, most):
+    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
 
-    FileError for a value of another kind, for whole numbers outside 1 to the longest side of a
-    tensor or the number of tensors, and if layers(instance) exceeds that number: the file bounds
-    every size, before a network is built.
+    FileError for a value of another kind than the field's, and for whole numbers outside least to
+    most, other numbers outside 0 to 1000.
     """
-    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
-
     def fits(value, kind):
         if isinstance(kind, types.UnionType):
             return any(fits(value, one) for one in kind.__args__)
@@ -390,16 +394,26 @@ def configure(cls, config, state, file, layers):
             return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
         if kind is float:
             return type(value) in (int, float) and 0 <= value <= 1000
-        return type(value) is kind and (kind is not int or 0 < value <= longest)
+        return type(value) is kind and (kind is not int or least <= value <= most)
 
     values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for f in fields(cls):
         if f.name in values and not fits(values[f.name], f.type):
-            raise FileError(f"{file}: its config.json says {f.name} = {str(values[f.name])[:60]}, "
-                            "which cannot be")
+            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
+    return values
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for whole numbers that are larger than the longest side of a tensor and the number of
+    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
+    could not be the one in the file.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
     with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
-        instance = cls(**values)
+        instance = cls(**read_fields(cls, config, file, 1, longest))
         if layers(instance) > len(state):
             raise ValueError("it has more layers than the file has tensors")
     return instance

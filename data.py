@@ -243,7 +243,12 @@ def colourise(label, classes=CITYSCAPES):
 
 def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
     """(H, W, 3) uint8 image and its colour label, blended with weight `alpha` → the same shape."""
-    return np.rint(image * (1 - alpha) + colourise(label, classes) * alpha).astype(np.uint8)
+    out = np.empty_like(image)
+    for y in range(0, len(image), 256):  # in floats a large picture would not fit into memory
+        rows = np.s_[y : y + 256]
+        colours = colourise(label[rows], classes)
+        out[rows] = np.rint(image[rows] * (1 - alpha) + colours * alpha)
+    return out
 
 
 @contextlib.contextmanager
@@ -453,6 +458,12 @@ class Pairs:
 
     def __len__(self):
         return len(self.images)
+
+    @property
+    def folders(self):
+        """Where its pictures and labels lie, resolved, and the folder above them."""
+        tops = {path.relative_to(self.root).parts[0] for path in self.images + self.labels}
+        return {self.root.resolve(), *((self.root / top).resolve() for top in tops)}
 
     def name(self, i):
         """File stem without the tag of its data set, e.g. aachen_000000_000019."""

@@ -453,6 +453,60 @@ def predict(model, image, window, fit=None):
     return resize(slide_inference(model, x, crop, stride)[..., :h, :w], (H, W))[0]
 
 
+LARGE = 2**22  # pixels: Cityscapes' pictures have half of it
+
+
+@torch.no_grad()
+def predict_label(model, image, window, fit=None):
+    """uint8 (H, W, 3) -> trainIds (H, W) uint8, the argmax of `predict`.
+
+    The logits of a picture above LARGE pixels never exist as a whole: a band at a time is made, or
+    scaled back.
+    """
+    H, W = image.shape[:2]
+    if H * W <= LARGE:
+        return predict(model, image, window, fit).argmax(0).byte()
+    planes = torch.from_numpy(image).permute(2, 0, 1)
+    label = torch.empty(H, W, dtype=torch.uint8)
+    if not fit:
+        for top, rows in slide_rows(model, planes, window):
+            label[top : top + rows.shape[1]] = rows[:, : H - top, :W].argmax(0)
+        return label
+    scale = min(max(fit) / max(H, W), min(fit) / min(H, W))
+    h, w = int(H * scale + 0.5), int(W * scale + 0.5)
+    small = torch.cat([resize(plane[None, None].float(), (h, w))[0] for plane in planes]).round()
+    logits = predict(model, small.byte().permute(1, 2, 0).numpy(), window)
+    for top in range(0, H, 256):  # bilinear, first between two rows of logits
+        y = (torch.arange(top, min(top + 256, H), device=logits.device) + 0.5) * h / H - 0.5
+        y, part = y.clamp(0), y.clamp(0).frac()[:, None]
+        rows = torch.lerp(logits[:, y.long()], logits[:, (y.long() + 1).clamp(max=h - 1)], part)
+        label[top : top + 256] = resize(rows[None], (len(y), W))[0].argmax(0)
+    return label
+
+
+def slide_rows(model, planes, window):
+    """As `predict` without `fit`, planes uint8 (3, H, W): yield (top, summed logits (K, n, W)).
+
+    From top to bottom, each time the n rows that no further window covers, W as padded.
+    """
+    device, (H, W) = next(model.parameters()).device, planes.shape[1:]
+    rows, columns = (torch.arange(max(64, 8 * math.ceil(n / 8))).clamp(max=n - 1) for n in (H, W))
+    h, w = min(window[0], len(rows)), min(window[1], len(columns))
+    ys, xs = ([*range(0, n - size, max(1, size // 2)), n - size]
+              for n, size in ((len(rows), h), (len(columns), w)))
+    total = torch.zeros(model.config.num_classes, h, len(columns), device=device)
+    for y, following in zip(ys, [*ys[1:], ys[-1] + h], strict=True):
+        band = planes[:, rows[y : y + h]].to(device)[:, :, columns]
+        for part in (xs[i : i + 8] for i in range(0, len(xs), 8)):
+            x = torch.stack([band[:, :, left : left + w] for left in part]).float() / 255
+            for left, z in zip(part, resize(model(x), (h, w)), strict=True):
+                total[:, :, left : left + w] += z
+        n = following - y
+        yield y, total[:, :n]
+        for row in range(h):  # in place
+            total[:, row] = total[:, row + n] if row + n < h else 0
+
+
 def training_loss(model, images, labels, teacher=None, fd=0.005):
     """Cross-entropy, for HRDA on both scales, plus the feature distance (FD) -> a number.
 
@@ -689,15 +743,12 @@ def read_json(file):
     return content
 
 
-def configure(cls, config, state, file, layers):
-    """The entries of config.json that a config class has -> an instance of it.
+def read_fields(cls, config, file, least, most):
+    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
 
-    FileError for a value of another kind, for whole numbers outside 1 to the longest side of a
-    tensor or the number of tensors, and if layers(instance) exceeds that number: the file bounds
-    every size, before a network is built.
+    FileError for a value of another kind than the field's, and for whole numbers outside least to
+    most, other numbers outside 0 to 1000.
     """
-    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
-
     def fits(value, kind):
         if isinstance(kind, types.UnionType):
             return any(fits(value, one) for one in kind.__args__)
@@ -705,16 +756,26 @@ def configure(cls, config, state, file, layers):
             return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
         if kind is float:
             return type(value) in (int, float) and 0 <= value <= 1000
-        return type(value) is kind and (kind is not int or 0 < value <= longest)
+        return type(value) is kind and (kind is not int or least <= value <= most)
 
     values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for f in fields(cls):
         if f.name in values and not fits(values[f.name], f.type):
-            raise FileError(f"{file}: its config.json says {f.name} = {str(values[f.name])[:60]}, "
-                            "which cannot be")
+            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
+    return values
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for whole numbers that are larger than the longest side of a tensor and the number of
+    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
+    could not be the one in the file.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
     with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
-        instance = cls(**values)
+        instance = cls(**read_fields(cls, config, file, 1, longest))
         if layers(instance) > len(state):
             raise ValueError("it has more layers than the file has tensors")
     return instance

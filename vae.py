@@ -413,15 +413,12 @@ def read_json(file):
     return content
 
 
-def configure(cls, config, state, file, layers):
-    """The entries of config.json that a config class has -> an instance of it.
+def read_fields(cls, config, file, least, most):
+    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
 
-    FileError for a value of another kind, for whole numbers outside 1 to the longest side of a
-    tensor or the number of tensors, and if layers(instance) exceeds that number: the file bounds
-    every size, before a network is built.
+    FileError for a value of another kind than the field's, and for whole numbers outside least to
+    most, other numbers outside 0 to 1000.
     """
-    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
-
     def fits(value, kind):
         if isinstance(kind, types.UnionType):
             return any(fits(value, one) for one in kind.__args__)
@@ -429,16 +426,26 @@ def configure(cls, config, state, file, layers):
             return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
         if kind is float:
             return type(value) in (int, float) and 0 <= value <= 1000
-        return type(value) is kind and (kind is not int or 0 < value <= longest)
+        return type(value) is kind and (kind is not int or least <= value <= most)
 
     values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for f in fields(cls):
         if f.name in values and not fits(values[f.name], f.type):
-            raise FileError(f"{file}: its config.json says {f.name} = {str(values[f.name])[:60]}, "
-                            "which cannot be")
+            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
+    return values
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for whole numbers that are larger than the longest side of a tensor and the number of
+    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
+    could not be the one in the file.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
     with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
-        instance = cls(**values)
+        instance = cls(**read_fields(cls, config, file, 1, longest))
         if layers(instance) > len(state):
             raise ValueError("it has more layers than the file has tensors")
     return instance
