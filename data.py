@@ -1073,6 +1073,8 @@ def main(argv=None):
     subset.add_argument("--num", type=int, default=6000, help="distinct files (%(default)s)")
     subset.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args(argv)
+    if args.command == "rcs-subset" and (args.num < 1 or args.seed < 0):
+        parser.error(f"--num {args.num} must be 1 or more, --seed {args.seed} not negative")
     try:
         classes = Classes.from_json(args.classes) if args.classes else CITYSCAPES
         data = open_set(args.root, classes, split=args.split)

@@ -773,7 +773,7 @@ def generate(args):
         if ranks(args.device)[0] == 0:
             merge_manifest(args.out)
             gallery.write_grid(args.out)
-            rows = map(json.loads, training.whole_lines(args.out / "manifest.jsonl"))
+            rows = map(json.loads, manifest_lines(args.out / "manifest.jsonl"))
             gallery.write_gallery(args.out, list(rows), size)
             print(f"{args.num} images with labels in {args.out}; look at "
                   f"{args.out / 'gallery.html'}")
@@ -788,7 +788,7 @@ def make_data_set(models, condition, classes, args):
     if rank == 0:
         merge_manifest(args.out)  # of a run that was stopped
     barrier(world)
-    known = set(training.whole_lines(args.out / "manifest.jsonl"))
+    known = set(manifest_lines(args.out / "manifest.jsonl"))
     part = f"manifest.{rank}.part" if rank else "manifest.jsonl"
     with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
           open(args.out / part, "a") as manifest):
@@ -826,10 +826,15 @@ def rare_class_sampler(pairs, args):
     return data.RareClassSampler(box[0], args.rcs_temperature, args.rcs_min_pixels)
 
 
+def manifest_lines(file):
+    """The whole lines of a manifest."""
+    return training.whole_lines(file, image=str, label=str, prompt=str)
+
+
 def merge_manifest(out):
     """One row an image in manifest.jsonl, rows of other processes and longer runs included."""
     parts = [out / "manifest.jsonl", *out.glob("manifest.*.part")]
-    rows = sorted({line for part in parts for line in training.whole_lines(part)})
+    rows = sorted({line for part in parts for line in manifest_lines(part)})
     with data.replacing(parts[0]) as file:
         file.write_text("".join(rows))
     for part in parts[1:]:
@@ -1282,9 +1287,9 @@ def size_pair(text):
     """'512' or '512x1024' (height x width) -> (512, 1024)."""
     if text == "none":
         return ()
-    h, _, w = text.partition("x")
+    h, x, w = text.partition("x")
     try:
-        return int(h), int(w or h)
+        return int(h), int(w if x else h)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size like 512 or 512x1024") from None
 
@@ -1540,7 +1545,7 @@ def choose_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from None
@@ -1637,6 +1642,7 @@ def run(parser, argv=None):
         said = str(error).strip()
         if "Original Traceback" in said:  # as a data loader's process hands it on
             said = said.rpartition("UserError: ")[2]
+        said = said.replace("\n", " ")
         print(f"{parser.prog.removesuffix('.py')}: {said}", file=sys.stderr)
         return 2
     except RuntimeError as error:
