@@ -140,8 +140,7 @@ CITYSCAPES = Classes(
     ids=CITYSCAPES_IDS)
 
 
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-          Image.DecompressionBombWarning)  # what Pillow raises
+BROKEN = OSError, SyntaxError, ValueError  # what Pillow raises
 
 
 @contextlib.contextmanager
@@ -149,9 +148,13 @@ def _open(path):
     """A picture file, opened. The formats are those that Pillow decodes by itself."""
     if not os.path.isfile(path):  # a pipe would never end
         raise ValueError("it is no file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "TIFF", "BMP"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "TIFF", "BMP"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels (for predict, "
+                         "--max-pixels raises that)") from e
     with image:
         yield image
 
@@ -192,6 +195,7 @@ def _decode(path, label=False, orientation=None):
         if array.min() < 0 or array.max() > 65535:
             raise UserError(f"{path} holds {array.min()} to {array.max()}: no class indices")
         array = array.astype(np.uint16)
+    array = array.view(np.uint8) if array.dtype == bool else array
     if label and stored in ("1", "L;2", "L;4"):  # 2 and 4 bits come spread over 0..255
         array = array.astype(np.uint8) // {"1": 1, "L;2": 85, "L;4": 17}[stored]
     if not label and mode.startswith("I"):  # 16 bits of grey
@@ -1009,7 +1013,7 @@ def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
     spec = str(spec)
     if spec.partition(":")[0] == "toy" and not Path(spec).exists():
         return _open_toy(spec, classes, split or "train")
-    if labels_only and any(Path(spec).glob("*_labelTrainIds.png")):
+    if labels_only and any(f.is_file() for f in Path(spec).glob("*_labelTrainIds.png")):
         return LabelMaps(spec, classes)
     if not spec or "\0" in spec:
         raise UserError(f"--data {spec!r}: that is no name of a folder")

@@ -459,7 +459,8 @@ def reading(file, what):
     except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{file}: no {what} ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise FileError(f"{file}: no {what} ({reason})") from error
 
 
 def load_strict(model, state, file, dtype):
