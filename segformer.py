@@ -466,7 +466,7 @@ def predict_label(model, image, window, fit=None):
     H, W = image.shape[:2]
     if H * W <= LARGE:
         return predict(model, image, window, fit).argmax(0).byte()
-    planes = torch.tensor(image).permute(2, 0, 1)
+    planes = torch.from_numpy(image).permute(2, 0, 1)  # no copy
     label = torch.empty(H, W, dtype=torch.uint8)
     if not fit:
         for top, rows in slide_rows(model, planes, window):

@@ -3645,13 +3645,14 @@ def test_safetensors_headers_fuzz(tmp_path):
 
 
 def test_tokenizer_files_fuzz(tmp_path):
-    """Any lines of merges and any changed ids: prompts get ids of the vocabulary, or a FileError."""
+    """Any merges and any changed ids: prompts get ids of the vocabulary, or a FileError."""
     shutil.copytree(HERE / "toy" / "tokenizer", tmp_path, dirs_exist_ok=True)
     text = (tmp_path / "merges.txt").read_text()
     vocab = json.loads((tmp_path / "vocab.json").read_text())
 
     @FUZZ
-    @hypothesis.given(st.integers(0, len(text)), st.text("ab \n#", max_size=8) | st.text(max_size=3),
+    @hypothesis.given(st.integers(0, len(text)),
+                      st.text("ab \n#", max_size=8) | st.text(max_size=3),
                       st.dictionaries(st.sampled_from(sorted(vocab)) | st.text(max_size=3),
                                       JSON | st.integers(0, 700), max_size=2))
     def check(cut, more, ids):
@@ -3695,7 +3696,7 @@ def test_words_of_data_and_flags_fuzz(tmp_path, monkeypatch):
 def test_a_large_picture_is_predicted_in_bands(monkeypatch):
     """Band by band the labels are those of the whole picture, at its own size and scaled."""
     model = SegFormer.from_pretrained(HERE / "toy" / "segformer")
-    image = np.asarray(Image.fromarray(streets.toy_street(3)[0]).resize((331, 215)))
+    image = np.array(Image.fromarray(streets.toy_street(3)[0]).resize((331, 215)))
     for fit, window in ((None, (64, 91)), (None, (512, 512)), ((96, 128), (64, 64))):
         whole = segformer.predict_label(model, image, window, fit)
         with monkeypatch.context() as patch:
