@@ -93,11 +93,12 @@ class Tokenizer:
         if not isinstance(pad_token, str):
             raise ValueError(f"the pad token {str(pad_token)[:40]} is no text")
         needed = [*ALPHABET, BOS, EOS, pad_token, *joined]
-        lacks = [symbol for symbol in needed if symbol not in vocab]
-        lacks += [symbol for symbol in vocab.keys() - {*needed} if not symbol.startswith("<|")]
-        if lacks or len(set(merges)) < len(merges):
-            raise ValueError("vocabulary and merges do not belong together: one of them lacks "
-                             f"{len(lacks)} symbols such as {lacks[:1]}")
+        unmade = [s for s in vocab.keys() - {*needed} if not s.startswith("<|")]
+        if lacks := [symbol for symbol in needed if symbol not in vocab] or unmade:
+            raise ValueError(f"one of them lacks {len(lacks)} symbols such as {lacks[0]!r}: "
+                             "take vocab.json and merges.txt from the same CLIP tokenizer")
+        if len(set(merges)) < len(merges):
+            raise ValueError("merges.txt says the same twice")
         self.vocab, self.merges, self.pad_token = vocab, merges, pad_token
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
@@ -313,7 +314,10 @@ def public_keys(state):
 
 def infer_config(state, file):
     """Config of a file that has none: sizes from shapes, the rest as in the published models."""
-    V, D = state.get("text_model.embeddings.token_embedding.weight", torch.empty(0, 64)).shape
+    table = state.get("text_model.embeddings.token_embedding.weight")
+    if table is None:
+        raise FileError(f"{file}: not the weights of this TextEncoder: it has no token embedding")
+    V, D = table.shape
     if D % 64:
         raise FileError(f"{file}: width {D} is no multiple of 64, so its number of heads is "
                          "unknown; give a folder with config.json")

@@ -55,7 +55,7 @@ def _read_json(path, kind=dict):
             raise ValueError("no such file, or one too large")
         found = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read as JSON: {e}") from e
+        raise UserError(f"{path} is no JSON file: {e}") from e
     if not isinstance(found, kind):
         raise UserError(f"{path} holds no JSON {kind.__name__}")
     return found
@@ -115,8 +115,8 @@ class Classes:
 
         UserError for a file that is not there or says something else.
         """
-        spec, ids = _read_json(Path(path)), None
         try:
+            spec, ids = _read_json(Path(path)), None
             if "ids" in spec:
                 ids = {int(raw): t for raw, t in spec["ids"].items()}
                 if list(map(str, ids)) != list(spec["ids"]):
@@ -195,7 +195,7 @@ def _decode(path, label=False, orientation=None):
         if array.min() < 0 or array.max() > 65535:
             raise UserError(f"{path} holds {array.min()} to {array.max()}: no class indices")
         array = array.astype(np.uint16)
-    array = array.view(np.uint8) if array.dtype == bool else array
+    array = array.astype(np.uint8) if array.dtype == bool else array
     if label and stored in ("1", "L;2", "L;4"):  # 2 and 4 bits come spread over 0..255
         array = array.astype(np.uint8) // {"1": 1, "L;2": 85, "L;4": 17}[stored]
     if not label and mode.startswith("I"):  # 16 bits of grey
@@ -602,18 +602,21 @@ def _authors_counts(root):
     def name(path):
         return Path(path).stem.removesuffix("_labelTrainIds")
 
-    found, file = {}, root / "sample_class_stats.json"
+    found, (stats, file) = {}, (root / f"{stem}.json" for stem in (
+        "sample_class_stats", "samples_with_class"))
+    rows = _read_json(stats, list) if stats.is_file() else []
+    classes = _read_json(file) if not rows and file.is_file() else {}
     try:
-        for row in _read_json(file, list) if file.is_file() else []:
+        for row in rows:
             found[name(row["file"])] = {c: n for c, n in row.items() if c != "file"}
-        file = root / "samples_with_class.json" if not found else file
-        for c, files in _read_json(file).items() if not found and file.is_file() else ():
+        for c, files in classes.items():
             for path, n in files:
                 found.setdefault(name(path), {})[c] = n
         if not all(map(_is_counts, found.values())):
             raise ValueError("a count is no number of pixels")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{file} holds no class counts ({e}): delete it to go without") from e
+        raise UserError(f"{stats if rows else file} holds no class counts ({e}): delete it to go "
+                        "without") from e
     return found
 
 

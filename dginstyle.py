@@ -1081,6 +1081,7 @@ def train_segmenter(args):
     released segmenter's builder drops the second set without a word.) Generated pictures are scaled
     to the crop and taken whole; others are enlarged only where they are smaller than it.
     """
+    crop_size(args, args.arch)
     classes, pairs = open_training_data(args)
     torch.manual_seed(args.seed)
     model, loss = (build_diff if args.backbone == "diff" else build_segformer)(args, classes)
@@ -1144,15 +1145,16 @@ def segmenter_draw(pairs, args):
     fit = (720 * scale, 1280 * scale) if args.fit is None else args.fit
     samplers = [None if part.layout in ("generated", "rcs_subset") else
                 rare_class_sampler(part, args) for part in pairs.sets]
-    return data.SegmenterDraw(pairs, samplers, crop_size(args, args.arch), fit, args.augment,
-                              args.rcs, args.rcs_min_pixels / 2 * scale**2)
+    return data.SegmenterDraw(pairs, samplers, args.crop or segformer.published_crop(args.arch),
+                              fit, args.augment, args.rcs, args.rcs_min_pixels / 2 * scale**2)
 
 
 def crop_size(args, head):
-    """--crop or the published one; UserError for one that HRDA cannot halve."""
-    size = args.crop or segformer.published_crop(head)
-    if head == "hrda" and any(n < 64 or n % 8 for n in size):
-        raise UserError(f"--crop {size[0]}x{size[1]}: HRDA needs multiples of 8 from 64 on")
+    """--crop or the published one; UserError for one that the network cannot take."""
+    size, hrda = args.crop or segformer.published_crop(head), head == "hrda"
+    if min(size) < 32 or (hrda and any(n < 64 or n % 8 for n in size)):
+        raise UserError(f"--crop {size[0]}x{size[1]}: both must be "
+                        + ("multiples of 8 from 64 on" if hrda else "32 or more"))
     return size
 
 
@@ -1326,8 +1328,8 @@ class Flag:
             value = math.nan
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(self.low <= n <= self.high for n in numbers if isinstance(n, (int, float))):
-            raise argparse.ArgumentTypeError(
-                f"{str(word)[:60]!r} is not from {self.low:,g} to {self.high:,g}")
+            most = f"to {self.high:g}" if self.high < 1e9 else "on"
+            raise argparse.ArgumentTypeError(f"{str(word)[:60]} is not from {self.low:g} {most}")
         if self.choices and value not in self.choices:
             raise argparse.ArgumentTypeError(
                 f"{str(word)[:60]!r} is none of {', '.join(self.choices)}")
@@ -1450,7 +1452,7 @@ SEGMENT = {
     "fd": Flag(0.005, "weight of the feature distance to the --pretrained backbone; not with other "
                       "classes, whose things nobody knows", high=1000),
     "crop": Flag(None, "training crop and sliding window, HxW pixels; default: 512x512, hrda "
-                       "1024x1024", size_pair, low=32, high=4096),
+                       "1024x1024", size_pair, low=1, high=4096),
     "max_pixels": Flag(Image.MAX_IMAGE_PIXELS, "predict: refuse pictures with more pixels"),
     "augment": Flag(True, "photometric distortion of the training crops"),
     "save": Flag(False, "eval: write label, colour and overlay pictures"),
