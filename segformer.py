@@ -467,7 +467,7 @@ def predict_label(model, image, window, fit=None):
     if H * W <= LARGE:
         return predict(model, image, window, fit).argmax(0).byte()
     planes = torch.from_numpy(image).permute(2, 0, 1)  # no copy
-    label = torch.empty(H, W, dtype=torch.uint8)
+    label = torch.empty(H, W, dtype=torch.uint8, device=next(model.parameters()).device)
     if not fit:
         for top, rows in slide_rows(model, planes, window):
             label[top : top + rows.shape[1]] = rows[:, : H - top, :W].argmax(0)

@@ -600,32 +600,12 @@ def layouts():
     yield case("subset too many", "subset", "7", words="--num 7")
 
 
-def state_files():
-    def take(name, how):
-        def both():
-            os.rename(name, "out")
-            how()
-        return both
+def take(name, how):
+    """A change of what a good run has left."""
+    return lambda: [os.rename(name, "out"), how()]
 
-    row = "out/manifest.jsonl"
-    for name, line in {"a list": "[]", "a number": "3", "half": '{"image": "im', "no image": "{}",
-                       "an image null": '{"image": null}', "brackets": "[" * 200_000, "an image "
-                       "elsewhere": '{"image": "../../x.png", "label": "/etc/passwd"}',
-                       "not UTF-8": b"\xff\xfe", "a prompt a list":
-                       '{"image": "images/a.png", "label": "labels/a.png", "prompt": [1]}'}.items():
-        line = line if isinstance(line, bytes) else line.encode()
-        for end in (b"\n", b""):
-            why = "half a line is what a stop leaves" if not end else ""
-            yield case(f"manifest {name}{'' if end else ' cut'}", "generate", "manifest", take(
-                "made", lambda x=line, e=end: put(row, Path(row).read_bytes() + x + e)),
-                "--num 2", why)
-    for name, make in {"a folder": folder_named, "a FIFO": fifo_named}.items():
-        yield case(f"manifest {name}", "generate", "manifest", take("made", lambda m=make: m(row)),
-                   why="as if there were none" if name == "a FIFO" else "")
-    yield case("a broken image", "generate", "", take("made", lambda: [
-        put(p, b"x") for p in Path("out/images").glob("*")]), "--num 2", "made again or left")
-    yield case("a broken strip", "generate", "", take("made", lambda: [
-        put(p, b"x") for p in Path("out/vis").glob("*")]), "--num 2", "made again")
+
+def checkpoints():
     for name, change in {
             "a list": lambda s: [], "empty": lambda s: {}, "step a string": lambda s: {
                 **s, "step": "1"}, "step negative": lambda s: {**s, "step": -5}, "step 10^9":
@@ -662,6 +642,28 @@ def state_files():
             "trained", lambda n=name: put("out/segformer.json", WHOLE[n])), "--steps 2")
     yield case("trained net cut", "eval", "segformer", take("trained", lambda: FILES["half"](
         "out/segformer/model.safetensors")), "--weights out/segformer")
+
+
+def state_files():
+    row = "out/manifest.jsonl"
+    for name, line in {"a list": "[]", "a number": "3", "half": '{"image": "im', "no image": "{}",
+                       "an image null": '{"image": null}', "brackets": "[" * 200_000, "an image "
+                       "elsewhere": '{"image": "../../x.png", "label": "/etc/passwd"}',
+                       "not UTF-8": b"\xff\xfe", "a prompt a list":
+                       '{"image": "images/a.png", "label": "labels/a.png", "prompt": [1]}'}.items():
+        line = line if isinstance(line, bytes) else line.encode()
+        for end in (b"\n", b""):
+            why = "half a line is what a stop leaves" if not end else ""
+            yield case(f"manifest {name}{'' if end else ' cut'}", "generate", "manifest", take(
+                "made", lambda x=line, e=end: put(row, Path(row).read_bytes() + x + e)),
+                "--num 2", why)
+    for name, make in {"a folder": folder_named, "a FIFO": fifo_named}.items():
+        yield case(f"manifest {name}", "generate", "manifest", take("made", lambda m=make: m(row)),
+                   why="as if there were none" if name == "a FIFO" else "")
+    yield case("a broken image", "generate", "", take("made", lambda: [
+        put(p, b"x") for p in Path("out/images").glob("*")]), "--num 2", "made again or left")
+    yield case("a broken strip", "generate", "", take("made", lambda: [
+        put(p, b"x") for p in Path("out/vis").glob("*")]), "--num 2", "made again")
     for file, values in ENTRIES.items():
         name = Path(file).name
         for value in values:
@@ -757,7 +759,7 @@ def data_words():
 GROUPS = {"JSON files": json_files, "config values": config_values, "scheduler": scheduler,
           "weights": weights, "tokenizer": tokenizer, "class files": class_files,
           "pictures": pictures, "labels": labels, "layouts": layouts, "state files": state_files,
-          "flags": flags, "data words": data_words}
+          "checkpoints": checkpoints, "flags": flags, "data words": data_words}
 
 
 # --------------------------------------------------------------------------------------------
