@@ -3447,14 +3447,16 @@ def test_bad_weights(capsys, tmp_path):
 
 def test_numbers_that_are_not_finite(capsys, tmp_path, monkeypatch):
     """Weights with NaN are refused by name; latents that become NaN make no image."""
-    for name, net in zip(("unet", "vae", "text_encoder"), (tiny_models().unet, tiny_models().vae,
-                                                            tiny_models().text_encoder),
-                         strict=True):
+    models = tiny_models()
+    nets = {name: getattr(models, name) for name in ("unet", "controlnet", "vae", "text_encoder")}
+    for name, net in {**nets, "segformer": SegFormer(segformer.preset("tiny"))}.items():
         key, p = next(iter(net.named_parameters()))
         p.data.flatten()[0] = math.nan
         net.save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=f"{key} holds numbers that are not finite"):
             type(net).from_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{key.removeprefix('backbone.')} holds numbers"):
+        net.load_backbone(tmp_path / name)
     monkeypatch.setattr(dginstyle, "sample", lambda *a: torch.full((2, 6, 8, 8), math.nan))
     refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "out")], "000000_", "seed")
     assert not list((tmp_path / "out").rglob("*.png"))

@@ -47,6 +47,7 @@ WEIGHTS = {"unet": "sd/unet/diffusion_pytorch_model.safetensors",
            "vae": "sd/vae/diffusion_pytorch_model.safetensors",
            "text encoder": "sd/text_encoder/model.safetensors",
            "controlnet": "sd/controlnet/diffusion_pytorch_model.safetensors",
+           "source": "sd/unet_source/diffusion_pytorch_model.safetensors",
            "segformer": "segformer/model.safetensors", "DIFF": "diff/model.safetensors"}
 LOOP = "--steps 1 --batch 1 --workers 0 --save-every 1"
 STAGE = f"--sd sd --data data --out out {LOOP} --accumulate 1 --cache 0 --sample-steps 1"
@@ -388,7 +389,7 @@ def io_half(state):
 
 def weights():
     for net, file in WEIGHTS.items():
-        command = {"segformer": "eval", "DIFF": "diff"}.get(net, "generate")
+        command = {"segformer": "eval", "DIFF": "diff", "source": "source"}.get(net, "generate")
         folder = Path(file).parent.name
         for name, change in TENSORS.items():
             why = "a float of another width is converted" if name == "float64" else ""
