@@ -242,7 +242,10 @@ def _palette(classes):  # → (256, 3) uint8; ignore and unused entries are blac
 
 def colourise(label, classes=CITYSCAPES):
     """(H, W) label → (H, W, 3) uint8 RGB; ignore is black."""
-    return _palette(classes)[label]
+    out, palette = np.empty((*label.shape, 3), np.uint8), _palette(classes)
+    for channel in range(3):  # palette[label] would make indices of eight bytes
+        out[..., channel] = _look_up(palette[:, channel], label)
+    return out
 
 
 def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
