@@ -1243,8 +1243,8 @@ def prediction_jobs(paths, out):
                   if f.suffix.lower() in (".png", ".jpg", ".jpeg") and out not in f.parents
                   and f.is_file()]
     if not found:
-        raise UserError(f"no .png or .jpg pictures in {', '.join(map(str, paths)) or 'nothing'}: name files "
-                        "or folders")
+        raise UserError("no .png or .jpg pictures to predict: name files or folders, not "
+                        + (", ".join(map(str, paths)) or "nothing"))
     for name in (lambda f, root: f.relative_to(root).with_suffix(""),
                  lambda f, root: f.relative_to(root),
                  lambda f, root: root.resolve().name / f.relative_to(root)):
