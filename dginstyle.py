@@ -1329,8 +1329,8 @@ class Flag:
             value = math.nan
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(self.low <= n <= self.high for n in numbers if isinstance(n, (int, float))):
-            most = f"to {self.high:g}" if self.high < 1e9 else "on"
-            raise argparse.ArgumentTypeError(f"{str(word)[:60]} is not from {self.low:g} {most}")
+            raise argparse.ArgumentTypeError(
+                f"{str(word)[:60]} is not from {self.low:g} to {self.high:,g}")
         if self.choices and value not in self.choices:
             raise argparse.ArgumentTypeError(
                 f"{str(word)[:60]!r} is none of {', '.join(self.choices)}")
