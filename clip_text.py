@@ -18,11 +18,14 @@ Differences  Text is cleaned as in transformers' fast CLIPTokenizer: NFC, white 
              that depends on flags in the tokenizer's files. Other printable ASCII agrees in all.
 """
 
+import contextlib
 import json
 import os
 import re
 import sys
+import types
 import unicodedata
+import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -31,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -79,14 +83,23 @@ class Tokenizer:
     """CLIP's byte-level BPE; `vocab` maps symbols to ids, `merges` lists pairs, best first.
 
     `pad_token` fills up the length: "<|endoftext|>" in SD1.x, "!" in SD2.x. As in transformers it
-    is special inside prompts too. ValueError if the vocabulary lacks a symbol that can occur.
+    is special inside prompts too. ValueError if the vocabulary lacks a symbol that can occur, or
+    the merges one that the vocabulary has.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad_token: str = EOS):
-        needed = [*ALPHABET, BOS, EOS, pad_token, *(a + b for a, b in merges)]
-        if lacks := [symbol for symbol in needed if symbol not in vocab]:
-            raise FileError(f"the vocabulary lacks {len(lacks)} symbols such as {lacks[0]!r}: "
+        ids, joined = list(vocab.values()), [a + b for a, b in merges]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
+            raise ValueError("the vocabulary's ids must be whole numbers, each once")
+        if not isinstance(pad_token, str):
+            raise ValueError(f"the pad token {str(pad_token)[:40]} is no text")
+        needed = [*ALPHABET, BOS, EOS, pad_token, *joined]
+        unmade = [s for s in vocab.keys() - {*needed} if not s.startswith("<|")]
+        if lacks := [symbol for symbol in needed if symbol not in vocab] or unmade:
+            raise ValueError(f"one of them lacks {len(lacks)} symbols such as {lacks[0]!r}: "
                              "take vocab.json and merges.txt from the same CLIP tokenizer")
+        if len(set(merges)) < len(merges):
+            raise ValueError("merges.txt says the same twice")
         self.vocab, self.merges, self.pad_token = vocab, merges, pad_token
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
@@ -117,18 +130,17 @@ class Tokenizer:
         """Read vocab.json, merges.txt and the pad token; `folder` may be that of the whole SD."""
         folder, pad = Path(folder), EOS
         folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-        try:
-            vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        vocab, file = read_json(folder / "vocab.json"), folder / "merges.txt"
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second decides
+            if (folder / name).is_file():
+                pad = read_json(folder / name).get("pad_token") or pad
+        with reading(folder, "CLIP tokenizer with vocab.json and merges.txt"):
+            if not file.is_file() or file.stat().st_size > 2**26:
+                raise ValueError("merges.txt is missing or too large")
+            lines = file.read_text("utf-8").split("\n")
             lines = [line.split() for line in lines if line and not line.startswith("#version")]
             merges = [(a, b) for a, b in lines]
-            for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second decides
-                if (folder / name).is_file():
-                    pad = json.loads((folder / name).read_text("utf-8")).get("pad_token") or pad
-        except (OSError, ValueError) as error:
-            raise FileError(f"{folder}: no readable vocab.json and merges.txt of a CLIP tokenizer "
-                             f"({error}); fetch the folder again") from error
-        return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
+            return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
 
     def save(self, folder):
         """Write vocab.json, merges.txt and tokenizer_config.json, as transformers reads them."""
@@ -245,14 +257,15 @@ class TextEncoder(nn.Module):
         ValueError if it cannot be read or its tensors are not exactly those of a text encoder.
         """
         config, state, file = read_weights(path)
-        state = public_keys(state)
-        config = config or infer_config(state, file)
-        names = [field.name for field in fields(TextEncoderConfig)]
-        if lacks := [name for name in names if name not in config]:
-            raise FileError(f"{path}: config.json is not that of a CLIP text encoder, it has no "
-                             f"{', '.join(lacks)}; give the text_encoder folder")
-        with torch.device("meta"):
-            model = cls(TextEncoderConfig(**{name: config[name] for name in names}))
+        with reading(file, "CLIP text encoder"), torch.device("meta"):
+            state = public_keys(state)
+            config = config or infer_config(state, file)
+            names = [field.name for field in fields(TextEncoderConfig)]
+            if lacks := [name for name in names if name not in config]:
+                raise FileError(f"{path}: config.json is not that of a CLIP text encoder, it has "
+                                f"no {', '.join(lacks)}; give the text_encoder folder")
+            model = cls(configure(TextEncoderConfig, config, state, file,
+                                  lambda c: c.num_hidden_layers))
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
@@ -302,7 +315,10 @@ def public_keys(state):
 
 def infer_config(state, file):
     """Config of a file that has none: sizes from shapes, the rest as in the published models."""
-    V, D = state.get("text_model.embeddings.token_embedding.weight", torch.empty(0, 64)).shape
+    table = state.get("text_model.embeddings.token_embedding.weight")
+    if table is None:
+        raise FileError(f"{file}: not the weights of this TextEncoder: it has no token embedding")
+    V, D = table.shape
     if D % 64:
         raise FileError(f"{file}: width {D} is no multiple of 64, so its number of heads is "
                          "unknown; give a folder with config.json")
@@ -325,6 +341,7 @@ def read_weights(path):
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -340,20 +357,83 @@ def read_weights(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
+                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:200]
         raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+    for k, v in state.items():
+        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
+        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
+            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
+    return config, state, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a FileError that names the file."""
+    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
+    if not file.is_file() or file.stat().st_size > 2**26:
+        raise FileError(f"{file}: no such file, or one too large for a few settings")
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
+    return content
+
+
+def read_fields(cls, config, file, least, most):
+    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
+
+    FileError for a value of another kind than the field's, and for whole numbers outside least to
+    most, other numbers outside 0 to 1000.
+    """
+    def fits(value, kind):
+        if isinstance(kind, types.UnionType):
+            return any(fits(value, one) for one in kind.__args__)
+        if getattr(kind, "__origin__", None) is tuple:
+            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
+        if kind is float:
+            return type(value) in (int, float) and 0 <= value <= 1000
+        return type(value) is kind and (kind is not int or least <= value <= most)
+
+    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for f in fields(cls):
+        if f.name in values and not fits(values[f.name], f.type):
+            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
+    return values
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for whole numbers that are larger than the longest side of a tensor and the number of
+    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
+    could not be the one in the file.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
+    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
+        instance = cls(**read_fields(cls, config, file, 1, longest))
+        if layers(instance) > len(state):
+            raise ValueError("it has more layers than the file has tensors")
+    return instance
+
+
+@contextlib.contextmanager
+def reading(file, what):
+    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
+    try:
+        yield
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
+        if isinstance(error, FileError):
+            raise
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise FileError(f"{file}: no {what} ({reason})") from error
 
 
 def load_strict(model, state, file, dtype):
@@ -367,6 +447,9 @@ def load_strict(model, state, file, dtype):
     faults += [f"unknown {k}" for k in have.keys() - want.keys()]
     both = want.keys() & have.keys()
     faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
+    faults += [f"{k} holds {state[k].dtype}" for k in both
+               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
@@ -383,13 +466,22 @@ def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
     Each is written beside and renamed: a file that is there is whole, and the weights come last.
+    FileError when the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
     parts = folder / "config.json.part", folder / f"{name}.part"
-    parts[0].write_text(json.dumps(config, indent=2) + "\n")
-    save_file(state, parts[1], metadata={"format": "pt"})
-    for part in parts:
-        os.replace(part, part.with_suffix(""))
+    try:
+        parts[0].write_text(json.dumps(config, indent=2) + "\n")
+        save_file(state, parts[1], metadata={"format": "pt"})
+        for part in parts:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it takes the place of another
+            os.replace(part, part.with_suffix(""))
+    except SafetensorError as error:
+        raise FileError(f"{folder / name} cannot be written: {error}") from None
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)

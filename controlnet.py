@@ -29,10 +29,10 @@ from unet import (
     call_checkpointed,
     encode_context,
     from_ldm,
-    infer_config,
     load_strict,
     read_config,
     read_weights,
+    reading,
     write_model,
 )
 
@@ -150,18 +150,18 @@ class ControlNet(nn.Module):
         if any(k.startswith("control_model.") for k in state):
             state = {k.removeprefix("control_model."): v for k, v in state.items()
                      if k.startswith("control_model.")}
-        if "input_hint_block.0.weight" in state:
-            state = from_ldm_control(state)
-        stem = "controlnet_cond_embedding."
-        if not {stem + "conv_in.weight", stem + "conv_out.weight"} <= set(state):
-            raise FileError(f"{file}: no hint encoder in it; this is not a ControlNet")
-        hint_channels = state[stem + "conv_in.weight"].shape[1]
-        convs = [k for k in state if k.startswith(stem + "blocks.") and k.endswith("weight")]
-        widths = [state[f"{stem}blocks.{2 * i}.weight"].shape[0] for i in range(len(convs) // 2)]
-        widths.append(state[stem + "conv_out.weight"].shape[1])
-        with torch.device("meta"):
-            cfg = read_config(config) if config else infer_config(state, file)
-            model = cls(cfg, hint_channels, widths)
+        with reading(file, "ControlNet"), torch.device("meta"):
+            if "input_hint_block.0.weight" in state:
+                state = from_ldm_control(state)
+            stem = "controlnet_cond_embedding."
+            if not {stem + "conv_in.weight", stem + "conv_out.weight"} <= set(state):
+                raise FileError(f"{file}: no hint encoder in it; this is not a ControlNet")
+            hint_channels = state[stem + "conv_in.weight"].shape[1]
+            convs = [k for k in state if k.startswith(stem + "blocks.") and k.endswith("weight")]
+            widths = [state[f"{stem}blocks.{2 * i}.weight"].shape[0]
+                      for i in range(len(convs) // 2)]
+            widths.append(state[stem + "conv_out.weight"].shape[1])
+            model = cls(read_config(config, state, file), hint_channels, widths)
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):

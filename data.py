@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +42,23 @@ from tqdm import tqdm
 
 class UserError(ValueError):
     """What the user can put right: shown as one sentence, without a traceback."""
+
+
+def _is_number(value, most):  # a whole number from 0 to `most`; True and 1.0 are none
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _read_json(path, kind=dict):
+    """The dict (or list) in a JSON file of at most 256 MB. UserError for anything else."""
+    try:
+        if not path.is_file() or path.stat().st_size > 2**28:
+            raise ValueError("no such file, or one too large")
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is no JSON file: {e}") from e
+    if not isinstance(found, kind):
+        raise UserError(f"{path} holds no JSON {kind.__name__}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -67,12 +85,21 @@ class Classes:
     ids: dict[int, int | None] | None = field(default=None, hash=False)
 
     def __post_init__(self):
-        if len(self.names) > 254:
-            raise ValueError(f"{len(self.names)} classes: a label file has room for 254")
-        if len(self.names) != len(self.colours) or {len(c) for c in self.colours} != {3}:
-            raise ValueError(f"{len(self.names)} names need as many RGB colours: {self.colours}")
-        if bad := set((self.ids or {}).values()) - {None, *range(len(self.names))}:
-            raise ValueError(f"ids must lead to 0..{len(self.names) - 1} or null, not to {bad}")
+        K = len(self.names)
+        if not 0 < K < 255:
+            raise ValueError(f"{K} classes: a label file has room for 1 to 254")
+        if K > len(set(self.names)) or not all(
+                isinstance(n, str) and n.strip() and n.isprintable() and len(n) < 100
+                for n in self.names):
+            raise ValueError("the names must be different words or phrases")
+        if K != len(self.colours) or not all(
+                len(c) == 3 and all(_is_number(v, 255) for v in c) for c in self.colours):
+            raise ValueError(f"{K} names need as many colours [r, g, b] of 0 to 255")
+        for raw, train_id in (self.ids or {}).items():
+            if not (_is_number(raw, 65535) and (
+                    train_id is None or (_is_number(train_id, K - 1) and raw != IGNORE))):
+                raise ValueError(f"the ids lead from {raw} to {train_id}: they must lead from "
+                                 f"0..65535 to 0..{K - 1} or null, and 255 to null")
 
     def __len__(self):
         return len(self.names)
@@ -89,10 +116,16 @@ class Classes:
         UserError for a file that is not there or says something else.
         """
         try:
-            spec = json.loads(Path(path).read_text())
-            ids = {int(raw): t for raw, t in spec["ids"].items()} if "ids" in spec else None
-            return cls(tuple(spec["names"]), tuple(map(tuple, spec["colours"])), ids)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            spec, ids = _read_json(Path(path)), None
+            if "ids" in spec:
+                ids = {int(raw): t for raw, t in spec["ids"].items()}
+                if list(map(str, ids)) != list(spec["ids"]):
+                    raise ValueError("ids are plain numbers, each once")
+            names, colours = (spec[key] for key in ("names", "colours"))
+            if not isinstance(names, list) or not isinstance(colours, list):
+                raise TypeError("names and colours are lists")
+            return cls(tuple(names), tuple(map(tuple, colours)), ids)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{path} is no class file with names, colours and ids: {e}") from e
 
 
@@ -107,7 +140,23 @@ CITYSCAPES = Classes(
     ids=CITYSCAPES_IDS)
 
 
-BROKEN = OSError, SyntaxError, ValueError, Image.DecompressionBombError  # what Pillow raises
+BROKEN = OSError, SyntaxError, ValueError  # what Pillow raises
+
+
+@contextlib.contextmanager
+def _open(path):
+    """A picture file, opened. The formats are those that Pillow decodes by itself."""
+    if not os.path.isfile(path):  # a pipe would never end
+        raise ValueError("it is no file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "TIFF", "BMP"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels (for predict, "
+                         "--max-pixels raises that)") from e
+    with image:
+        yield image
 
 
 def _orientation(image):
@@ -131,7 +180,7 @@ def _decode(path, label=False, orientation=None):
     `orientation` stands in for the file's own. UserError for what cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             mode, orientation = image.mode, orientation or _orientation(image)
             stored = image.tile[0][3] if image.tile else mode
             # never convert a label to "L": it would turn palette indices into luminance
@@ -142,10 +191,15 @@ def _decode(path, label=False, orientation=None):
     if label and (array.ndim > 2 or array.dtype.kind not in "bui"):
         raise UserError(f"{path} has mode {mode}: a label must be one channel of class indices, "
                         "not colours")
+    if label and array.itemsize > 2:
+        if array.min() < 0 or array.max() > 65535:
+            raise UserError(f"{path} holds {array.min()} to {array.max()}: no class indices")
+        array = array.astype(np.uint16)
+    array = array.astype(np.uint8) if array.dtype == bool else array
     if label and stored in ("1", "L;2", "L;4"):  # 2 and 4 bits come spread over 0..255
         array = array.astype(np.uint8) // {"1": 1, "L;2": 85, "L;4": 17}[stored]
     if not label and mode.startswith("I"):  # 16 bits of grey
-        array = np.rint(array / 257).astype(np.uint8)[..., None].repeat(3, axis=2)
+        array = np.rint(array / 257).clip(0, 255).astype(np.uint8)[..., None].repeat(3, axis=2)
     return np.ascontiguousarray(_turn(array, orientation))
 
 
@@ -188,12 +242,20 @@ def _palette(classes):  # → (256, 3) uint8; ignore and unused entries are blac
 
 def colourise(label, classes=CITYSCAPES):
     """(H, W) label → (H, W, 3) uint8 RGB; ignore is black."""
-    return _palette(classes)[label]
+    out, palette = np.empty((*label.shape, 3), np.uint8), _palette(classes)
+    for channel in range(3):  # palette[label] would make indices of eight bytes
+        out[..., channel] = _look_up(palette[:, channel], label)
+    return out
 
 
 def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
     """(H, W, 3) uint8 image and its colour label, blended with weight `alpha` → the same shape."""
-    return np.rint(image * (1 - alpha) + colourise(label, classes) * alpha).astype(np.uint8)
+    out = np.empty_like(image)
+    for y in range(0, len(image), 256):  # in floats a large picture would not fit into memory
+        rows = np.s_[y : y + 256]
+        colours = colourise(label[rows], classes)
+        out[rows] = np.rint(image[rows] * (1 - alpha) + colours * alpha)
+    return out
 
 
 @contextlib.contextmanager
@@ -262,7 +324,7 @@ def _pictures(folder, above=()):
 def _header(path):
     """[width, height, EXIF orientation] of a picture, read without its pixels; None if broken."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             return [*image.size, _orientation(image)]
     except BROKEN:
         return None
@@ -319,6 +381,9 @@ class Pairs:
         self.images, self.labels, self._ids, self.skipped = [], [], [], []
         for path in sorted(path for folder in folders for path in _pictures(folder)):
             self._add(path)
+        shared = Counter(self.labels)
+        self._leave_out([shared[label] > 1 and "a label that another picture of this name shares"
+                         for label in self.labels], "images", "labels", "_ids")
         self._compare()
         if not self.images and self.skipped:
             raise UserError(f"none of the {len(self.skipped)} images in {self.root / where} is of "
@@ -355,12 +420,15 @@ class Pairs:
         files = self.images + self.labels
         keys = [_key(self.root, path) for path in files]
         heads = _remember(self.root / ".sizes.json", keys, files, partial(map, _header),
-                          "picture sizes", least=2000)  # fewer are read in a moment
+                          "picture sizes", _is_header, least=2000)  # fewer take a moment
         fits = list(map(_fit_label, heads, heads[len(self.images):]))
-        self.skipped += [(path, reason) for path, (_, reason) in zip(self.images, fits, strict=True)
-                         if reason]
         self._orientations = [orientation for orientation, _ in fits]
-        self._choose([i for i, (_, reason) in enumerate(fits) if not reason])
+        self._leave_out([reason for _, reason in fits])
+
+    def _leave_out(self, reasons, *names):
+        """Skip the pairs that have a reason."""
+        self.skipped += [pair for pair in zip(self.images, reasons, strict=True) if pair[1]]
+        self._choose([i for i, reason in enumerate(reasons) if not reason], *names)
 
     def _look(self):
         """Whose plain folder it is, and whether labels/NAME.png holds trainIds or ids.
@@ -386,8 +454,8 @@ class Pairs:
             self.layout, self.also_ignore = "generated", (K,)  # the authors' set: K means ignore
         self._ids = [table if ids == "look" else ids for ids in self._ids]
 
-    def _choose(self, indices):
-        for name in ("images", "labels", "_ids", "_orientations"):
+    def _choose(self, indices, *names):
+        for name in names or ("images", "labels", "_ids", "_orientations"):
             setattr(self, name, [getattr(self, name)[i] for i in indices])
 
     def keep(self, indices):
@@ -397,6 +465,12 @@ class Pairs:
 
     def __len__(self):
         return len(self.images)
+
+    @property
+    def folders(self):
+        """Where its pictures and labels lie, resolved, and the folder above them."""
+        tops = {path.relative_to(self.root).parts[0] for path in self.images + self.labels}
+        return {self.root.resolve(), *((self.root / top).resolve() for top in tops)}
 
     def name(self, i):
         """File stem without the tag of its data set, e.g. aachen_000000_000019."""
@@ -475,7 +549,8 @@ def class_counts(data, workers=4, on_error="stop"):
             many = partial(pool.map, chunksize=16) if len(work) >= 32 and workers > 1 else map
             return many(partial(_count_file, classes, data.also_ignore), work)
 
-        counted = _remember(data.root / ".class_counts.json", keys, jobs, run, "class counts")
+        counted = _remember(data.root / ".class_counts.json", keys, jobs, run, "class counts",
+                            _is_counts)
     for i, row in zip(todo, counted, strict=True):
         if isinstance(row, str) and on_error == "stop":
             raise UserError(row)
@@ -492,13 +567,25 @@ def _key(root, path, reading=()):
     return f"{place} {stat.st_size} {stat.st_mtime_ns} {zlib.crc32(repr(reading).encode())}"
 
 
-def _remember(file, keys, jobs, run, text, least=1):
+def _is_header(row):  # as of `_header`
+    return isinstance(row, list) and len(row) == 3 and row[2] != 0 and all(
+        _is_number(v, most) for v, most in zip(row, (2**31, 2**31, 8), strict=True))
+
+
+def _is_counts(row):  # {"0": pixels, ...}
+    return isinstance(row, dict) and all(
+        re.fullmatch("[0-9]{1,3}", c) and _is_number(n, 2**40) for c, n in row.items())
+
+
+def _remember(file, keys, jobs, run, text, good, least=1):
     """The results of run(jobs), of which those that the JSON `file` knows by their key are not run.
 
     `least` new ones are kept in it, but never a None or the text of an error. A folder that cannot
-    be written makes the next call do it all again.
+    be written makes the next call do it all again. UserError for an entry that is not good(entry).
     """
-    cache = _read_json(file)
+    cache = _read_json(file) if file.is_file() else {}
+    if not all(map(good, cache.values())):
+        raise UserError(f"{file} holds no {text}: delete it")
     todo = [i for i, key in enumerate(keys) if key not in cache]
     results = run([jobs[i] for i in todo])
     for i, result in zip(todo, tqdm(results, text, len(todo), delay=1, leave=False), strict=True):
@@ -507,13 +594,6 @@ def _remember(file, keys, jobs, run, text, least=1):
         _save_cache(file, {key: result for key, result in cache.items()
                            if not isinstance(result, (str, type(None)))})
     return [cache[key] for key in keys]
-
-
-def _read_json(path):  # {} where there is no such file
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as e:
-        raise UserError(f"{path} is no JSON file: {e}; delete it to go without") from e
 
 
 def _authors_counts(root):
@@ -525,13 +605,21 @@ def _authors_counts(root):
     def name(path):
         return Path(path).stem.removesuffix("_labelTrainIds")
 
-    found = {}
-    for row in _read_json(root / "sample_class_stats.json"):
-        found[name(row["file"])] = row
-    if not found:
-        for c, files in _read_json(root / "samples_with_class.json").items():
+    found, (stats, file) = {}, (root / f"{stem}.json" for stem in (
+        "sample_class_stats", "samples_with_class"))
+    rows = _read_json(stats, list) if stats.is_file() else []
+    classes = _read_json(file) if not rows and file.is_file() else {}
+    try:
+        for row in rows:
+            found[name(row["file"])] = {c: n for c, n in row.items() if c != "file"}
+        for c, files in classes.items():
             for path, n in files:
                 found.setdefault(name(path), {})[c] = n
+        if not all(map(_is_counts, found.values())):
+            raise ValueError("a count is no number of pixels")
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{stats if rows else file} holds no class counts ({e}): delete it to go "
+                        "without") from e
     return found
 
 
@@ -871,7 +959,7 @@ class LabelMaps:
 
     def __init__(self, root, classes=CITYSCAPES):
         self.classes, self.root = classes, Path(root)
-        self.labels = sorted(self.root.glob("*_labelTrainIds.png"))
+        self.labels = sorted(f for f in self.root.glob("*_labelTrainIds.png") if f.is_file())
         self._ids, self.also_ignore, self.skipped = [None] * len(self.labels), (), []
 
     def __len__(self):
@@ -931,9 +1019,12 @@ def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
     spec = str(spec)
     if spec.partition(":")[0] == "toy" and not Path(spec).exists():
         return _open_toy(spec, classes, split or "train")
-    if labels_only and any(Path(spec).glob("*_labelTrainIds.png")):
+    if labels_only and any(f.is_file() for f in Path(spec).glob("*_labelTrainIds.png")):
         return LabelMaps(spec, classes)
-    root, part, number = re.fullmatch(r"(.+?)(?::(fog|night|rain|snow))?(?::(\d+))?", spec).groups()
+    if not spec or "\0" in spec:
+        raise UserError(f"--data {spec!r}: that is no name of a folder")
+    root, part, number = re.fullmatch(
+        r"(.+?)(?::(fog|night|rain|snow))?(?::([0-9]+))?", spec, re.DOTALL).groups()
     if Path(spec).exists():  # a folder whose own name looks like that
         root, part, number = spec, None, None
     pairs = Pairs(root, classes, "val" if split == "test" else split, part)
@@ -948,13 +1039,13 @@ def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
 def _open_toy(spec, classes, split):
     from toy.streets import STYLES, ToyStreets  # only who asks for toy streets needs the file
 
-    _, style, n = (*spec.split(":"), "", "")[:3]
+    _, style, n, *rest = *spec.split(":"), "", ""
     if classes.names != CITYSCAPES.names:
         raise UserError(f"{spec}: toy streets have Cityscapes' classes, not --classes")
     if style not in ("", "all", *STYLES):
         raise UserError(f"{spec}: choose a style from all, {', '.join(STYLES)}")
-    if n and (not n.isdigit() or int(n) < 1):
-        raise UserError(f"{spec}: {n!r} is no number of pictures")
+    if n and not (re.fullmatch("[0-9]{1,7}", n) and 1 <= int(n) <= 10**6) or any(rest):
+        raise UserError(f"{spec}: a split has pictures 1 to 1,000,000, {n!r} is no such number")
     styles = STYLES if style == "all" else (style or "sunny",)
     return ToyStreets(styles, int(n or (50 if split == "test" else 500)), split)
 
@@ -992,6 +1083,8 @@ def main(argv=None):
     subset.add_argument("--num", type=int, default=6000, help="distinct files (%(default)s)")
     subset.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args(argv)
+    if args.command == "rcs-subset" and (args.num < 1 or args.seed < 0):
+        parser.error(f"--num {args.num} must be 1 or more, --seed {args.seed} not negative")
     try:
         classes = Classes.from_json(args.classes) if args.classes else CITYSCAPES
         data = open_set(args.root, classes, split=args.split)

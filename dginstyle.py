@@ -90,6 +90,10 @@ class Schedule:
     scheduler_config.json; results equal diffusers' DDIMScheduler.
     """
 
+    UNSUPPORTED = ("clip_sample", "rescale_betas_zero_snr", "thresholding", "trained_betas",
+                   "use_beta_sigmas", "use_exponential_sigmas", "use_flow_sigmas",
+                   "use_karras_sigmas", "use_lu_lambdas")  # where a scheduler_config.json has them
+
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -103,13 +107,15 @@ class Schedule:
     def from_pretrained(cls, folder):
         """Read `scheduler_config.json` from a scheduler folder. UserError for other methods."""
         file = Path(folder) / "scheduler_config.json"
-        if not file.is_file():
-            raise UserError(f"{file} is missing: the scheduler folder of an SD model has it")
         config = read_json(file)
-        if config.get("clip_sample", False) or config.get("rescale_betas_zero_snr", False):
-            raise UserError(f"{file}: clip_sample and rescale_betas_zero_snr are not supported")
-        known = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
-        self = cls(**known)
+        if odd := [name for name in cls.UNSUPPORTED if config.get(name)]:
+            raise UserError(f"{file}: {', '.join(odd)} is not supported")
+        if lacks := {"beta_start", "beta_end", "beta_schedule"} - config.keys():
+            raise UserError(f"{file} has no {', '.join(sorted(lacks))}")
+        self = cls(**unet_module.read_fields(cls, config, file, 0, 10_000))
+        if not (0 < self.beta_start <= self.beta_end < 1
+                and self.steps_offset < self.num_train_timesteps - 1):
+            raise UserError(f"{file}: its betas are no shares, or its timesteps too few")
         for name, choices in (("beta_schedule", ("scaled_linear", "linear")),
                               ("prediction_type", ("epsilon", "v_prediction")),
                               ("timestep_spacing", ("leading", "trailing"))):
@@ -334,6 +340,8 @@ class Models:
         if self.text_encoder.config.hidden_size != u.cross_attention_dim:
             raise UserError(f"the text encoder is {self.text_encoder.config.hidden_size} wide, "
                              f"the UNet expects {u.cross_attention_dim}")
+        if self.text_encoder.config.max_position_embeddings < 77:
+            raise UserError("the text encoder reads less than the 77 tokens of a prompt")
         if max(self.tokenizer.vocab.values()) >= self.text_encoder.config.vocab_size:
             raise UserError(f"the tokenizer has more tokens than the text encoder's "
                              f"{self.text_encoder.config.vocab_size}: they belong to two models")
@@ -765,7 +773,7 @@ def generate(args):
         if ranks(args.device)[0] == 0:
             merge_manifest(args.out)
             gallery.write_grid(args.out)
-            rows = map(json.loads, training.whole_lines(args.out / "manifest.jsonl"))
+            rows = map(json.loads, manifest_lines(args.out / "manifest.jsonl"))
             gallery.write_gallery(args.out, list(rows), size)
             print(f"{args.num} images with labels in {args.out}; look at "
                   f"{args.out / 'gallery.html'}")
@@ -780,7 +788,7 @@ def make_data_set(models, condition, classes, args):
     if rank == 0:
         merge_manifest(args.out)  # of a run that was stopped
     barrier(world)
-    known = set(training.whole_lines(args.out / "manifest.jsonl"))
+    known = set(manifest_lines(args.out / "manifest.jsonl"))
     part = f"manifest.{rank}.part" if rank else "manifest.jsonl"
     with (tqdm(total=args.num, unit="image", disable=rank > 0) as bar,
           open(args.out / part, "a") as manifest):
@@ -818,10 +826,15 @@ def rare_class_sampler(pairs, args):
     return data.RareClassSampler(box[0], args.rcs_temperature, args.rcs_min_pixels)
 
 
+def manifest_lines(file):
+    """The whole lines of a manifest."""
+    return training.whole_lines(file, image=str, label=str, prompt=str)
+
+
 def merge_manifest(out):
     """One row an image in manifest.jsonl, rows of other processes and longer runs included."""
     parts = [out / "manifest.jsonl", *out.glob("manifest.*.part")]
-    rows = sorted({line for part in parts for line in training.whole_lines(part)})
+    rows = sorted({line for part in parts for line in manifest_lines(part)})
     with data.replacing(parts[0]) as file:
         file.write_text("".join(rows))
     for part in parts[1:]:
@@ -830,15 +843,7 @@ def merge_manifest(out):
 
 def check_options(models, size, args):
     """UserError for what would only fail in the middle of a run."""
-    if args.num < 1 or args.batch < 1 or (args.tile_batch or 1) < 1:
-        raise UserError(f"--num {args.num}, --batch {args.batch}, --tile-batch {args.tile_batch}: "
-                         "all must be at least 1")
-    if min(size) < 1 or size[0] % models.multiple or size[1] % models.multiple:
-        raise UserError(f"--size {size[0]}x{size[1]}: both must be multiples of {models.multiple}")
-    for name in ("weather_prob", "control_uncond"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a share "
-                             "from 0 to 1")
+    training_size(args, models.multiple, size)
     models.schedule.timesteps(args.steps)
     large = tuple(2 * n // models.vae.factor for n in size)
     window = args.window or models.window
@@ -1030,7 +1035,6 @@ def train_stage(name, function, args):
     args = settle(args, name)
     check_weather(args.weather)
     classes, pairs = open_training_data(args)
-    check_loop(args)
     torch.manual_seed(args.seed)  # the first weights of what is new
     function(args, pairs, classes)
     say(f"{name} is in {args.out}")
@@ -1043,7 +1047,6 @@ def train_stage(name, function, args):
 def segment(args):
     """Train and then measure, or one of the two, or predict."""
     args = settle(args)
-    check_loop(args)
     classes, sets = read_classes(args), []
     if args.diff_cache and args.stage == "train":
         raise UserError("--diff-cache is for eval and predict: training draws new crops each time")
@@ -1080,6 +1083,7 @@ def train_segmenter(args):
     released segmenter's builder drops the second set without a word.) Generated pictures are scaled
     to the crop and taken whole; others are enlarged only where they are smaller than it.
     """
+    crop_size(args, args.arch)
     classes, pairs = open_training_data(args)
     torch.manual_seed(args.seed)
     model, loss = (build_diff if args.backbone == "diff" else build_segformer)(args, classes)
@@ -1147,6 +1151,15 @@ def segmenter_draw(pairs, args):
                               fit, args.augment, args.rcs, args.rcs_min_pixels / 2 * scale**2)
 
 
+def crop_size(args, head):
+    """--crop or the published one; UserError for one that the network cannot take."""
+    size, hrda = args.crop or segformer.published_crop(head), head == "hrda"
+    if min(size) < 32 or (hrda and any(n < 64 or n % 8 for n in size)):
+        raise UserError(f"--crop {size[0]}x{size[1]}: both must be "
+                        + ("multiples of 8 from 64 on" if hrda else "32 or more"))
+    return size
+
+
 def load_segmenter(args, classes):
     """The model of `segmenter_path`, of either kind; UserError if it knows other classes."""
     path = segmenter_path(args)
@@ -1169,7 +1182,7 @@ def evaluate(args, sets, classes):
     K = len(classes.names)
     model = load_segmenter(args, classes)
     head = model.config.head
-    window = args.crop or segformer.published_crop(head)
+    window = crop_size(args, head)
     results, file = {}, Path(args.out) / "eval.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     for spec, pairs in sets:
@@ -1181,12 +1194,12 @@ def evaluate(args, sets, classes):
                 training.skip(args, error)
                 continue
             fit = args.eval_fit or segformer.published_fit(pairs.layout, head)
-            prediction = segformer.predict(model, image, window, fit).argmax(0)
+            prediction = segformer.predict_label(model, image, window, fit)
             label = torch.from_numpy(label).to(args.device)
             confusion += segformer.confusion_matrix(prediction, label, K)
             if args.save:
                 stem = Path(args.out) / "predictions" / pairs.name(i)
-                gallery.save_prediction(stem, prediction.byte().cpu().numpy(), image, classes)
+                gallery.save_prediction(stem, prediction.cpu().numpy(), image, classes)
         results[spec] = segformer.scores(confusion, classes.names)
         with data.replacing(file) as part:
             part.write_text(json.dumps(results, indent=1) + "\n")
@@ -1203,15 +1216,15 @@ def predict(args, classes):
     out = Path(args.out) / "predictions"
     jobs, broken = prediction_jobs(args.images, out), []
     model = load_segmenter(args, classes)
-    window = args.crop or segformer.published_crop(model.config.head)
+    window = crop_size(args, model.config.head)
+    Image.MAX_IMAGE_PIXELS = args.max_pixels
     for file, stem in tqdm(jobs, unit="image"):
         try:
             image = data.read_image(file)
         except UserError as error:
             broken.append(error)
             continue
-        logits = segformer.predict(model, image, window, args.eval_fit)
-        label = logits.argmax(0).byte().cpu().numpy()
+        label = segformer.predict_label(model, image, window, args.eval_fit).cpu().numpy()
         gallery.save_prediction(stem, label, image, classes)
     if len(broken) == len(jobs):
         raise UserError(f"none of {len(jobs)} pictures can be read: {broken[0]}")
@@ -1227,13 +1240,15 @@ def prediction_jobs(paths, out):
     """
     found = []
     for path in map(Path, paths):
-        if not path.exists():
+        if not path.is_file() and not path.is_dir():
             raise UserError(f"{path}: no such picture or folder")
         root = path if path.is_dir() else path.parent
         found += [(f, root) for f in (sorted(path.rglob("*")) if path.is_dir() else [path])
-                  if f.suffix.lower() in (".png", ".jpg", ".jpeg") and out not in f.parents]
+                  if f.suffix.lower() in (".png", ".jpg", ".jpeg") and out not in f.parents
+                  and f.is_file()]
     if not found:
-        raise UserError("no .png or .jpg pictures to predict; name files or folders")
+        raise UserError("no .png or .jpg pictures to predict: name files or folders, not "
+                        + (", ".join(map(str, paths)) or "nothing"))
     for name in (lambda f, root: f.relative_to(root).with_suffix(""),
                  lambda f, root: f.relative_to(root),
                  lambda f, root: root.resolve().name / f.relative_to(root)):
@@ -1268,26 +1283,20 @@ def open_training_data(args, labels_only=False):
         raise UserError("--data is missing: name one or more data set folders")
     classes = read_classes(args)
     sets = open_sets(args.data, classes, args, "train", labels_only)
+    out = Path(args.out).resolve()
+    for _, part in sets:
+        if any(folder in (out, *out.parents) for folder in getattr(part, "folders", ())):
+            raise UserError(f"--out {args.out} lies where the data set {part.root} has its files")
     return classes, data.Joined([part for _, part in sets])
-
-
-def check_loop(args):
-    """UserError for training flags that make no sense."""
-    for name in ("steps", "batch", "accumulate", "save_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.lr <= 0 or not 0 <= args.ema < 1 or (args.workers or 0) < 0:
-        raise UserError(f"--lr {args.lr} must be above 0, --ema {args.ema} from 0 up to but not "
-                        f"1, --workers {args.workers} 0 or more")
 
 
 def size_pair(text):
     """'512' or '512x1024' (height x width) -> (512, 1024)."""
     if text == "none":
         return ()
-    h, _, w = text.partition("x")
+    h, x, w = text.partition("x")
     try:
-        return int(h), int(w or h)
+        return int(h), int(w if x else h)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size like 512 or 512x1024") from None
 
@@ -1305,11 +1314,31 @@ class Flag:
     type: object = None  # where the default's own type will not do
     choices: tuple = ()
     many: bool = False
+    low: float = 0  # the range of a number, or of both numbers of a pair
+    high: float = 1e9
 
     @property
     def kind(self):
         """What makes a value of a word: the type given, or the default's."""
         return self.type or (Path if isinstance(self.default, Path) else type(self.default))
+
+    def read(self, word):
+        """A word of the command line, or a value of settings.json -> the flag's value.
+
+        ArgumentTypeError for what is no such value, or outside the range or the choices.
+        """
+        try:
+            value = self.kind(word)
+        except (ValueError, OverflowError):
+            value = math.nan
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(self.low <= n <= self.high for n in numbers if isinstance(n, (int, float))):
+            raise argparse.ArgumentTypeError(
+                f"{str(word)[:60]} is not from {self.low:g} to {self.high:,g}")
+        if self.choices and value not in self.choices:
+            raise argparse.ArgumentTypeError(
+                f"{str(word)[:60]!r} is none of {', '.join(self.choices)}")
+        return value
 
 
 DATA_HELP = ("FOLDER, FOLDER:N (N of its pairs), FOLDER:night (or fog, rain, snow: a part of "
@@ -1317,7 +1346,7 @@ DATA_HELP = ("FOLDER, FOLDER:N (N of its pairs), FOLDER:night (or fog, rain, sno
 COMMON = {
     "data": Flag(None, DATA_HELP, str, many=True),
     "classes": Flag(None, "JSON with names, colours, ids; default: Cityscapes' 19", str),
-    "seed": Flag(0, "seed of everything random"),
+    "seed": Flag(0, "seed of everything random", high=2**40),
     "device": Flag("auto", "auto, cpu, cuda, cuda:1, mps"),
     "on_error": Flag("stop", "what to do about a file that cannot be read, or an image that fails: "
                      "stop, or skip it and list it in OUT/skipped.jsonl",
@@ -1331,7 +1360,7 @@ MODELS = {
 }
 RCS = {
     "rcs": Flag(True, "choose crops by rare class sampling"),
-    "rcs_temperature": Flag(0.01, "T of P(c) = softmax((1 - f_c) / T)"),
+    "rcs_temperature": Flag(0.01, "T of P(c) = softmax((1 - f_c) / T)", low=1e-6),
     "rcs_min_pixels": Flag(3000, "a label file shows class c if it has more pixels of it"),
     "weather": Flag(list(data.WEATHERS), "weather words", str, many=True),
 }
@@ -1352,58 +1381,62 @@ GENERATE = {
     "preset": Flag("paper", PRESET_HELP, choices=tuple(PRESETS)),
     "controlnet": Flag(None, "ControlNet folder or file", Path),
     "out": Flag(Path("runs/generate"), "output folder; finished images in it are kept"),
-    "num": Flag(16, "number of images"),
-    "batch": Flag(1, "images sampled together"),
+    "num": Flag(16, "number of images", low=1),
+    "batch": Flag(1, "images sampled together", low=1, high=4096),
     "tile_batch": Flag(None, "windows in one network call; default: what free GPU memory allows, "
-                             "on a CPU 2 GB, up to 32", int),
+                             "on a CPU 2 GB, up to 32", int, low=1, high=4096),
     "size": Flag(None, "label crop and image, HxW pixels; default: the training window",
-                 size_pair),
-    "label_height": Flag(None, "shrink label maps to this height before cropping", int),
+                 size_pair, low=8, high=4096),
+    "label_height": Flag(None, "shrink label maps to this height before cropping", int, low=8,
+                         high=16384),
     "sampler": Flag(None, "ddim, or dpm++ (DPM-Solver++ 2M), which needs fewer steps; default: the "
                           "preset's", str, tuple(SAMPLERS)),
-    "steps": Flag(None, "steps of each pass; default: the preset's", int),
-    "guidance": Flag(7.5, "classifier-free guidance"),
-    "control_scale": Flag(1.0, "weight of the ControlNet's residuals"),
-    "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1"),
-    "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),
+    "steps": Flag(None, "steps of each pass; default: the preset's", int, low=1),
+    "guidance": Flag(7.5, "classifier-free guidance", high=1000),
+    "control_scale": Flag(1.0, "weight of the ControlNet's residuals", high=1000),
+    "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1",
+                           high=1),
+    "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed", high=1),
     "mrlf": Flag(True, "second pass at double resolution"),
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",
-                   size_pair),
+                   size_pair, low=1, high=1024),
     "stride": Flag(None, "second pass: step between windows, HxW latent pixels, or quarter or half "
-                         "of the window; default: the preset's", stride_pair),
+                         "of the window; default: the preset's", stride_pair, low=1, high=1024),
     "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
-                                    "of a 512x512 image"),
+                                    "of a 512x512 image", high=1e12),
     "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",
                     choices=("ddim", "official")),
-    "weather_prob": Flag(0.5, "share of prompts with a weather sentence"),
+    "weather_prob": Flag(0.5, "share of prompts with a weather sentence", high=1),
     "negative": Flag("", "negative prompt"),
     "low_vram": Flag(False, "keep only the network at work on the GPU"),
 }
 LOOP = {
     **SPEED,
-    "steps": Flag(0, "updates"),
-    "lr": Flag(0.0, "learning rate of AdamW"),
-    "batch": Flag(1, "samples a network call"),
-    "accumulate": Flag(1, "calls an update"),
+    "steps": Flag(0, "updates", low=1),
+    "lr": Flag(0.0, "learning rate of AdamW", low=1e-12, high=10),
+    "batch": Flag(1, "samples a network call", low=1, high=4096),
+    "accumulate": Flag(1, "calls an update", low=1, high=4096),
     "lr_schedule": Flag("constant", "how the rate goes on", choices=("constant", "cosine", "poly")),
     "warmup": Flag(0, "steps of linear warm-up"),
     "weight_decay": Flag(0.01, "of AdamW"),
     "clip": Flag(1.0, "largest gradient norm; 0: no limit"),
-    "ema": Flag(0.0, "decay of the weights' moving average; 0: none"),
-    "save_every": Flag(1000, "steps between checkpoints and sample sheets"),
+    "ema": Flag(0.0, "decay of the weights' moving average; 0: none", high=1 - 1e-6),
+    "save_every": Flag(1000, "steps between checkpoints and sample sheets", low=1),
     "save_dtype": Flag("fp32", "of the final weights", choices=("fp32", "fp16", "bf16")),
-    "workers": Flag(None, "processes that load data; default: one for every core, at most 8", int),
+    "workers": Flag(None, "processes that load data; default: one for every core, at most 8", int,
+                    high=256),
 }
 TRAIN = {
     **COMMON, **MODELS, **LOOP, **RCS,
     "out": Flag(Path("runs/train"), "output folder"),
-    "size": Flag(None, "crop, HxW pixels; default: the training window", size_pair),
+    "size": Flag(None, "crop, HxW pixels; default: the training window", size_pair, low=8,
+                 high=4096),
     "resize_ratios": Flag([0.5, 0.75, 1.0, 1.25, 1.5, 2.0], "dreambooth: enlarge pictures by one "
-                          "of these before cropping", float, many=True),
+                          "of these before cropping", float, many=True, low=0.1, high=10),
     "checkpointing": Flag(True, "recompute activations in the backward pass"),
     "cache": Flag(0, "encode this many samples once and train on their latents; 0: afresh"),
-    "guidance": Flag(7.5, "of the sample sheets"),
-    "sample_steps": Flag(20, "DDIM steps of the sample sheets"),
+    "guidance": Flag(7.5, "of the sample sheets", high=1000),
+    "sample_steps": Flag(20, "DDIM steps of the sample sheets", low=1),
 }
 SEGMENT = {
     **COMMON, **LOOP, **{k: v for k, v in RCS.items() if k != "weather"},
@@ -1422,13 +1455,15 @@ SEGMENT = {
     "arch": Flag("daformer", "decode head", choices=("segformer", "daformer", "hrda")),
     "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", Path),
     "fit": Flag(None, "train: scale pictures, not generated ones, to fit within HxW before "
-                      "cropping; none: leave them; default: 720x1280, hrda 1440x2560", size_pair),
+                      "cropping; none: leave them; default: 720x1280, hrda 1440x2560", size_pair,
+                low=8, high=8192),
     "eval_fit": Flag(None, "eval, predict: scale to fit within HxW; default: the published scale "
-                           "of a known data set, else none", size_pair),
+                           "of a known data set, else none", size_pair, low=8, high=8192),
     "fd": Flag(0.005, "weight of the feature distance to the --pretrained backbone; not with other "
-                      "classes, whose things nobody knows"),
+                      "classes, whose things nobody knows", high=1000),
     "crop": Flag(None, "training crop and sliding window, HxW pixels; default: 512x512, hrda "
-                       "1024x1024", size_pair),
+                       "1024x1024", size_pair, low=1, high=4096),
+    "max_pixels": Flag(Image.MAX_IMAGE_PIXELS, "predict: refuse pictures with more pixels"),
     "augment": Flag(True, "photometric distortion of the training crops"),
     "save": Flag(False, "eval: write label, colour and overlay pictures"),
 }
@@ -1462,9 +1497,13 @@ def pack_settings(folder):
         for section, values in whole.items():
             settings[section], table = {}, tables[section]
             for name, value in values.items():
-                kind, many = table[name].kind, table[name].many
-                items = [kind(item) for item in (value if many else [value])]
-                if kind is Path:
+                flag, many = table[name], table[name].many
+                kinds = {int: {int}, float: {int, float}, bool: {bool}}.get(flag.kind, {str})
+                items = value if many else [value]
+                if not isinstance(items, list) or not {*map(type, items)} <= kinds:
+                    raise TypeError(f"{name} cannot be {str(value)[:60]}")
+                items = [flag.read(item) for item in items]
+                if flag.kind is Path:
                     items = [file.parent / item for item in items]
                 settings[section][name] = items if many else items[0]
     except KeyError as error:
@@ -1498,8 +1537,6 @@ def settle(args, stage=None):
             if getattr(filled, name, None) is None:
                 setattr(filled, name, value)
     filled.device = choose_device(filled.device)
-    if filled.seed < 0 or getattr(filled, "rcs_temperature", 1) <= 0:
-        raise UserError("--seed must not be negative, --rcs-temperature must be above 0")
     return filled
 
 
@@ -1520,7 +1557,7 @@ def choose_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from None
@@ -1547,7 +1584,9 @@ def describe(command, name, flag):
 def add_flags(parser, table, command):
     """Every flag of a table, with its help and published default."""
     for name, flag in table.items():
-        options = {"type": flag.kind, "choices": flag.choices or None}
+        options = {"type": flag.read}
+        if flag.choices:
+            options["metavar"] = "{" + ",".join(flag.choices) + "}"
         if flag.many:
             options["nargs"] = "+"
         if flag.kind is bool:
@@ -1556,9 +1595,16 @@ def add_flags(parser, table, command):
         parser.add_argument("--" + name.replace("_", "-"), help=text, default=None, **options)
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one sentence too."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def build_parser():
     """The three commands; every flag shows its published default."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dginstyle.py", description="DGInStyle: make labelled street scenes with diffusion.",
         epilog="Without --sd (segment: --data) everything runs on the toy pack and toy streets, "
                "with the settings of toy/settings.json.")
@@ -1589,6 +1635,9 @@ def run(parser, argv=None):
     After Ctrl-C or SIGTERM a sentence too, and 130 or 143.
     """
     tune_cpu()
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold anything
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     try:
         with training.signals(training.interrupt):
@@ -1605,6 +1654,7 @@ def run(parser, argv=None):
         said = str(error).strip()
         if "Original Traceback" in said:  # as a data loader's process hands it on
             said = said.rpartition("UserError: ")[2]
+        said = said.replace("\n", " ")
         print(f"{parser.prog.removesuffix('.py')}: {said}", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -37,7 +37,7 @@ fusion, not the default there either, takes the wrong timesteps in the release; 
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -47,7 +47,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from segformer import DAFormerHead, SegFormerHead, SeparableASPP
-from unet import FileError, UNet, load_strict, read_json, read_weights, write_weights
+from unet import (
+    FileError,
+    UNet,
+    configure,
+    load_strict,
+    read_json,
+    read_weights,
+    reading,
+    write_weights,
+)
 
 IGNORE = 255  # the label that no class has
 RELEASED = ("v_as_eps", "sum_texts", "own_noise", "undetached")  # see above
@@ -501,11 +510,8 @@ class Diff(nn.Module):
         if config.get("prior") != prior.hash:
             raise FileError(f"{file}: trained on the features of prior {config.get('prior')}, not "
                             f"of {prior.hash}: give the Stable Diffusion it was trained with")
-        names = {f.name for f in fields(DiffConfig)}
-        config = DiffConfig(**{k: tuple(v) if isinstance(v, list) else v
-                               for k, v in config.items() if k in names})
-        with torch.device("meta"):
-            model = cls(config, prior)
+        with reading(file, "DIFF segmenter"), torch.device("meta"):
+            model = cls(configure(DiffConfig, config, state, file, lambda c: 1), prior)
         model.cache = None if cache is None else FeatureCache(cache, model.settings())
         return load_strict(model, state, file, dtype).eval()
 

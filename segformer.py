@@ -19,16 +19,20 @@ Differences from the official code: images are normalised in here; BatchNorm, no
 in every head (HF: plain Dropout); HRDA's detail crop is half of any input, not 512.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
+import types
+import zipfile
 from collections import Counter, OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -58,6 +62,9 @@ class SegFormerConfig:
     def __post_init__(self):
         if self.head not in HEADS:
             raise ValueError(f"head {self.head!r} is not one of {', '.join(HEADS)}")
+        if {len(getattr(self, name)) for name in (
+                "hidden_sizes", "depths", "num_heads", "strides", "sr_ratios")} != {4}:
+            raise ValueError("an encoder has four stages")
         if any(d % n for d, n in zip(self.hidden_sizes, self.num_heads, strict=True)):
             raise ValueError(f"widths {self.hidden_sizes} do not split into heads {self.num_heads}")
 
@@ -346,10 +353,11 @@ class SegFormer(nn.Module):
         dropout, drop_path. FileError for anything but a whole segmenter.
         """
         config, state, file = read_weights(path)
-        fields = describe(config, state, file) | overrides
-        with torch.device("meta"):
-            model = cls(SegFormerConfig(**fields))
-        return load_strict(model, public_keys(state), file, dtype).eval()
+        with reading(file, "segmenter"), torch.device("meta"):
+            found = describe(config, state, file) | overrides
+            model = cls(configure(SegFormerConfig, found, state, file, lambda c: sum(c.depths)))
+            state = public_keys(state)
+        return load_strict(model, state, file, dtype).eval()
 
     def load_backbone(self, path):
         """Load only the encoder: of nvidia/mit-b*, mit_b*.pth or a segmenter. The head stays.
@@ -357,7 +365,9 @@ class SegFormer(nn.Module):
         Keeps device and dtype, but replaces the parameters: call it before making an optimiser.
         """
         _, state, file = read_weights(path)
-        encoder = {k[9:]: v for k, v in public_keys(state).items() if k.startswith("backbone.")}
+        with reading(file, "encoder of a segmenter"):
+            state = public_keys(state)
+        encoder = {k[9:]: v for k, v in state.items() if k.startswith("backbone.")}
         old = self.backbone.norm4.weight
         load_strict(self.backbone, encoder, file, old.dtype).to(old.device)
         return self
@@ -442,6 +452,60 @@ def predict(model, image, window, fit=None):
     crop = tuple(min(a, b) for a, b in zip(window, x.shape[2:], strict=True))
     stride = tuple(max(1, n // 2) for n in crop)
     return resize(slide_inference(model, x, crop, stride)[..., :h, :w], (H, W))[0]
+
+
+LARGE = 2**22  # pixels: Cityscapes' pictures have half of it
+
+
+@torch.no_grad()
+def predict_label(model, image, window, fit=None):
+    """uint8 (H, W, 3) -> trainIds (H, W) uint8, the argmax of `predict`.
+
+    The logits of a picture above LARGE pixels never exist as a whole: a band at a time is made, or
+    scaled back.
+    """
+    H, W = image.shape[:2]
+    if H * W <= LARGE:
+        return predict(model, image, window, fit).argmax(0).byte()
+    planes = torch.from_numpy(image).permute(2, 0, 1)  # no copy
+    label = torch.empty(H, W, dtype=torch.uint8, device=next(model.parameters()).device)
+    if not fit:
+        for top, rows in slide_rows(model, planes, window):
+            label[top : top + rows.shape[1]] = rows[:, : H - top, :W].argmax(0)
+        return label
+    scale = min(max(fit) / max(H, W), min(fit) / min(H, W))
+    h, w = int(H * scale + 0.5), int(W * scale + 0.5)
+    small = torch.cat([resize(plane[None, None].float(), (h, w))[0] for plane in planes]).round()
+    logits = predict(model, small.byte().permute(1, 2, 0).numpy(), window)
+    for top in range(0, H, 256):  # bilinear, first between two rows of logits
+        y = (torch.arange(top, min(top + 256, H), device=logits.device) + 0.5) * h / H - 0.5
+        y, part = y.clamp(0), y.clamp(0).frac()[:, None]
+        rows = torch.lerp(logits[:, y.long()], logits[:, (y.long() + 1).clamp(max=h - 1)], part)
+        label[top : top + 256] = resize(rows[None], (len(y), W))[0].argmax(0)
+    return label
+
+
+def slide_rows(model, planes, window):
+    """As `predict` without `fit`, planes uint8 (3, H, W): yield (top, summed logits (K, n, W)).
+
+    From top to bottom, each time the n rows that no further window covers, W as padded.
+    """
+    device, (H, W) = next(model.parameters()).device, planes.shape[1:]
+    rows, columns = (torch.arange(max(64, 8 * math.ceil(n / 8))).clamp(max=n - 1) for n in (H, W))
+    h, w = min(window[0], len(rows)), min(window[1], len(columns))
+    ys, xs = ([*range(0, n - size, max(1, size // 2)), n - size]
+              for n, size in ((len(rows), h), (len(columns), w)))
+    total = torch.zeros(model.config.num_classes, h, len(columns), device=device)
+    for y, following in zip(ys, [*ys[1:], ys[-1] + h], strict=True):
+        band = planes[:, rows[y : y + h]].to(device)[:, :, columns]
+        for part in (xs[i : i + 8] for i in range(0, len(xs), 8)):
+            x = torch.stack([band[:, :, left : left + w] for left in part]).float() / 255
+            for left, z in zip(part, resize(model(x), (h, w)), strict=True):
+                total[:, :, left : left + w] += z
+        n = following - y
+        yield y, total[:, :n]
+        for row in range(h):  # in place
+            total[:, row] = total[:, row + n] if row + n < h else 0
 
 
 def training_loss(model, images, labels, teacher=None, fd=0.005):
@@ -596,8 +660,7 @@ def public_keys(state):
 def describe(config, state, file):
     """Config fields from config.json ({}: none) and shapes; FileError if either is foreign."""
     if config.get("architecture") == "SegFormer":
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        return {k: v for k, v in fields.items() if k != "architecture"}
+        return config
     kind = config.get("architectures", config.get("_class_name"))
     if config and kind != ["SegformerForSemanticSegmentation"]:
         raise FileError(f"{file}: its config.json is of {kind}, no segmenter; an encoder alone "
@@ -608,18 +671,18 @@ def describe(config, state, file):
     if not head or not shape.keys() >= set(convs):
         raise FileError(f"{file}: no whole segmenter; an encoder alone goes to load_backbone")
     classes, dim = shape[f"decode_head.{HEADS[head[0]]}.weight"][:2]
-    fields = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
-    widths = fields["hidden_sizes"] = tuple(shape[k][0] for k in convs)
+    found = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
+    widths = found["hidden_sizes"] = tuple(shape[k][0] for k in convs)
     blocks = Counter(k.split(".")[1] for k in shape if k.endswith(".attn.q.weight"))
-    fields["depths"] = tuple(blocks[f"block{k}"] for k in "1234")
+    found["depths"] = tuple(blocks[f"block{k}"] for k in "1234")
     srs = [f"backbone.block{k}.0.attn.sr.weight" for k in "1234"]
-    fields["strides"] = tuple((shape[k][-1] + 1) // 2 for k in convs)  # kernel = 2 stride - 1
-    fields["sr_ratios"] = tuple(shape.get(k, (1,))[-1] for k in srs)
+    found["strides"] = tuple((shape[k][-1] + 1) // 2 for k in convs)  # kernel = 2 stride - 1
+    found["sr_ratios"] = tuple(shape.get(k, (1,))[-1] for k in srs)
     equal = [D // widths[0] for D in widths]  # heads as wide as stage 1: true of all published ones
-    fields["num_heads"] = tuple(config.get("num_attention_heads", equal))
+    found["num_heads"] = config.get("num_attention_heads", equal)
     if any(k.startswith("segformer.") for k in state):
-        fields["norm_eps"] = 1e-5  # what HF computes with, whatever its config says
-    return fields
+        found["norm_eps"] = 1e-5  # what HF computes with, whatever its config says
+    return found
 
 
 # --------------------------------------------------------------------------------------------
@@ -636,6 +699,7 @@ def read_weights(path):
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -651,20 +715,83 @@ def read_weights(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
+                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:200]
         raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+    for k, v in state.items():
+        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
+        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
+            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
+    return config, state, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a FileError that names the file."""
+    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
+    if not file.is_file() or file.stat().st_size > 2**26:
+        raise FileError(f"{file}: no such file, or one too large for a few settings")
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
+    return content
+
+
+def read_fields(cls, config, file, least, most):
+    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
+
+    FileError for a value of another kind than the field's, and for whole numbers outside least to
+    most, other numbers outside 0 to 1000.
+    """
+    def fits(value, kind):
+        if isinstance(kind, types.UnionType):
+            return any(fits(value, one) for one in kind.__args__)
+        if getattr(kind, "__origin__", None) is tuple:
+            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
+        if kind is float:
+            return type(value) in (int, float) and 0 <= value <= 1000
+        return type(value) is kind and (kind is not int or least <= value <= most)
+
+    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for f in fields(cls):
+        if f.name in values and not fits(values[f.name], f.type):
+            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
+    return values
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for whole numbers that are larger than the longest side of a tensor and the number of
+    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
+    could not be the one in the file.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
+    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
+        instance = cls(**read_fields(cls, config, file, 1, longest))
+        if layers(instance) > len(state):
+            raise ValueError("it has more layers than the file has tensors")
+    return instance
+
+
+@contextlib.contextmanager
+def reading(file, what):
+    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
+    try:
+        yield
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
+        if isinstance(error, FileError):
+            raise
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise FileError(f"{file}: no {what} ({reason})") from error
 
 
 def load_strict(model, state, file, dtype):
@@ -678,6 +805,9 @@ def load_strict(model, state, file, dtype):
     faults += [f"unknown {k}" for k in have.keys() - want.keys()]
     both = want.keys() & have.keys()
     faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
+    faults += [f"{k} holds {state[k].dtype}" for k in both
+               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
@@ -694,13 +824,22 @@ def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
     Each is written beside and renamed: a file that is there is whole, and the weights come last.
+    FileError when the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
     parts = folder / "config.json.part", folder / f"{name}.part"
-    parts[0].write_text(json.dumps(config, indent=2) + "\n")
-    save_file(state, parts[1], metadata={"format": "pt"})
-    for part in parts:
-        os.replace(part, part.with_suffix(""))
+    try:
+        parts[0].write_text(json.dumps(config, indent=2) + "\n")
+        save_file(state, parts[1], metadata={"format": "pt"})
+        for part in parts:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it takes the place of another
+            os.replace(part, part.with_suffix(""))
+    except SafetensorError as error:
+        raise FileError(f"{folder / name} cannot be written: {error}") from None
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)

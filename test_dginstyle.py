@@ -12,6 +12,7 @@ import argparse
 import ast
 import colorsys
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -30,6 +31,8 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -60,7 +63,7 @@ from clip_text import (
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from diff import Diff, DiffConfig, Prior, diffusion_features, invert
-from experiments import bench, rehearse
+from experiments import badinput, bench, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
 from unet import UNet, UNetConfig
@@ -3372,9 +3375,9 @@ def test_bad_flags(capsys, tmp_path):
     refuses(capsys, ["generate", "--size", "60x100", *out], "60x100", "multiples of")
     refuses(capsys, ["generate", "--size", "1000x2000", *out], "1000")
     refuses(capsys, ["generate", "--weather", "sandstorm", *out], "sandstorm", "snowy")
-    refuses(capsys, ["generate", "--steps", "0", *out], "--steps 0")
-    refuses(capsys, ["generate", "--swap", "1.5", *out], "--swap 1.5")
-    refuses(capsys, ["generate", "--num", "0", *out], "--num 0")
+    refuses(capsys, ["generate", "--steps", "0", *out], "--steps: 0 is not from 1")
+    refuses(capsys, ["generate", "--swap", "1.5", *out], "--swap: 1.5 is not from 0 to 1")
+    refuses(capsys, ["generate", "--num", "0", *out], "--num: 0 ")
     refuses(capsys, ["generate", "--stride", "40x40", *out], "stride")
     refuses(capsys, ["generate", "--size", "huge", *out], "huge")
     refuses(capsys, ["segment", "--data", "toy:sandstorm", *out], "sandstorm")
@@ -3386,9 +3389,9 @@ def test_bad_training_flags(capsys, tmp_path):
     """Training refuses what cannot be, and a refused run leaves nothing that blocks the next."""
     out = ["--out", str(tmp_path / "out")]
     train = ["train", "dreambooth", "--data", "toy:sunny:2", *out]
-    refuses(capsys, [*train, "--save-every", "0"], "--save-every 0")
-    refuses(capsys, [*train, "--batch", "0"], "--batch 0")
-    refuses(capsys, [*train, "--lr", "0"], "--lr 0")
+    refuses(capsys, [*train, "--save-every", "0"], "--save-every: 0 ")
+    refuses(capsys, [*train, "--batch", "0"], "--batch: 0 ")
+    refuses(capsys, [*train, "--lr", "0"], "--lr: 0 ")
     refuses(capsys, [*train, "--size", "36x36"], "36x36", "multiples of")
     refuses(capsys, [*train, "--sd", "/nowhere"], "/nowhere")
     refuses(capsys, ["segment", "--data", "somewhere", *out], "--eval-data")
@@ -3458,14 +3461,16 @@ def test_bad_weights(capsys, tmp_path):
 
 def test_numbers_that_are_not_finite(capsys, tmp_path, monkeypatch):
     """Weights with NaN are refused by name; latents that become NaN make no image."""
-    for name, net in zip(("unet", "vae", "text_encoder"), (tiny_models().unet, tiny_models().vae,
-                                                            tiny_models().text_encoder),
-                         strict=True):
+    models = tiny_models()
+    nets = {name: getattr(models, name) for name in ("unet", "controlnet", "vae", "text_encoder")}
+    for name, net in {**nets, "segformer": SegFormer(segformer.preset("tiny"))}.items():
         key, p = next(iter(net.named_parameters()))
         p.data.flatten()[0] = math.nan
         net.save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=f"{key} holds numbers that are not finite"):
             type(net).from_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{key.removeprefix('backbone.')} holds numbers"):
+        net.load_backbone(tmp_path / name)
     monkeypatch.setattr(dginstyle, "sample", lambda *a: torch.full((2, 6, 8, 8), math.nan))
     refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "out")], "000000_", "seed")
     assert not list((tmp_path / "out").rglob("*.png"))
@@ -3482,6 +3487,263 @@ def test_another_runs_folder_is_refused(capsys, generated, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "mine")], "not empty")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.fixture(scope="module")
+def good_inputs(tmp_path_factory):
+    """What the cases of experiments/badinput.py start from."""
+    folder, here = tmp_path_factory.mktemp("good") / "good", os.getcwd()
+    folder.mkdir()
+    badinput.good(folder)
+    os.chdir(here)
+    return folder
+
+
+@pytest.mark.parametrize("group", badinput.GROUPS)
+def test_a_bad_input_ends_in_a_sentence(group, good_inputs, tmp_path, monkeypatch, capfd):
+    """Of each group of experiments/badinput.py three cases: one sentence that names the culprit and
+    exit code 2, or what the case allows; the good inputs themselves are taken."""
+    monkeypatch.chdir(good_inputs)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    cases = list(badinput.GROUPS[group]())
+    for k, case in enumerate(random.Random(0).sample(cases, 3)):
+        (name, command, culprit, how, words, why), root = case, tmp_path / str(k)
+        shutil.copytree(good_inputs, root, symlinks=True)
+        monkeypatch.chdir(root)
+        how()
+        before = badinput.snapshot(root)
+        try:
+            code = badinput.run([*badinput.COMMANDS[command].split(), *words])
+        except SystemExit as error:  # argparse
+            code = error.code
+        said = "".join(capfd.readouterr())
+        assert badinput.outcome(code, said, 0, 0, culprit, why, root) in badinput.FINE, (name, said)
+        assert badinput.snapshot(root) == before, name
+
+
+FUZZ = hypothesis.settings(derandomize=True, deadline=None, max_examples=80, database=None,
+                           suppress_health_check=list(hypothesis.HealthCheck))
+NUMBERS = st.floats(allow_subnormal=False)  # the commands flush those
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | NUMBERS |
+                    st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+                        st.text(max_size=3), inner, max_size=3), max_leaves=6)
+NETS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "segformer": SegFormer,
+        "controlnet": ControlNet}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_config_values_fuzz(net, monkeypatch):
+    """Whatever stands in one field of a config.json, the network loads or a FileError names the
+    file; nothing is built that the file's tensors could not fill."""
+    module = sys.modules[NETS[net].__module__]
+    config, state, _ = module.read_weights(HERE / "toy" / net)
+    names = [key for key in config if "class" not in key and key != "architecture"]
+
+    @FUZZ
+    @hypothesis.given(st.sampled_from(names), JSON | st.sampled_from(
+        [10**9, 2**62, [10**9] * 3, [1] * 10_000, [[1]], math.nan, 0, -1, 1, 2]))
+    def check(name, value):
+        monkeypatch.setattr(module, "read_weights",
+                            lambda path: ({**config, name: value}, dict(state), "the file"))
+        try:
+            NETS[net].from_pretrained("anywhere")
+        except ValueError as error:
+            assert type(error).__name__ == "FileError" and "the file" in str(error), error
+
+    check()
+
+
+def attempts(function, *arguments):
+    """function(*arguments), or None if it raises one of the documented errors."""
+    try:
+        return function(*arguments)
+    except (data.UserError, unet_module.FileError, clip_text.FileError) as error:
+        assert str(error).strip()
+    return None
+
+
+def test_json_readers_fuzz(tmp_path):
+    """Any bytes and any JSON, in any of the files read as JSON: a value of the right kind or one
+    documented error."""
+    file, folder = tmp_path / "settings.json", tmp_path / "scheduler_config.json"
+    toy = json.loads((HERE / "toy/scheduler/scheduler_config.json").read_text())
+    rows = st.dictionaries(st.sampled_from(["names", "colours", "ids", "image", "label", "prompt",
+                                            "generate", "segment", "0", "num", "lr"]), JSON)
+
+    @FUZZ
+    @hypothesis.given(st.binary(max_size=40) | (JSON | rows).map(lambda x: json.dumps(x).encode()),
+                      st.sampled_from(sorted(toy)), JSON)
+    def check(content, key, value):
+        file.write_bytes(content)
+        assert isinstance(attempts(unet_module.read_json, file), (dict, type(None)))
+        assert isinstance(attempts(data._read_json, file, list), (list, type(None)))
+        attempts(data.Classes.from_json, file)
+        attempts(dginstyle.pack_settings, tmp_path)
+        for line in attempts(dginstyle.manifest_lines, file) or ():
+            assert isinstance(json.loads(line)["image"], str)
+        attempts(data._remember, file, ["a"], [1], lambda jobs: [{}], "counts", data._is_counts)
+        (tmp_path / "sample_class_stats.json").write_bytes(content)
+        for row in (attempts(data._authors_counts, tmp_path) or {}).values():
+            assert all(type(n) is int and n >= 0 for n in row.values())
+        folder.write_text(json.dumps({**toy, key: value}))
+        if schedule := attempts(Schedule.from_pretrained, tmp_path):
+            assert 0 < schedule.abar.min() <= schedule.abar.max() <= 1
+
+    check()
+
+
+def test_class_files_fuzz(tmp_path):
+    """A class file that is taken has as many colours of bytes as names, and ids within them."""
+    file, some = tmp_path / "classes.json", st.lists(JSON, max_size=3)
+    colours = st.lists(st.lists(st.integers(-1, 256), min_size=2, max_size=3), max_size=3)
+
+    @FUZZ
+    @hypothesis.given(st.lists(st.text(max_size=4), max_size=3) | some, colours | some,
+                      st.dictionaries(st.integers(-1, 65536).map(str) | st.text(max_size=2),
+                                      st.none() | st.integers(-1, 3) | JSON, max_size=3))
+    def check(names, colours, ids):
+        file.write_text(json.dumps({"names": names, "colours": colours, "ids": ids}))
+        if classes := attempts(data.Classes.from_json, file):
+            assert data._palette(classes)[: len(names)].tolist() == colours
+            assert set(classes.ids.values()) <= {None, *range(len(names))}
+
+    check()
+
+
+def test_label_files_fuzz(tmp_path):
+    """Any numbers in a PNG or TIFF of any depth, under any palette, and any damage to its bytes: a
+    label of 0..18 and 255, or a UserError."""
+    file, rng = tmp_path / "a.png", np.random.default_rng(0)
+
+    @FUZZ
+    @hypothesis.given(st.sampled_from(["uint8", "uint16", "int32", "float32", "bool"]),
+                      st.lists(st.integers(-3, 70_000), min_size=6, max_size=6),
+                      st.sampled_from(["PNG", "TIFF"]), st.booleans(),
+                      st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3))
+    def check(kind, values, form, palette, damage):
+        array = np.array(values).reshape(2, 3).astype(kind)
+        image = Image.fromarray(array)
+        if palette and kind == "uint8":
+            image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+        with contextlib.suppress(OSError):  # Pillow writes no such PNG
+            image.save(file, format=form)
+        content = bytearray(file.read_bytes())
+        for place, byte in damage:
+            content[place % max(1, len(content)) : place % max(1, len(content)) + 1] = [byte]
+        file.write_bytes(content)
+        label = attempts(data.read_label, file)
+        assert label is None or set(np.unique(label)) <= {255, *range(19)}
+        if kind == "uint8" and not damage and form == "PNG":
+            fits = ((array < 19) | (array == 255)).all()
+            assert (label is not None) == fits and (not fits or np.array_equal(label, array))
+        attempts(data.read_image, file)
+
+    check()
+
+
+def test_safetensors_headers_fuzz(tmp_path):
+    """Any header before any numbers: tensors that are as large as they say, or a FileError."""
+    file = tmp_path / "a.safetensors"
+    entry = st.fixed_dictionaries({
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F7"]),
+        "shape": st.lists(st.integers(-1, 9) | st.just(2**62), max_size=3),
+        "data_offsets": st.lists(st.integers(-1, 40), min_size=1, max_size=3)})
+
+    @FUZZ
+    @hypothesis.given(st.dictionaries(st.text(max_size=3), entry | JSON, max_size=3) | JSON,
+                      st.integers(-9, 9), st.binary(max_size=40))
+    def check(header, off, numbers):
+        text = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", max(0, len(text) + off)) + text + numbers)
+        for tensor in (attempts(unet_module.read_weights, file) or ((), {}, ""))[1].values():
+            assert 0 < tensor.nbytes <= len(numbers)
+
+    check()
+
+
+def test_tokenizer_files_fuzz(tmp_path):
+    """Any merges and any changed ids: prompts get ids of the vocabulary, or a FileError."""
+    shutil.copytree(HERE / "toy" / "tokenizer", tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / "merges.txt").read_text()
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+
+    @FUZZ
+    @hypothesis.given(st.integers(0, len(text)),
+                      st.text("ab \n#", max_size=8) | st.text(max_size=3),
+                      st.dictionaries(st.sampled_from(sorted(vocab)) | st.text(max_size=3),
+                                      JSON | st.integers(0, 700), max_size=2))
+    def check(cut, more, ids):
+        (tmp_path / "merges.txt").write_text(text[:cut] + more + text[cut:], "utf-8",
+                                             errors="surrogatepass")
+        (tmp_path / "vocab.json").write_text(json.dumps({**vocab, **ids}))
+        if tokenizer := attempts(Tokenizer.from_pretrained, tmp_path):
+            assert set(tokenizer.encode("a rainy street, ab")) <= {*tokenizer.vocab.values()}
+
+    check()
+
+
+def test_words_of_data_and_flags_fuzz(tmp_path, monkeypatch):
+    """Any word after --data is a data set or a UserError; any word after a flag is a value in its
+    range or an ArgumentTypeError: no nan, no infinity, no number of another size."""
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for table in dginstyle.TABLES.values() for flag in table.values()]
+
+    @FUZZ
+    @hypothesis.given(st.text(max_size=8) | st.from_regex(
+        r"toy(:(sunny|night|all|x)?)?(:-?[0-9]{1,9})?", fullmatch=True))
+    def check_data(word):
+        with contextlib.suppress(OSError):  # a name that the system has no room for
+            attempts(data.open_set, word)
+
+    @FUZZ
+    @hypothesis.given(st.sampled_from(flags), st.text(max_size=5) | NUMBERS.map(str) |
+                      st.integers().map(str) | st.from_regex("[0-9x-]{1,7}", fullmatch=True))
+    def check_flag(flag, word):
+        try:
+            value = flag.read(word)
+        except argparse.ArgumentTypeError:
+            return
+        for n in value if isinstance(value, tuple) else [value]:
+            assert not isinstance(n, (int, float)) or flag.low <= n <= flag.high, (flag, word)
+
+    check_data()
+    check_flag()
+
+
+def test_a_large_picture_is_predicted_in_bands(monkeypatch):
+    """Band by band the labels are those of the whole picture, at its own size and scaled."""
+    model = SegFormer.from_pretrained(HERE / "toy" / "segformer")
+    image = np.array(Image.fromarray(streets.toy_street(3)[0]).resize((331, 215)))
+    for fit, window in ((None, (64, 91)), (None, (512, 512)), ((96, 128), (64, 64))):
+        whole = segformer.predict_label(model, image, window, fit)
+        with monkeypatch.context() as patch:
+            patch.setattr(segformer, "LARGE", 1)
+            bands = segformer.predict_label(model, image, window, fit)
+        assert len(whole.unique()) > 5 and (whole != bands).float().mean() < 1e-3
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, capsys):
+    """Moments of another shape, numbers that are not finite and another optimiser's settings are
+    refused, though torch's load_state_dict lets them pass."""
+    argv = ["segment", "train", "--data", "toy:sunny:4", "--steps", "1", "--batch", "1",
+            "--workers", "0", "--backbone", "tiny", "--arch", "segformer", "--crop", "64x64",
+            "--out", str(tmp_path)]
+    assert main(argv) == 0
+    file = tmp_path / "checkpoints" / "segformer.pt"
+    saved = torch.load(file, weights_only=True)
+    argv[argv.index("--steps") + 1] = "2"
+    for change in (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.ones(7)),
+                   lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan),
+                   lambda s: s["optimizer"]["param_groups"][0].update(betas=(0.5, 0.5)),
+                   lambda s: next(iter(s["nets"].values())).fill_(math.inf),
+                   lambda s: s.update(step=-1)):
+        broken = copy.deepcopy(saved)
+        change(broken)
+        torch.save(broken, file)
+        refuses(capsys, argv, "segformer.pt")
+    torch.save(saved, file)
+    assert main(argv) == 0
 
 
 # ---- training.py ---------------------------------------------------------------------------------

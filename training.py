@@ -41,6 +41,7 @@ try:
 except ImportError:  # Windows: nothing keeps two runs out of one folder
     fcntl = None
 
+ADAMW = "betas", "eps", "weight_decay"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # settings that may change between two runs of one training
 RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "eval_fit",
@@ -93,7 +94,9 @@ class Trained:
             groups or [{"params": self.parameters, "lr": args.lr,
                         "weight_decay": args.weight_decay}],
             betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # a checkpoint has them
+        groups = self.optimizer.param_groups  # a checkpoint has them too
+        self.rates = [group["lr"] for group in groups]
+        self.settings = [[group[key] for key in ADAMW] for group in groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(args) == "fp16")
         # --ema: the average of every weight, and of BatchNorm's statistics with them
         self.weights = [*self.parameters, *(b for b in objective.nets.buffers()
@@ -119,6 +122,7 @@ class Trained:
                     mine.copy_(theirs)
                 if saved["loss"] is not None:
                     self.loss = torch.tensor(saved["loss"], device=self.parameters[0].device)
+                self.check(saved)
                 return int(saved["step"])
             except Exception as error:  # a damaged file raises whatever it likes
                 reason = str(error).split("\n")[0]
@@ -127,6 +131,18 @@ class Trained:
         if files:
             raise UserError(f"{reason}; to begin anew, delete {file.parent}")
         return 0
+
+    def check(self, saved):
+        """ValueError unless what was read is finite and fits: what load_state_dict lets pass."""
+        moments = [(p, m) for p in self.parameters
+                   for m in self.optimizer.state.get(p, {}).values() if m.ndim]
+        if any(m.shape != p.shape for p, m in moments) or self.settings != [
+                [group[key] for key in ADAMW] for group in self.optimizer.param_groups]:
+            raise ValueError("its optimiser is of another run")
+        numbers = [*self.objective.nets.state_dict().values(), *self.average,
+                   *(m for _, m in moments), torch.tensor(saved["loss"] or 0.0)]
+        if not all(v.isfinite().all() for v in numbers) or saved["step"] < 0:
+            raise ValueError("it holds numbers that are not finite")
 
     def write(self, file, step):
         """All that `resume` needs; the checkpoint that was there stays beside it."""
@@ -320,7 +336,7 @@ def check_losses(losses, done, stage, draw, pairs, args):
 
 def cut_log(file, stage, step):
     """Take out the rows that a stage wrote after the checkpoint from which it goes on."""
-    lines = whole_lines(file)
+    lines = whole_lines(file, stage=str, step=int)
     rows = map(json.loads, lines)
     kept = [line for line, row in zip(lines, rows, strict=True)
             if row["stage"] != stage or row["step"] <= step]
@@ -416,16 +432,28 @@ def count_skipped(out, reasons=()):
     """OUT/skipped.jsonl: everything once, in order, and a line that says how much it is."""
     file = out / "skipped.jsonl"
     rows = {json.dumps({"reason": reason}) + "\n" for reason in reasons}
-    if rows := rows.union(whole_lines(file)):
+    if rows := rows.union(whole_lines(file, reason=str)):
         with data.replacing(file) as part:
             part.write_text("".join(sorted(rows)))
         say(f"left out so far: {len(rows)}, listed in {file}")
 
 
-def whole_lines(file):
-    """The lines of a file that is appended to; a run that was killed may have left half a line."""
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [line for line in lines if line.endswith("\n")]
+def whole_lines(file, **kinds):
+    """The lines of a file that is appended to; a run that was killed may have left half a line.
+
+    UserError for a whole line that is no JSON object with entries of these kinds.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    lines = [line for line in lines if line.endswith(b"\n")]
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            good = all(isinstance(row[key], kind) for key, kind in kinds.items())
+        except (ValueError, RecursionError, TypeError, LookupError):
+            good = False
+        if not good:
+            raise UserError(f"{file}, line {number}: no row of this program; take it out")
+    return [line.decode() for line in lines]
 
 
 # --------------------------------------------------------------------------------------------

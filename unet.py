@@ -15,14 +15,18 @@ Differences from diffusers: one class, no options beyond what SD1 and SD2 need; 
 argument (what a ControlNet returns) and it must fit exactly.
 """
 
+import contextlib
 import json
 import math
 import os
+import types
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 class UNetConfig:
     """Names as in diffusers' config.json; the defaults are SD1.5."""
 
-    sample_size: int = 64  # the training window in latent pixels; a pair where it is not square
+    sample_size: int | tuple[int, ...] = 64  # the training window in latent pixels, or (h, w)
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -42,6 +46,14 @@ class UNetConfig:
     cross_attention_dim: int = 768
     use_linear_projection: bool = False  # SD2: linear layers around the transformer, not 1x1 convs
     norm_num_groups: int = 32
+
+    def __post_init__(self):
+        if odd := set(self.down_block_types) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
+            raise ValueError(f"down_block_types {sorted(odd)} are not Stable Diffusion 1 or 2")
+        if any(c % n for c, n in zip(self.block_out_channels, self.heads, strict=True)):
+            raise ValueError(f"widths {self.block_out_channels} do not split into heads")
+        if len(self.window) != 2:
+            raise ValueError(f"sample_size {self.sample_size} is no height and width")
 
     @property
     def heads(self):
@@ -404,10 +416,9 @@ class UNet(nn.Module):
         if any(k.startswith("model.diffusion_model.") for k in state):
             state = {k.removeprefix("model.diffusion_model."): v for k, v in state.items()
                      if k.startswith("model.diffusion_model.")}
-        if "input_blocks.0.0.weight" in state:
-            state = from_ldm(state)
-        with torch.device("meta"):
-            model = cls(read_config(config) if config else infer_config(state, file))
+        with reading(file, "UNet of Stable Diffusion"), torch.device("meta"):
+            state = from_ldm(state) if "input_blocks.0.0.weight" in state else state
+            model = cls(read_config(config, state, file))
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
@@ -421,31 +432,35 @@ class UNet(nn.Module):
 # Files, for UNet and ControlNet
 
 
-def read_config(config):
-    """config.json of diffusers -> UNetConfig; settings SD never uses are an error, not ignored."""
+def read_config(config, state, file):
+    """config.json of diffusers -> UNetConfig; settings SD never uses are an error, not ignored.
+
+    Without one ({}) the sizes are read off the tensors.
+    """
+    if not config:
+        return infer_config(state, file)
     for key, value in (("act_fn", "silu"), ("flip_sin_to_cos", True), ("freq_shift", 0),
                        ("class_embed_type", None), ("addition_embed_type", None),
                        ("resnet_time_scale_shift", "default"), ("mid_block_scale_factor", 1)):
         if config.get(key, value) != value:
-            raise FileError(f"config.json: {key} = {config[key]!r} is not Stable Diffusion 1 or 2")
-    known = {f.name for f in fields(UNetConfig)}
-    return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v
-                         for k, v in config.items() if k in known and v is not None})
+            raise FileError(f"{file}: its config.json says {key} = {str(config[key])[:60]}: not "
+                            "Stable Diffusion 1 or 2")
+    if config.get("sample_size", 0) is None:  # so diffusers writes a size that is not known
+        config = {k: v for k, v in config.items() if k != "sample_size"}
+    return configure(UNetConfig, config, state, file,
+                     lambda c: c.layers_per_block * len(c.block_out_channels))
 
 
 def infer_config(state, file):
     """The sizes of a UNet or ControlNet without config.json, read off its tensors."""
-    try:
-        levels = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("down_blocks."))
-        resnets = [k for k in state if k.startswith("down_blocks.0.resnets.") and "conv1.w" in k]
-        attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in range(levels)]
-        kinds = [("CrossAttn" if a else "") + "DownBlock2D" for a in attention]
-        width = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
-        context = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-        linear = state["mid_block.attentions.0.proj_in.weight"].ndim == 2
-        channels = state["conv_in.weight"].shape[1]
-    except (KeyError, ValueError, IndexError) as error:
-        raise FileError(f"{file}: holds no UNet or ControlNet of Stable Diffusion") from error
+    levels = len({k.split(".")[1] for k in state if k.startswith("down_blocks.")})
+    resnets = [k for k in state if k.startswith("down_blocks.0.resnets.") and "conv1.w" in k]
+    attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in range(levels)]
+    kinds = [("CrossAttn" if a else "") + "DownBlock2D" for a in attention]
+    width = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
+    context = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+    linear = state["mid_block.attentions.0.proj_in.weight"].ndim == 2
+    channels = state["conv_in.weight"].shape[1]
     if linear and any(c % 64 for c in width):
         raise FileError(f"{file}: widths {width} do not tell the number of attention heads; "
                          "put the model's config.json beside the weights")
@@ -469,7 +484,7 @@ def from_ldm(state):
     """LDM names -> diffusers names. Blocks are numbered through: n = level · (layers + 1) + i."""
     down = [int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight")]  # the downsamplers
     if not down:
-        raise FileError("LDM names without a down-sampling layer: this is no UNet or ControlNet")
+        raise ValueError("LDM names without a down-sampling layer: this is no UNet or ControlNet")
     per = min(down)  # resnets a level + 1
     out = {}
     for key, v in state.items():
@@ -487,7 +502,7 @@ def from_ldm(state):
             else:
                 head, p = head + f"{('resnets', 'attentions')[int(p[2])]}.{n % per}", p[3:]
         else:
-            raise FileError(f"no LDM key of a UNet: {key}")
+            raise ValueError(f"no LDM key of a UNet: {key}")
         tail = ".".join(p)
         for old, new in LDM_RESNET.items():
             if "resnets" in head and tail.startswith(old):
@@ -516,6 +531,7 @@ def read_weights(path):
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -531,20 +547,83 @@ def read_weights(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
+                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:200]
         raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+    for k, v in state.items():
+        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
+        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
+            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
+    return config, state, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a FileError that names the file."""
+    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
+    if not file.is_file() or file.stat().st_size > 2**26:
+        raise FileError(f"{file}: no such file, or one too large for a few settings")
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
+    return content
+
+
+def read_fields(cls, config, file, least, most):
+    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
+
+    FileError for a value of another kind than the field's, and for whole numbers outside least to
+    most, other numbers outside 0 to 1000.
+    """
+    def fits(value, kind):
+        if isinstance(kind, types.UnionType):
+            return any(fits(value, one) for one in kind.__args__)
+        if getattr(kind, "__origin__", None) is tuple:
+            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
+        if kind is float:
+            return type(value) in (int, float) and 0 <= value <= 1000
+        return type(value) is kind and (kind is not int or least <= value <= most)
+
+    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for f in fields(cls):
+        if f.name in values and not fits(values[f.name], f.type):
+            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
+    return values
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for whole numbers that are larger than the longest side of a tensor and the number of
+    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
+    could not be the one in the file.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
+    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
+        instance = cls(**read_fields(cls, config, file, 1, longest))
+        if layers(instance) > len(state):
+            raise ValueError("it has more layers than the file has tensors")
+    return instance
+
+
+@contextlib.contextmanager
+def reading(file, what):
+    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
+    try:
+        yield
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
+        if isinstance(error, FileError):
+            raise
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise FileError(f"{file}: no {what} ({reason})") from error
 
 
 def load_strict(model, state, file, dtype):
@@ -558,6 +637,9 @@ def load_strict(model, state, file, dtype):
     faults += [f"unknown {k}" for k in have.keys() - want.keys()]
     both = want.keys() & have.keys()
     faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
+    faults += [f"{k} holds {state[k].dtype}" for k in both
+               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
@@ -574,13 +656,22 @@ def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
     Each is written beside and renamed: a file that is there is whole, and the weights come last.
+    FileError when the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
     parts = folder / "config.json.part", folder / f"{name}.part"
-    parts[0].write_text(json.dumps(config, indent=2) + "\n")
-    save_file(state, parts[1], metadata={"format": "pt"})
-    for part in parts:
-        os.replace(part, part.with_suffix(""))
+    try:
+        parts[0].write_text(json.dumps(config, indent=2) + "\n")
+        save_file(state, parts[1], metadata={"format": "pt"})
+        for part in parts:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it takes the place of another
+            os.replace(part, part.with_suffix(""))
+    except SafetensorError as error:
+        raise FileError(f"{folder / name} cannot be written: {error}") from None
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)

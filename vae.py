@@ -17,13 +17,17 @@ Two numbers that re-implementations get wrong without any shape telling: the enc
 down-sampling pads right and bottom only, and GroupNorm uses eps 1e-6 here (1e-5 in the UNet).
 """
 
+import contextlib
 import json
 import os
+import types
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,6 +43,10 @@ class VAEConfig:
     layers_per_block: int = 2  # resnets a level in the encoder; the decoder has one more
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # 1 / std of SD's latents; absent from old configs
+
+    def __post_init__(self):
+        if not self.scaling_factor > 0:
+            raise ValueError(f"scaling_factor {self.scaling_factor}: latents are divided by it")
 
 
 PRESETS = {
@@ -291,19 +299,15 @@ class VAE(nn.Module):
         if any(k.startswith("first_stage_model.") for k in state):
             state = {k.removeprefix("first_stage_model."): v for k, v in state.items()
                      if k.startswith("first_stage_model.")}
-        if any(k.startswith("encoder.down.") for k in state):
-            state = from_ldm(state)
-        state = {".".join(LEGACY.get(p, p) for p in k.split(".")): v for k, v in state.items()}
-        for key, v in state.items():  # attention was a 1x1 convolution once
-            if ".attentions." in key and v.ndim == 4:
-                state[key] = v[:, :, 0, 0]
-        if not config:
-            config = infer_config(state, file)
-        known = {f.name for f in fields(VAEConfig)}
-        config = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v
-                              for k, v in config.items() if k in known})
-        with torch.device("meta"):
-            model = cls(config)
+        with reading(file, "autoencoder of Stable Diffusion"), torch.device("meta"):
+            if any(k.startswith("encoder.down.") for k in state):
+                state = from_ldm(state)
+            state = {".".join(LEGACY.get(p, p) for p in k.split(".")): v for k, v in state.items()}
+            for key, v in state.items():  # attention was a 1x1 convolution once
+                if ".attentions." in key and v.ndim == 4:
+                    state[key] = v[:, :, 0, 0]
+            model = cls(configure(VAEConfig, config or infer_config(state), state, file,
+                                  lambda c: c.layers_per_block * len(c.block_out_channels)))
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
@@ -316,18 +320,14 @@ class VAE(nn.Module):
                       {**extra, **asdict(self.config)}, self.state_dict(), dtype)
 
 
-def infer_config(state, file):
+def infer_config(state):
     """The sizes of a checkpoint without config.json, read off its tensors."""
-    try:
-        down = [k for k in state if k.startswith("encoder.down_blocks.")]
-        levels = 1 + max(int(k.split(".")[2]) for k in down)
-        layers = sum(k.startswith("encoder.down_blocks.0.resnets.") and k.endswith("conv1.weight")
-                     for k in state)
-        width = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0]
-                 for i in range(levels)]
-        latent = state["post_quant_conv.weight"].shape[0]
-    except (KeyError, ValueError) as error:
-        raise FileError(f"{file}: holds no autoencoder of Stable Diffusion") from error
+    levels = len({k.split(".")[2] for k in state if k.startswith("encoder.down_blocks.")})
+    layers = sum(k.startswith("encoder.down_blocks.0.resnets.") and k.endswith("conv1.weight")
+                 for k in state)
+    width = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0]
+             for i in range(levels)]
+    latent = state["post_quant_conv.weight"].shape[0]
     return dict(block_out_channels=width, layers_per_block=layers, latent_channels=latent)
 
 
@@ -369,6 +369,7 @@ def read_weights(path):
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
+    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -384,20 +385,83 @@ def read_weights(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
+                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
+        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:200]
         raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+    for k, v in state.items():
+        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
+        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
+            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
+    return config, state, str(path)
 
 
 def read_json(file):
-    """The dict in a config.json, or a FileError that names the file."""
+    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
+    if not file.is_file() or file.stat().st_size > 2**26:
+        raise FileError(f"{file}: no such file, or one too large for a few settings")
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{file}: not a JSON object ({error}); get it again") from error
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
+    return content
+
+
+def read_fields(cls, config, file, least, most):
+    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
+
+    FileError for a value of another kind than the field's, and for whole numbers outside least to
+    most, other numbers outside 0 to 1000.
+    """
+    def fits(value, kind):
+        if isinstance(kind, types.UnionType):
+            return any(fits(value, one) for one in kind.__args__)
+        if getattr(kind, "__origin__", None) is tuple:
+            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
+        if kind is float:
+            return type(value) in (int, float) and 0 <= value <= 1000
+        return type(value) is kind and (kind is not int or least <= value <= most)
+
+    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for f in fields(cls):
+        if f.name in values and not fits(values[f.name], f.type):
+            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
+    return values
+
+
+def configure(cls, config, state, file, layers):
+    """The entries of config.json that a config class has -> an instance of it.
+
+    FileError for whole numbers that are larger than the longest side of a tensor and the number of
+    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
+    could not be the one in the file.
+    """
+    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
+    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
+        instance = cls(**read_fields(cls, config, file, 1, longest))
+        if layers(instance) > len(state):
+            raise ValueError("it has more layers than the file has tensors")
+    return instance
+
+
+@contextlib.contextmanager
+def reading(file, what):
+    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
+    try:
+        yield
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
+        if isinstance(error, FileError):
+            raise
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise FileError(f"{file}: no {what} ({reason})") from error
 
 
 def load_strict(model, state, file, dtype):
@@ -411,6 +475,9 @@ def load_strict(model, state, file, dtype):
     faults += [f"unknown {k}" for k in have.keys() - want.keys()]
     both = want.keys() & have.keys()
     faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
+    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
+    faults += [f"{k} holds {state[k].dtype}" for k in both
+               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
     if faults:
         shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
         name = type(model).__name__
@@ -427,13 +494,22 @@ def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
     Each is written beside and renamed: a file that is there is whole, and the weights come last.
+    FileError when the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
     parts = folder / "config.json.part", folder / f"{name}.part"
-    parts[0].write_text(json.dumps(config, indent=2) + "\n")
-    save_file(state, parts[1], metadata={"format": "pt"})
-    for part in parts:
-        os.replace(part, part.with_suffix(""))
+    try:
+        parts[0].write_text(json.dumps(config, indent=2) + "\n")
+        save_file(state, parts[1], metadata={"format": "pt"})
+        for part in parts:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it takes the place of another
+            os.replace(part, part.with_suffix(""))
+    except SafetensorError as error:
+        raise FileError(f"{folder / name} cannot be written: {error}") from None
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
