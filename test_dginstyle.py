@@ -3020,6 +3020,18 @@ def test_gallery_lists_every_image(generated):
     assert all((generated / r[key]).is_file() for r in rows for key in ("image", "label"))
 
 
+def test_gallery_opens_on_the_images(generated):
+    """The label is transparent until the slider moves or a pointer rests; the file is folded."""
+    page = (generated / "gallery.html").read_text()
+    assert re.search(r"--show: ([\d.]+);", page)[1] == "0"
+    assert re.search(r'id="show".* value="(.*?)"', page)[1] == "0"
+    rules = dict(re.findall(r"^(\.pair.*?) \{ (opacity: .*?);", page, re.M))
+    assert rules == {".pair img + img": "opacity: var(--show)",
+                     ".pair:hover img + img, .pair:focus img + img": "opacity: 1"}
+    folded = page.partition('createElement("details")')[2].partition("text.append")[0]
+    assert "r.image" in folded and page.count("r.seed") == folded.count("r.seed") == 1
+
+
 def test_gallery_in_a_browser(tmp_path):
     """2,000 hostile rows: the filters count right and only pictures near the screen are loaded."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
