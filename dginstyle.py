@@ -1115,7 +1115,7 @@ def build_diff(args, classes):
                         "not with --arch hrda or --pretrained")
     prior = load_prior(args, classes)
     sizes = diff.PRESETS["sd" if prior.vae.factor == 8 else "tiny"]
-    model = Diff(diff.DiffConfig(**sizes, head=args.arch, steps=args.diff_steps,
+    model = Diff(diff.DiffConfig(**sizes, head=args.arch, steps=args.diff_steps, ipkl=args.ipkl,
                                  num_classes=len(classes.names)), prior)
     if any(n % model.multiple for n in args.crop or ()):
         raise UserError(f"--crop {args.crop[0]}x{args.crop[1]}: DIFF on this prior needs "
@@ -1410,6 +1410,7 @@ SEGMENT = {
                            "2406.00777)", choices=(*segformer.PRESETS, "diff")),
     "sd": Flag(TOY, "diff: Stable Diffusion folder or file; eval and predict need the same"),
     "diff_steps": Flag("full", "diff: the steps of noise that are read", choices=tuple(diff.STEPS)),
+    "ipkl": Flag(True, "diff: a branch that is told the labels teaches the other"),
     "arch": Flag("daformer", "decode head", choices=("segformer", "daformer", "hrda")),
     "pretrained": Flag(None, "MiT weights to start from (nvidia/mit-b5, mit_b5.pth)", Path),
     "fit": Flag(None, "train: scale pictures, not generated ones, to fit within HxW before "

@@ -3108,16 +3108,20 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr(claim, "SAMPLING", ["--steps", "1"])
     rows = [r for r in claim.ROWS if r.title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE)]
     rows += [r for r in claim.ROWS if "full filtered" in r.sets]
+    rows += [replace(r, seeds=1) for r in claim.ROWS if r.title == claim.NO_IPKL]
     monkeypatch.setattr(claim, "ROWS", [replace(r, quick=True) for r in rows])
     claim.main(["--quick", "--out", str(tmp_path)])
     before = {k: v for k, v in files(tmp_path).items() if "log" not in k}
     runs = json.loads((tmp_path / "claim.json").read_text())
-    assert [(r["row"], r["seed"]) for r in runs] == [(r.title, s) for s in (0, 1) for r in rows]
+    assert [(r["row"], r["seed"]) for r in runs] == [
+        (r.title, s) for s in (0, 1) for r in rows if s < r.seeds]
     assert all(len(r["IoU"]) == 7 and len(r["IoU"]["night"]) == 19 for r in runs)
     table = (tmp_path / "claim.md").read_text()
     for row in rows:
         mean = np.mean([100 * r["unseen"] for r in runs if r["row"] == row.title])
-        assert f"| {row.title} | {mean:.1f} ±" in table
+        seeds = " (1 of 2 seeds)" if row.seeds == 1 else ""
+        assert f"| {row.title}{seeds} | {mean:.1f} ±" in table
+    assert all(f"- {title}: " in table for title in ("SegFormer", claim.NO_IPKL))
     sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
     claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
     filtered, plain = data.Pairs(tmp_path.parent / "filtered"), data.Pairs(sets / "full-0")
@@ -3128,6 +3132,13 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     claim.main(["--quick", "--out", str(tmp_path)])  # nothing is left to do
     assert "to do" not in capsys.readouterr().out
     assert {k: v for k, v in files(tmp_path).items() if "log" not in k} == before
+    claim.main(["--quick", "--out", str(tmp_path), "--only", "DIFF"])  # the others as published
+    mixed, published = (json.loads((folder / "claim.json").read_text())
+                        for folder in (tmp_path, HERE / "experiments"))
+    for row in rows:
+        assert ([r for r in mixed if r["row"] == row.title] ==
+                [r for r in (runs if "DIFF" in row.title else published)
+                 if r["row"] == row.title])
 
 
 def test_predictions_of_equal_names_and_broken_pictures(tmp_path, capsys):

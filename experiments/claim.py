@@ -2,6 +2,7 @@
 
     python -m experiments.claim            # the full table, 3 seeds: 70 to 85 minutes of two cores
     python -m experiments.claim --quick    # its main rows with fewer images, under 25 minutes
+    python -m experiments.claim --only DIFF   # these rows; the others as they are in experiments/
 
 A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
 overcast, which it never saw; then again with images added that `dginstyle.py generate` made from
@@ -11,7 +12,9 @@ number comes from the commands of this repository, run here with the flags in SE
 Protocol, the same for every row: per seed one encoder is pre-trained on the sunny pictures; from it
 every row trains with the same number of steps, and its last weights are measured, no step or model
 being chosen. The seed decides label crops, prompts, generator noise, first weights and data order.
-The test scenes are used for nothing else.
+The test scenes are used for nothing else. The rows of DIFF (diff.py) see the same pictures for as
+many steps; in place of that encoder they have the frozen prior, which has seen every style, as
+pictures without labels. What they cost is saved on: 4 crops a step, not 16; one noise level.
 
 Writes into --out (a stopped run goes on where it was): sets/ and runs/; claim.json, every run with
 its settings and IoU of each class and style; claim.md, tables of mean +- standard deviation;
@@ -65,6 +68,8 @@ FULL = Scale(source=100, images=100, seeds=3, pretrain=700, steps=350, test=24)
 QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
 # how the toy images are made, in every set; chosen on validation scenes
 SAMPLING = ["--preset", "fast"]
+# how DIFF is trained, in every row of it
+DIFF_FLAGS = ["--backbone", "diff", "--diff-steps", "1", "--batch", "4"]
 # set of generated images: flags of `generate` on top of the full method
 SETS = {
     "full": [],
@@ -89,6 +94,8 @@ class Row:
     source: str = "sunny"  # "", or "all": real pictures of every style
     strong: bool = False  # `strong_distortion` in place of the photometric one
     quick: bool = False
+    diff: tuple = None  # DIFF's features under the head, with these flags; None: SegFormer
+    seeds: int = 99  # at most
 
 
 ROWS = [
@@ -110,8 +117,15 @@ ROWS = [
     Row("number of images x1/2", ("full:0.5",)),
     Row("number of images x2", ("full", "more")),
     Row("oracle: real pictures of all styles", source="all", quick=True),
+    Row("DIFF, source only, without IPKL", diff=("--no-ipkl",)),
+    Row("DIFF, source only", diff=()),
+    Row("DIFF, source + generated", ("full",), diff=()),
+    Row("DIFF, source, strong augmentation", strong=True, diff=()),
+    Row("DIFF, source + generated, strong augmentation", ("full",), strong=True, diff=()),
+    Row("DIFF, source only, five calls", diff=("--diff-steps", "5"), seeds=1),
 ]
 SOURCE, FULL_ROW, NO_SWAP, NO_MRLF, ORACLE = (ROWS[i].title for i in (0, 2, 4, 8, 17))
+NO_IPKL, DIFF, DIFF_FULL = (ROWS[i].title for i in (18, 19, 20))
 
 
 # --------------------------------------------------------------------------------------------
@@ -147,7 +161,7 @@ def run_all(jobs, out, workers):
     todo = [j for j in jobs if not j.done.exists()]
     if not todo:
         return
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     left, spent, start = sum(j.cost for j in todo), 0.0, time.time()
     print(f"{len(jobs) - len(todo)} of {len(jobs)} are done; {len(todo)} to do", flush=True)
     context = multiprocessing.get_context("spawn")
@@ -240,24 +254,33 @@ def strongly(*argv):
         data.photometric_distortion = published
 
 
-def row_jobs(out, scale, rows):
+def planned(scale, rows):
+    """-> [(seed, row), …], seed after seed."""
+    return [(seed, row) for seed in range(scale.seeds) for row in rows if seed < row.seeds]
+
+
+def row_jobs(out, scale, rows, precision):
+    """The run of every row and seed that is `planned`."""
     jobs = []
-    for seed in range(scale.seeds):
-        for row in rows:
-            path = run_path(out, row, seed)
-            total = scale.source + scale.images
-            specs = {"sunny": [f"toy:sunny:{scale.source}"], "all": [f"toy:all:{total}"],
-                     "": []}[row.source]
-            for name in row.sets:
-                name, _, share = name.partition(":")
-                folder = str(set_path(out, name, seed))
-                specs.append(f"{folder}:{int(scale.images * float(share))}" if share else folder)
-            encoder = encoder_path(out, seed) / "segformer"
-            argv = segment_argv([], scale, seed, path, specs, [
-                "--steps", scale.steps, "--pretrained", encoder, "--fd", 0])
-            argv = (strongly, *argv) if row.strong else argv
-            jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv,
-                            0.2 * scale.steps + 0.05 * scale.test * len(streets.STYLES)))
+    for seed, row in planned(scale, rows):
+        path = run_path(out, row, seed)
+        total = scale.source + scale.images
+        specs = {"sunny": [f"toy:sunny:{scale.source}"], "all": [f"toy:all:{total}"],
+                 "": []}[row.source]
+        for name in row.sets:
+            name, _, share = name.partition(":")
+            folder = str(set_path(out, name, seed))
+            specs.append(f"{folder}:{int(scale.images * float(share))}" if share else folder)
+        if row.diff is None:
+            flags = ["--pretrained", encoder_path(out, seed) / "segformer", "--fd", 0]
+        else:
+            flags = [*DIFF_FLAGS, "--precision", precision, *row.diff]
+        argv = segment_argv([], scale, seed, path, specs, ["--steps", scale.steps, *flags])
+        argv = (strongly, *argv) if row.strong else argv
+        cost = 0.2 * scale.steps + 0.05 * scale.test * len(streets.STYLES)
+        if row.diff is not None:
+            cost *= 3
+        jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv, cost))
     return jobs
 
 
@@ -405,18 +428,19 @@ def measure_fidelity(out, scale, names):
 # Results
 
 
-def collect(out, scale, rows):
+def collect(out, scale, rows, precision):
     """claim.json: every run with its settings and the IoU of each class in each style."""
     runs = []
-    for job, (seed, row) in zip(row_jobs(out, scale, rows),
-                                [(s, r) for s in range(scale.seeds) for r in rows], strict=True):
+    for job, (seed, row) in zip(row_jobs(out, scale, rows, precision), planned(scale, rows),
+                                strict=True):
         if not job.done.exists():
             continue
         result = {k.split(":")[1]: v for k, v in json.loads(job.done.read_text()).items()}
         iou = {s: {c: result[s][f"IoU.{c}"] for c in data.CITYSCAPES.names} for s in result}
         small = [iou[s][c] for s in UNSEEN for c in SMALL if iou[s][c] is not None]
         runs.append({
-            "row": row.title, "seed": seed, "command": " ".join(map(str, job.call)),
+            "row": row.title, "seed": seed,
+            "command": " ".join(str(word) for word in job.call if not callable(word)),
             "mIoU": {s: result[s]["mIoU"] for s in result},
             "unseen": float(np.mean([result[s]["mIoU"] for s in UNSEEN])),
             "small": float(np.mean(small)), "IoU": iou})
@@ -439,7 +463,8 @@ def verdict(runs):
     lines = []
 
     def paired(a, b, table):
-        d = table[a] - table[b]
+        n = min(len(table[a]), len(table[b]))  # seeds that both have
+        d = table[a][:n] - table[b][:n]
         error = d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else float("nan")
         return f"{d.mean():+.1f} (standard error of the paired difference {error:.1f})"
 
@@ -450,10 +475,35 @@ def verdict(runs):
                      "between source only and the oracle.")
     for title, other, table, what in (
             (FULL_ROW, SOURCE, unseen, "mIoU"), (FULL_ROW, NO_SWAP, unseen, "mIoU"),
-            (FULL_ROW, NO_MRLF, unseen, "mIoU"), (FULL_ROW, NO_MRLF, small, "small classes")):
+            (FULL_ROW, NO_MRLF, unseen, "mIoU"), (FULL_ROW, NO_MRLF, small, "small classes"),
+            (DIFF, SOURCE, unseen, "mIoU"), (DIFF, NO_IPKL, unseen, "mIoU"),
+            (DIFF_FULL, DIFF, unseen, "mIoU"), (DIFF_FULL, FULL_ROW, unseen, "mIoU")):
         if {title, other} <= table.keys():
-            lines.append(f"- Full method against {other}, {what}: {paired(title, other, table)}.")
+            name = "Full method" if title == FULL_ROW else title
+            lines.append(f"- {name} against {other}, {what}: {paired(title, other, table)}.")
     return lines
+
+
+def measure_cost(out, rows, precision):
+    """cost.json: {model: CPU seconds that a picture takes on one thread, parameters trained}.
+
+    Of SegFormer as in all its rows, and of DIFF on the source alone.
+    """
+    torch.set_num_threads(1)
+    weights = {"SegFormer": (dginstyle.TOY / "segformer", "fp32")}
+    weights |= {row.title: (run_path(out, row, 0) / "segformer", precision) for row in rows
+                if row.diff is not None and not row.sets and not row.strong}
+    costs, image = {}, streets.toy_street(0)[0]
+    for name, (folder, kind) in weights.items():
+        args = dginstyle.settings("segment", "eval", "--weights", folder, "--precision", kind)
+        model, seconds = dginstyle.load_segmenter(args, data.CITYSCAPES), []
+        for _ in range(8):
+            start = time.process_time()
+            segformer.predict(model, image, args.crop)
+            seconds.append(time.process_time() - start)
+        costs[name] = {"seconds": float(np.median(seconds[1:])),
+                       "parameters": sum(p.numel() for p in model.parameters())}
+    (out / "cost.json").write_text(json.dumps(costs, indent=1) + "\n")
 
 
 def tables(out, scale, runs):
@@ -465,18 +515,30 @@ def tables(out, scale, runs):
              f"deviation over seeds, on {scale.test} test streets of each style.", "",
              "| trained on | six unseen styles | small classes there | sunny |",
              "|---|---|---|---|"]
-    lines += [f"| {t} | {spread(unseen[t])} | {spread(small[t])} | {spread(seen[t])} |"
+    name = {t: t if len(v) >= scale.seeds else f"{t} ({len(v)} of {scale.seeds} seeds)"
+            for t, v in unseen.items()}
+    lines += [f"| {name[t]} | {spread(unseen[t])} | {spread(small[t])} | {spread(seen[t])} |"
               for t in unseen]
-    lines += ["", *verdict(runs), "", "| trained on | " + " | ".join(UNSEEN) + " |",
-              "|---" * (len(UNSEEN) + 1) + "|"]
+    lines += ["", *verdict(runs), *cost_lines(out), ""]
+    lines += ["| trained on | " + " | ".join(UNSEEN) + " |", "|---" * (len(UNSEEN) + 1) + "|"]
     for t in unseen:
         cells = [np.array([100 * r["mIoU"][s] for r in runs if r["row"] == t]) for s in UNSEEN]
-        lines.append(f"| {t} | " + " | ".join(spread(c) for c in cells) + " |")
+        lines.append(f"| {name[t]} | " + " | ".join(spread(c) for c in cells) + " |")
     file = out / "fidelity.json"
     if file.exists():
-        lines += ["", *fidelity_table(json.loads(file.read_text()))]
-    lines += ["", *rare_class_table(out, scale)]
+        lines += ["", *fidelity_table(json.loads(file.read_text())), "",
+                  *rare_class_table(out, scale)]
+    elif "\nFidelity of" in (old := (HERE / "claim.md").read_text(encoding="utf-8")):  # --only
+        lines += ["", "Fidelity of" + old.partition("\nFidelity of")[2].rstrip()]
     (out / "claim.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def cost_lines(out):
+    """What `measure_cost` has found, as lines of text."""
+    file = out / "cost.json"
+    costs = json.loads(file.read_text()) if file.exists() else {}
+    return [f"- {name}: {cost['seconds']:.2g} s an image on one core, {cost['parameters']:,} "
+            "trained parameters." for name, cost in costs.items()]
 
 
 def fidelity_table(found):
@@ -588,26 +650,38 @@ def main(argv=None):
                         help="of `generate`; bf16 saves time where the CPU has matrix units for "
                              "it (default: %(default)s; the results in experiments/: bf16)")
     parser.add_argument("--install", action="store_true", help="copy the results to experiments/")
+    parser.add_argument("--only", metavar="WORD", default="", help="the rows with this in their "
+                        "title; the others are taken from experiments/claim.json")
     args = parser.parse_args(argv)
     scale = QUICK if args.quick else FULL
     out = args.out or Path("runs/claim-quick" if args.quick else "runs/claim")
-    rows = [r for r in ROWS if r.quick or not args.quick]
+    rows = [r for r in ROWS if args.only in r.title and (r.quick or not args.quick)]
     for folder in ("sets", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     start = time.time()
     sets = generate_jobs(out, scale, rows, args.precision)
-    run_all([*sets, *encoder_jobs(out, scale)], out, args.jobs)
+    encoders = encoder_jobs(out, scale) if any(r.diff is None for r in rows) else []
+    run_all([*sets, *encoders], out, args.jobs)
     names = [n for n in SETS if set_path(out, n, 0).exists()]
     fidelity_job = Job("fidelity", out / "fidelity.json", (measure_fidelity, out, scale, names),
                        30 + 0.1 * scale.images * scale.seeds * len(names))
     run_all(filter_jobs(out, scale, rows), out, args.jobs)
-    run_all([fidelity_job, *row_jobs(out, scale, rows)], out, args.jobs)
+    run_all([*([] if args.only else [fidelity_job]), *row_jobs(out, scale, rows, args.precision)],
+            out, args.jobs)
+    cost_job = Job("cost", out / "cost.json", (measure_cost, out, rows, args.precision), 60)
+    run_all([cost_job], out, 1)
 
-    runs = collect(out, scale, rows)
+    runs = collect(out, scale, rows, args.precision)
+    if args.only:
+        order = [r.title for r in ROWS]
+        runs += [r for r in json.loads((HERE / "claim.json").read_text())
+                 if args.only not in r["row"] and r["row"] in order]
+        runs.sort(key=lambda r: (r["seed"], order.index(r["row"])))
     (out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
     tables(out, scale, runs)
     figure(out, runs)
-    page(out, names)
+    if names:
+        page(out, names)
     if args.install:
         for name in ("claim.json", "claim.md", "claim.svg"):
             shutil.copy(out / name, HERE / name)
