@@ -91,7 +91,7 @@ class Trained:
         self.optimizer = torch.optim.AdamW(
             groups or [{"params": self.parameters, "lr": args.lr,
                         "weight_decay": args.weight_decay}],
-            betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+            betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # a checkpoint has them
         self.scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(args) == "fp16")
         # --ema: the average of every weight, and of BatchNorm's statistics with them
