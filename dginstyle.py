@@ -477,7 +477,7 @@ def windows_that_fit(models, window):
 @torch.no_grad()
 def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
             control_scale=1.0, control_uncond=1.0, window=None, stride=None, weights="uniform",
-            keep=None, noise=None, official_renoise=False, tile_batch=None):
+            keep=None, noise=None, official_renoise=False, tile_batch=None, prior_mean=False):
     """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
     x       (B,C,h,w) initial noise
@@ -490,12 +490,20 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
     the latents have reached (t_prev), so that the kept part is almost one step too noisy until
     the end. Off by default.
+
+    prior_mean: every output gets the channel means that the UNet's has without the control. The
+    mean is the brightness and tint of the picture, where a ControlNet of sunny pictures brings its
+    own; the layout is in the rest. Beyond the paper.
     """
     z, mask = (part.to(models.device) for part in keep or (x, torch.zeros_like(x[:, :1])))
     windows = Windows(models, text, hint, mask, window, stride, weights, tile_batch)
+    if prior_mean:
+        free = Windows(models, text, None, mask, window, stride, weights, tile_batch)
     solver, x = SAMPLERS[sampler](models.schedule, steps), x.to(models.device)
     for t, t_prev in solver.timesteps:
         out = windows.predict(x, t, guidance, control_scale, control_uncond)
+        if prior_mean:
+            out += (free.predict(x, t, guidance) - out).mean((2, 3), keepdim=True)
         x = solver.step(out, x, t, t_prev)
         if keep:
             level = t - 1 if official_renoise else t_prev
@@ -655,9 +663,9 @@ class Condition:
 
     def manifest_row(self, args):
         """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
-        names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "swap", "mrlf",
-                 "stride", "window", "window_weights", "large_segment", "renoise", "negative",
-                 "precision")
+        names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "prior_mean",
+                 "swap", "mrlf", "stride", "window", "window_weights", "large_segment", "renoise",
+                 "negative", "precision")
         return {"image": f"images/{self.name}.png",
                 "label": f"labels/{self.name}_labelTrainIds.png", "prompt": self.prompt,
                 "weather": self.weather, "class": self.rare_class, "crop": self.crop,
@@ -705,7 +713,7 @@ def sample(models, conditions, classes, args):
     options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
                    control_scale=args.control_scale, control_uncond=args.control_uncond,
                    window=args.window, weights=args.window_weights, tile_batch=args.tile_batch)
-    latents = first_pass(models, size, text, hint, noise, **options)
+    latents = first_pass(models, size, text, hint, noise, prior_mean=args.prior_mean, **options)
     if args.mrlf:
         large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
         mask = np.stack([data.large_segments(c.label, large) for c in conditions])
@@ -1361,6 +1369,8 @@ GENERATE = {
     "guidance": Flag(7.5, "classifier-free guidance"),
     "control_scale": Flag(1.0, "weight of the ControlNet's residuals"),
     "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1"),
+    "prior_mean": Flag(False, "first pass: brightness and tint are those of the prior without the "
+                              "control; night gets dark"),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed"),
     "mrlf": Flag(True, "second pass at double resolution"),
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",

@@ -938,6 +938,21 @@ def test_control_of_the_unguided_half(share):
     assert relative(have, u + 3 * (c - u)) < 1e-5
 
 
+def test_prior_mean_takes_the_mean_alone():
+    """With prior_mean a step ends with the channel means of one without control, and is in all
+    else the step with it."""
+    models, g = tiny_models(), torch.Generator().manual_seed(1)
+    x, hint = torch.randn(2, 4, 8, 16, generator=g), torch.rand(2, 20, 32, 64, generator=g).round()
+    text = models.encode_prompts(["road", "sky car"])
+    both, control, free = (
+        next(dginstyle.denoise(models, x, text, control, steps=1, window=(8, 8), stride=(8, 4),
+                               prior_mean=matched))
+        for control, matched in ((hint, True), (hint, False), (None, False)))
+    means = [v.mean((2, 3), keepdim=True) for v in (both, control, free)]
+    assert relative(means[0], means[2]) < 1e-5 < relative(means[1], means[2])
+    assert relative(both - means[0], control - means[1]) < 1e-5
+
+
 @pytest.mark.parametrize("weights", ["uniform", "cosine"])
 def test_window_weights_are_a_partition(weights, monkeypatch):
     """Windows that agree give what one of them says, whatever their weights: a constant output
