@@ -3,7 +3,7 @@
     python -m experiments.claim            # the full table, 3 seeds: 70 to 85 minutes of two cores
     python -m experiments.claim --quick    # its main rows with fewer images, under 25 minutes
     python -m experiments.claim --only DIFF   # these rows; the others as they are in experiments/
-    python -m experiments.claim --steps 1500 --seeds 5   # main rows 5 seeds, ablations 3: hours
+    python -m experiments.claim --steps 1500 --seeds 5 --main   # hours; without --main the rest
 
 A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
 overcast, which it never saw; then again with images added that `dginstyle.py generate` made from
@@ -489,6 +489,17 @@ def measure_fidelity(out, scale, names):
     (out / "fidelity.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
+def fidelity_jobs(out, scale, names):
+    """The job that measures all sets, again where it has not seen the sets that are there now."""
+    file, there = out / "fidelity.json", {n: len(set_paths(out, scale, n)) for n in names}
+    if file.exists():
+        found = json.loads(file.read_text())
+        if {n: len(found.get(n, [])) for n in names} != there:
+            file.unlink()
+    return [Job("fidelity", file, (measure_fidelity, out, scale, names),
+                60 + 0.1 * scale.images * sum(there.values()))]
+
+
 # --------------------------------------------------------------------------------------------
 # Results
 
@@ -783,8 +794,6 @@ def open_experiment(args):
     before = json.loads(file.read_text()) if file.exists() else mine
     if {**before, "seeds": 0} != {**mine, "seeds": 0}:
         raise SystemExit(f"{out} holds an experiment of {before}: choose another --out")
-    if before["seeds"] != scale.seeds:
-        (out / "fidelity.json").unlink(missing_ok=True)  # of other seeds
     file.write_text(json.dumps(mine) + "\n")
     return scale, out
 
@@ -801,22 +810,23 @@ def main(argv=None):
     parser.add_argument("--install", action="store_true", help="copy the results to experiments/")
     parser.add_argument("--only", metavar="WORD", default="", help="the rows with this in their "
                         "title; the others are taken from experiments/claim.json")
+    parser.add_argument("--main", action="store_true", help="the rows of --quick at full size; "
+                        "without it a later run goes on with the others")
     parser.add_argument("--steps", type=int, help="of every row (default: 350)")
     parser.add_argument("--seeds", type=int, help="of the main rows, which are those of --quick; "
                         "others have three at most (default: 3)")
     args = parser.parse_args(argv)
     scale, out = open_experiment(args)
-    rows = [r for r in ROWS if args.only in r.title and (r.quick or not args.quick)]
+    rows = [r for r in ROWS
+            if args.only in r.title and (r.quick or not (args.quick or args.main))]
     start = time.time()
     sets = generate_jobs(out, scale, rows, args.precision)
     encoders = encoder_jobs(out, scale) if any(r.diff is None for r in rows) else []
     run_all([*sets, *encoders], out, args.jobs)
     names = [n for n in SETS if set_path(out, n, 0).exists()]
-    fidelity_job = Job("fidelity", out / "fidelity.json", (measure_fidelity, out, scale, names),
-                       30 + 0.1 * scale.images * scale.seeds * len(names))
     run_all(filter_jobs(out, scale, rows), out, args.jobs)
-    run_all([*([] if args.only else [fidelity_job]), *row_jobs(out, scale, rows, args.precision)],
-            out, args.jobs)
+    run_all([*([] if args.only else fidelity_jobs(out, scale, names)),
+             *row_jobs(out, scale, rows, args.precision)], out, args.jobs)
     run_all(size_jobs(out, scale, rows), out, args.jobs)
     cost_job = Job("cost", out / "cost.json", (measure_cost, out, rows, args.precision), 60)
     run_all([cost_job], out, 1)
