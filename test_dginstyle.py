@@ -938,19 +938,36 @@ def test_control_of_the_unguided_half(share):
     assert relative(have, u + 3 * (c - u)) < 1e-5
 
 
-def test_prior_mean_takes_the_mean_alone():
-    """With prior_mean a step ends with the channel means of one without control, and is in all
-    else the step with it."""
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_tone_of_the_prior(kind):
+    """x_0 gets the other's channel means, and of its deviations none, the root, or all; the rest
+    of it stays. An output in its own tone stays as it is."""
+    schedule, g = dginstyle.Schedule(prediction_type=kind), torch.Generator().manual_seed(1)
+    x, out, free = torch.randn(3, 2, 4, 8, 16, generator=g)
+    free = 0.5 * free + 1
+    x0, wanted = (schedule.split(v, x, 700)[0] for v in (out, free))
+    for contrast in (0.0, 0.5, 1.0):
+        have = schedule.split(
+            dginstyle.match_tone(schedule, out, free, x, 700, contrast), x, 700)[0]
+        (s, m), (s0, m0), (s1, m1) = (torch.std_mean(v, (2, 3), keepdim=True)
+                                      for v in (have, x0, wanted))
+        assert relative(m, m1) < 1e-4 and relative(s, s0 ** (1 - contrast) * s1**contrast) < 1e-4
+        assert relative((have - m) / s, (x0 - m0) / s0) < 1e-3
+    assert relative(dginstyle.match_tone(schedule, out, out, x, 700, 1.0), out) < 1e-4
+
+
+def test_prior_tone_reaches_every_window():
+    """With --prior-tone a first step gives each image the channel means that it has without
+    control, which it has not otherwise."""
     models, g = tiny_models(), torch.Generator().manual_seed(1)
-    x, hint = torch.randn(2, 4, 8, 16, generator=g), torch.rand(2, 20, 32, 64, generator=g).round()
+    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
     text = models.encode_prompts(["road", "sky car"])
     both, control, free = (
-        next(dginstyle.denoise(models, x, text, control, steps=1, window=(8, 8), stride=(8, 4),
-                               prior_mean=matched))
-        for control, matched in ((hint, True), (hint, False), (None, False)))
-    means = [v.mean((2, 3), keepdim=True) for v in (both, control, free)]
-    assert relative(means[0], means[2]) < 1e-5 < relative(means[1], means[2])
-    assert relative(both - means[0], control - means[1]) < 1e-5
+        next(dginstyle.denoise(models, x, text, control, steps=2, control_scale=1e3,
+                               prior_tone=tone))
+        for control, tone in ((hint, 1.0), (hint, None), (None, 1.0)))
+    tones = [v.mean((2, 3)) for v in (both, control, free)]
+    assert relative(tones[0], tones[2]) < 1e-5 and relative(tones[1], tones[2]) > 1e-3
 
 
 @pytest.mark.parametrize("weights", ["uniform", "cosine"])

@@ -84,7 +84,7 @@ SETS = {
     "official re-noise": ["--renoise", "official"],
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
-    "prior mean": ["--prior-mean"],
+    "prior tone": ["--prior-tone", "0.7", "--control-scale", "1", "--control-uncond", "0.6"],
 }
 
 
@@ -126,7 +126,7 @@ ROWS = [
     Row("DIFF, source, strong augmentation", strong=True, diff=()),
     Row("DIFF, source + generated, strong augmentation", ("full",), strong=True, diff=()),
     Row("DIFF, source only, five calls", diff=("--diff-steps", "5"), seeds=1),
-    Row("full method, brightness of the prior", ("prior mean",)),
+    Row("full method, tone of the prior", ("prior tone",)),
 ]
 SOURCE, FULL_ROW, NO_SWAP, NO_MRLF, ORACLE = (ROWS[i].title for i in (0, 2, 4, 8, 17))
 SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart by size
