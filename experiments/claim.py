@@ -84,7 +84,7 @@ SETS = {
     "official re-noise": ["--renoise", "official"],
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
-    "prior tone": ["--prior-tone", "0.7", "--control-scale", "1", "--control-uncond", "0.6"],
+    "prior tone": ["--prior-tone", "0.7", "--control-scale", "1", "--control-uncond", "0.5"],
 }
 
 
