@@ -485,7 +485,7 @@ def windows_that_fit(models, window):
 @torch.no_grad()
 def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
             control_scale=1.0, control_uncond=1.0, window=None, stride=None, weights="uniform",
-            keep=None, noise=None, official_renoise=False, tile_batch=None):
+            keep=None, noise=None, official_renoise=False, tile_batch=None, prior_tone=None):
     """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
     x       (B,C,h,w) initial noise
@@ -498,18 +498,36 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
     the latents have reached (t_prev), so that the kept part is almost one step too noisy until
     the end. Off by default.
+
+    prior_tone: see `match_tone`, or None: what the UNet makes of the control as it is
     """
     z, mask = (part.to(models.device) for part in keep or (x, torch.zeros_like(x[:, :1])))
     windows = Windows(models, text, hint, mask, window, stride, weights, tile_batch)
     solver, x = SAMPLERS[sampler](models.schedule, steps), x.to(models.device)
     for t, t_prev in solver.timesteps:
-        out = windows.predict(x, t, guidance, control_scale, control_uncond)
+        out = windows.predict(x, t, prior_tone, guidance, control_scale, control_uncond)
         x = solver.step(out, x, t, t_prev)
         if keep:
             level = t - 1 if official_renoise else t_prev
             kept = models.schedule.add_noise(z.to(x), noise(z.shape).to(x), level)
             x = torch.where(mask > 0, kept, x)
         yield x
+
+
+def match_tone(schedule, out, free, x, t, contrast):
+    """An output for x_t (n,C,h,w) whose x_0 has the tone of `free`'s, an output without control.
+
+    A ControlNet of sunny pictures brings their light into the night. The light is in the channel
+    means of x_0: they become those of `free`. The deviations are multiplied by the power `contrast`
+    (0 to 1) of their ratio, which lets fog be pale and costs some of the layout. Beyond the paper.
+    """
+    (x0, _), (wanted, _) = (schedule.split(part, x, t) for part in (out, free))
+    (s, m), (s1, m1) = (torch.std_mean(part, (2, 3), keepdim=True) for part in (x0, wanted))
+    x0 = (x0 - m) * (s1 / s) ** contrast + m1
+    abar = schedule.abar_at(t)
+    a, sigma = abar**0.5, (1 - abar) ** 0.5
+    eps = (x - a * x0) / sigma
+    return eps if schedule.prediction_type == "epsilon" else a * eps - sigma * x0
 
 
 class Windows:
@@ -557,12 +575,15 @@ class Windows:
         h, w = self.window
         return maps[b, :, f * i : f * (i + h), f * j : f * (j + w)]
 
-    def predict(self, x, t, *guidance):
+    def predict(self, x, t, prior_tone, *guidance):
         """`Models.predict` of latents x (B,C,h,w) at timestep t, averaged over the windows."""
-        total, t = torch.zeros_like(x), self.models.encode_time(t)
+        total, time = torch.zeros_like(x), self.models.encode_time(t)
         for batch, text, hint in zip(self.batches, self.texts, self.hints, strict=True):
             part = torch.stack([self.cut(x, *job) for job in batch])
-            outs = self.models.predict(part, t, text, hint, *guidance)
+            outs = self.models.predict(part, time, text, hint, *guidance)
+            if prior_tone is not None and hint is not None:
+                free = self.models.predict(part, time, text, None, *guidance)
+                outs = match_tone(self.models.schedule, outs, free, part, t, prior_tone)
             for job, out in zip(batch, outs, strict=True):
                 self.cut(total, *job).add_(self.weight * out)
         return total / self.coverage
@@ -663,9 +684,9 @@ class Condition:
 
     def manifest_row(self, args):
         """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
-        names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "swap", "mrlf",
-                 "stride", "window", "window_weights", "large_segment", "renoise", "negative",
-                 "precision")
+        names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "prior_tone",
+                 "swap", "mrlf", "stride", "window", "window_weights", "large_segment", "renoise",
+                 "negative", "precision")
         return {"image": f"images/{self.name}.png",
                 "label": f"labels/{self.name}_labelTrainIds.png", "prompt": self.prompt,
                 "weather": self.weather, "class": self.rare_class, "crop": self.crop,
@@ -712,7 +733,8 @@ def sample(models, conditions, classes, args):
     size = hint.shape[2:]
     options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
                    control_scale=args.control_scale, control_uncond=args.control_uncond,
-                   window=args.window, weights=args.window_weights, tile_batch=args.tile_batch)
+                   window=args.window, weights=args.window_weights, tile_batch=args.tile_batch,
+                   prior_tone=args.prior_tone)
     latents = first_pass(models, size, text, hint, noise, **options)
     if args.mrlf:
         large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
@@ -1396,6 +1418,9 @@ GENERATE = {
     "control_scale": Flag(1.0, "weight of the ControlNet's residuals", high=1000),
     "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1",
                            high=1),
+    "prior_tone": Flag(None, "brightness and tint are the prior's without the control, so that "
+                             "night is dark, and to this share, 0 to 1, its contrast; half as slow "
+                             "again", float, high=1),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed", high=1),
     "mrlf": Flag(True, "second pass at double resolution"),
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",

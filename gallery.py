@@ -53,7 +53,7 @@ def save_prediction(stem, label, image, classes):
 def contact_sheet(pictures, columns=2, scale=None):
     """Pictures of one size -> one sheet, small ones enlarged."""
     h, w = pictures[0].shape[:2]
-    scale = scale or max(1, round(700 / w))
+    scale = scale or max(1, round(1150 / w))  # three times for strips of the toy pack
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     sheet = np.full((rows * (h + 4), columns * (w + 6), 3), 255, np.uint8)
@@ -73,7 +73,8 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>TITLE</title>
 <style>
-:root { --show: 0.5; color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }
+/* The image alone; the slider, or a pointer that rests on a card, brings its label over it. */
+:root { --show: 0; color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }
 body { margin: 0 } [hidden] { display: none !important }
 header { position: sticky; top: 0; z-index: 1; padding: .6em 1em; display: flex; gap: .6em 1.4em;
   flex-wrap: wrap; align-items: center; background: Canvas; border-bottom: 1px solid #8886 }
@@ -82,12 +83,13 @@ main { display: grid; gap: 1em; padding: 1em;
   grid-template-columns: repeat(auto-fill, minmax(WIDTHpx, 1fr)) }
 figure { margin: 0; min-height: HEIGHTpx }
 .pair { position: relative; aspect-ratio: RATIO; background: #8883 }
-.pair img { position: absolute; inset: 0; width: 100%; height: 100%; image-rendering: pixelated }
-.pair img + img { opacity: var(--show) }
-figcaption { font-size: 12px } b { font-weight: 600 } .dim { opacity: .65 }
+.pair img { position: absolute; inset: 0; width: 100%; height: 100% }
+.pair img + img { opacity: var(--show); image-rendering: pixelated; transition: opacity .15s }
+.pair:hover img + img, .pair:focus img + img { opacity: 1; transition-delay: .15s }
+figcaption { font-size: 12px } b { font-weight: 600 } .dim, details { opacity: .65 }
 </style>
 <header><h1>TITLE</h1>
-<label>image <input id="show" type="range" min="0" max="1" step="0.01" value="0.5"> label</label>
+<label>image <input id="show" type="range" min="0" max="1" step="0.01" value="0"> label</label>
 <label>class <select id="class"></select></label>
 <label>weather <select id="weather"></select></label>
 <label id="sets">set <select id="set"></select></label>
@@ -116,9 +118,10 @@ function fill(card) {
   const r = card.row, [pair, text] = card.children, head = document.createElement("b");
   pair.append(picture(r.image), picture(r.label));
   head.textContent = [r.set, r.weather, r.class].filter(Boolean).join(" · ");
-  const seed = document.createElement("div"); seed.className = "dim";
-  seed.textContent = `${r.image}  seed ${r.seed}`;
-  text.append(head, document.createElement("br"), r.prompt ?? "", seed);
+  const file = document.createElement("details");  // folded away
+  file.append(document.createElement("summary"), `${r.image}  seed ${r.seed}`);
+  file.firstChild.textContent = "file, seed";
+  text.append(head, document.createElement("br"), r.prompt ?? "", file);
 }
 const near = new IntersectionObserver(entries => {
   for (const { target } of entries.filter(e => e.isIntersecting)) {
@@ -128,7 +131,8 @@ const near = new IntersectionObserver(entries => {
 }, { rootMargin: "600px" });
 const cards = rows.map(row => {
   const card = document.createElement("figure"), pair = document.createElement("div");
-  pair.className = "pair"; card.append(pair, document.createElement("figcaption"));
+  Object.assign(pair, { className: "pair", tabIndex: 0 });
+  card.append(pair, document.createElement("figcaption"));
   near.observe(Object.assign(card, { row }));
   return card;
 });
@@ -160,9 +164,9 @@ def write_gallery(folder, rows, size, title="Generated images", name="gallery.ht
     rows = [{k: row[k] for k in keys if row.get(k) is not None} for row in rows]
     for row in rows:
         row["seed"] = str(row.get("seed", ""))  # 62 bits: more than a JavaScript number holds
-    width = max(240, min(400, size[1]))
+    width = max(360, min(480, size[1]))  # three times the toy pack's crops
     text = json.dumps(rows).replace("<", "\\u003c")  # nothing in it can end the script
     page = PAGE.replace("TITLE", title.replace("&", "&amp;").replace("<", "&lt;"))
     page = page.replace("WIDTH", str(width)).replace("RATIO", f"{size[1]} / {size[0]}")
-    page = page.replace("HEIGHT", str(round(width * size[0] / size[1]) + 70))
+    page = page.replace("HEIGHT", str(round(width * size[0] / size[1]) + 80))
     (Path(folder) / name).write_text(page.replace("ROWS", text), encoding="utf-8")

@@ -516,7 +516,8 @@ def training_loss(model, images, labels, teacher=None, fd=0.005):
     """
     def cross_entropy(logits, labels):
         logits = resize(logits.float(), labels.shape[1:])
-        ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        rows = logits.movedim(1, -1).flatten(0, 2), labels.flatten()  # classes last: faster on CPUs
+        ce = F.cross_entropy(*rows, ignore_index=IGNORE, reduction="sum")
         return ce / labels.numel()  # over all pixels, ignored ones included, as mmseg 0.16 did
 
     images = images.float() / 255

@@ -63,7 +63,7 @@ from clip_text import (
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from diff import Diff, DiffConfig, Prior, diffusion_features, invert
-from experiments import badinput, bench, rehearse
+from experiments import badinput, bench, measures, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
 from unet import UNet, UNetConfig
@@ -941,6 +941,38 @@ def test_control_of_the_unguided_half(share):
         u, c = models.unet(x, 7, text[0], weak), models.unet(x, 7, text[1], control)
         have = models.predict(x, 7, text, hint, guidance=3.0, control_uncond=share)
     assert relative(have, u + 3 * (c - u)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_tone_of_the_prior(kind):
+    """x_0 gets the other's channel means, and of its deviations none, the root, or all; the rest
+    of it stays. An output in its own tone stays as it is."""
+    schedule, g = dginstyle.Schedule(prediction_type=kind), torch.Generator().manual_seed(1)
+    x, out, free = torch.randn(3, 2, 4, 8, 16, generator=g)
+    free = 0.5 * free + 1
+    x0, wanted = (schedule.split(v, x, 700)[0] for v in (out, free))
+    for contrast in (0.0, 0.5, 1.0):
+        have = schedule.split(
+            dginstyle.match_tone(schedule, out, free, x, 700, contrast), x, 700)[0]
+        (s, m), (s0, m0), (s1, m1) = (torch.std_mean(v, (2, 3), keepdim=True)
+                                      for v in (have, x0, wanted))
+        assert relative(m, m1) < 1e-4 and relative(s, s0 ** (1 - contrast) * s1**contrast) < 1e-4
+        assert relative((have - m) / s, (x0 - m0) / s0) < 1e-3
+    assert relative(dginstyle.match_tone(schedule, out, out, x, 700, 1.0), out) < 1e-4
+
+
+def test_prior_tone_reaches_every_window():
+    """With --prior-tone a first step gives each image the channel means that it has without
+    control, which it has not otherwise."""
+    models, g = tiny_models(), torch.Generator().manual_seed(1)
+    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
+    text = models.encode_prompts(["road", "sky car"])
+    both, control, free = (
+        next(dginstyle.denoise(models, x, text, control, steps=2, control_scale=1e3,
+                               prior_tone=tone))
+        for control, tone in ((hint, 1.0), (hint, None), (None, 1.0)))
+    tones = [v.mean((2, 3)) for v in (both, control, free)]
+    assert relative(tones[0], tones[2]) < 1e-5 and relative(tones[1], tones[2]) > 1e-3
 
 
 @pytest.mark.parametrize("weights", ["uniform", "cosine"])
@@ -3025,6 +3057,18 @@ def test_gallery_lists_every_image(generated):
     assert all((generated / r[key]).is_file() for r in rows for key in ("image", "label"))
 
 
+def test_gallery_opens_on_the_images(generated):
+    """The label is transparent until the slider moves or a pointer rests; the file is folded."""
+    page = (generated / "gallery.html").read_text()
+    assert re.search(r"--show: ([\d.]+);", page)[1] == "0"
+    assert re.search(r'id="show".* value="(.*?)"', page)[1] == "0"
+    rules = dict(re.findall(r"^(\.pair.*?) \{ (opacity: .*?);", page, re.M))
+    assert rules == {".pair img + img": "opacity: var(--show)",
+                     ".pair:hover img + img, .pair:focus img + img": "opacity: 1"}
+    folded = page.partition('createElement("details")')[2].partition("text.append")[0]
+    assert "r.image" in folded and page.count("r.seed") == folded.count("r.seed") == 1
+
+
 def test_gallery_in_a_browser(tmp_path):
     """2,000 hostile rows: the filters count right and only pictures near the screen are loaded."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
@@ -3092,6 +3136,70 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     assert moved > 0 and apart < 1e-4 * moved
 
 
+def test_main_rows_have_more_seeds():
+    """Five seeds are run of the main rows and of the sets they need, three at most of others."""
+    claim = pytest.importorskip("experiments.claim")
+    scale = replace(claim.FULL, seeds=5)
+    planned = [(r.title, s) for s, r in claim.planned(scale, claim.ROWS)]
+    assert planned.count((claim.NO_MRLF, 4)) == 1 == planned.count(("swap ratio 0.5", 2))
+    assert ("swap ratio 0.5", 3) not in planned
+    sets = [j.name for j in claim.generate_jobs(Path("x"), scale, claim.ROWS, "fp32")]
+    assert "no fusion, seed 4" in sets and "swap 0.5, seed 3" not in sets
+
+
+def test_objects_by_size():
+    """A prediction that is right has IoU 1 in every size group; one that misses the small objects
+    and invents a large one loses in these two groups, by the pixels that it gets wrong."""
+    label = np.zeros((20, 40), np.uint8)
+    for k, side in enumerate((1, 2, 3, 4)):  # a square of each size
+        label[2 : 2 + side, 8 * k : 8 * k + side] = 11
+    label[19] = data.IGNORE
+    edges = measures.size_quartiles([label], 19)
+    assert np.allclose(edges[11], np.quantile([1, 4, 9, 16], (0.25, 0.5, 0.75)))
+    right = measures.iou_by_size(measures.count_by_size(label, label, edges))
+    assert (right[11] == 1).all() and np.isnan(right[12]).all() and np.nanmin(right) == 1
+    guess = label.copy()
+    guess[2, 0], guess[10:15, 10:20] = 0, 11  # the smallest is gone; 50 pixels are made up
+    guess[19] = 11  # where nobody knows
+    counts = measures.count_by_size(guess, label, edges)
+    assert counts[11].tolist() == [[1, 0, 0], [4, 4, 0], [9, 9, 0], [16, 16, 50]]
+    assert np.allclose(measures.iou_by_size(counts)[11], [0, 1, 1, 16 / 66])
+
+
+def test_domains_by_features():
+    """Features moved by v lie |v|^2 away and vary as before; two draws of one domain lie at 0 on
+    average, though their means differ; a class in one picture only counts nowhere."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(50, 3, 8, generator=g) * 2
+    a[:, 2], a[0, 2] = float("nan"), 1.0
+    v = torch.arange(8.0)
+    within, chance = measures.spread_within(a), measures.domain_distance(a, a)
+    assert within == pytest.approx(a[:, :2].var(0).sum(-1).mean().item(), rel=1e-5)
+    assert chance == pytest.approx(-2 * within / 50, rel=1e-4)
+    assert measures.spread_within(a + v) == pytest.approx(within, rel=1e-4)
+    assert measures.domain_distance(a, a + v) - chance == pytest.approx((v @ v).item(), rel=1e-4)
+    draws = [torch.randn(10, 1, 8, generator=g) for _ in range(400)]
+    distances = np.array([measures.domain_distance(*pair)
+                          for pair in zip(draws[::2], draws[1::2], strict=True)])
+    assert abs(distances.mean()) < 3 * distances.std() / 200**0.5 < 0.2
+
+
+def test_class_features_follow_the_labels():
+    """Where every position shows one class, its features are the means of the four stages; a class
+    of fewer pixels than `least` has none; tiles come row by row."""
+    judge = SegFormer.from_pretrained(HERE / "toy" / "segformer")
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    label = np.full((64, 64), 3, np.uint8)
+    label[:3, :3] = 5
+    f = measures.class_features(judge, [image, image], [label, np.full_like(label, 4)], least=10)
+    with torch.no_grad():
+        stages = judge.features(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
+    assert torch.allclose(f[1, 4], torch.cat([s.mean((0, 2, 3)) for s in stages]), atol=1e-4)
+    assert not f[0, 3].isnan().any() and f[0, 5].isnan().all() and f[1, 3].isnan().all()
+    tiles = measures.quarters(np.arange(2 * 4 * 6).reshape(2, 4, 6), (2, 3))
+    assert tiles.shape == (8, 2, 3) and tiles[1].tolist() == [[3, 4, 5], [9, 10, 11]]
+
+
 def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     """The claim experiment runs its commands once, and reports every row, seed and class."""
     tmp_path = tmp_path_factory.mktemp("claim") / "run"
@@ -3107,7 +3215,7 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     before = {k: v for k, v in files(tmp_path).items() if "log" not in k}
     runs = json.loads((tmp_path / "claim.json").read_text())
     assert [(r["row"], r["seed"]) for r in runs] == [
-        (r.title, s) for s in (0, 1) for r in rows if s < r.seeds]
+        (r.title, s) for s in (0, 1) for r in rows if s < (r.seeds or 2)]
     assert all(len(r["IoU"]) == 7 and len(r["IoU"]["night"]) == 19 for r in runs)
     table = (tmp_path / "claim.md").read_text()
     for row in rows:
@@ -3116,6 +3224,12 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
                      (row.title, " ±"))
         assert f"| {name} | {mean:.1f}{end}" in table
     assert all(f"- {title}: " in table for title in ("SegFormer", "DIFF"))
+    sized = table.partition("smallest quarter")[2].partition("\n\n")[0]
+    assert all(title in sized for title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE))
+    near = table.partition("| pictures | within a class |")[2].partition("\n\n")[0]
+    assert near.count("\n| ") == 8 and "source: " in (tmp_path / "domains.svg").read_text()
+    with pytest.raises(SystemExit, match="choose another --out"):
+        claim.main(["--quick", "--steps", "2", "--out", str(tmp_path)])
     sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
     claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
     filtered, plain = data.Pairs(tmp_path.parent / "filtered"), data.Pairs(sets / "full-0")

@@ -93,7 +93,7 @@ class Trained:
         self.optimizer = torch.optim.AdamW(
             groups or [{"params": self.parameters, "lr": args.lr,
                         "weight_decay": args.weight_decay}],
-            betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+            betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
         groups = self.optimizer.param_groups  # a checkpoint has them too
         self.rates = [group["lr"] for group in groups]
         self.settings = [[group[key] for key in ADAMW] for group in groups]

@@ -3,6 +3,7 @@
     python -m experiments.claim            # the full table, 3 seeds: 70 to 85 minutes of two cores
     python -m experiments.claim --quick    # its main rows with fewer images, under 25 minutes
     python -m experiments.claim --only DIFF   # these rows; the others as they are in experiments/
+    python -m experiments.claim --steps 1500 --seeds 5 --main   # hours; without --main the rest
 
 A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
 overcast, which it never saw; then again with images added that `dginstyle.py generate` made from
@@ -18,7 +19,7 @@ pictures without labels. They are made cheap: 4 crops a step, not 16, and one no
 
 Writes into --out (a stopped run goes on where it was): sets/ and runs/; claim.json, every run with
 its settings and IoU of each class and style; claim.md, tables of mean +- standard deviation;
-claim.svg; gallery.html. `--install` copies the tables and the figure to experiments/.
+claim.svg; domains.svg; gallery.html. `--install` copies the tables and the figure to experiments/.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ import data
 import dginstyle
 import gallery
 import segformer
+from experiments import measures
 from toy import streets
 from vae import VAE
 
@@ -82,6 +84,7 @@ SETS = {
     "official re-noise": ["--renoise", "official"],
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
+    "prior tone": ["--prior-tone", "0.7", "--control-scale", "1", "--control-uncond", "0.5"],
 }
 
 
@@ -96,14 +99,14 @@ class Row:
     quick: bool = False
     diff: tuple = None  # DIFF's features under the head, with these flags; None: SegFormer
     times: int = 1  # so many times the steps
-    seeds: int = 99  # at most
+    seeds: int = 0  # at most; 0: any number for the main rows, which are the quick ones, 3 else
 
 
 ROWS = [
     Row("source only", quick=True),
     Row("source, strong augmentation", strong=True, quick=True),
     Row("source + generated (full method)", ("full",), quick=True),
-    Row("full method, strong augmentation", ("full",), strong=True),
+    Row("full method, strong augmentation", ("full",), strong=True, quick=True),
     Row("without Style Swap", ("swap 0",), quick=True),
     Row("swap ratio 0.25", ("swap 0.25",)),
     Row("swap ratio 0.5", ("swap 0.5",)),
@@ -131,8 +134,10 @@ ROWS = [
     Row("DIFF, source only, without IPKL, five calls", diff=("--no-ipkl", "--diff-steps", "5"),
         seeds=1),
     Row("DIFF, source only, five calls", diff=("--diff-steps", "5"), seeds=1),
+    Row("full method, tone of the prior", ("prior tone",)),
 ]
 SOURCE, FULL_ROW, NO_SWAP, NO_MRLF, ORACLE = (ROWS[i].title for i in (0, 2, 4, 8, 17))
+SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart by size
 NO_IPKL, DIFF, DIFF_FULL, LONG, LONG_FULL = (ROWS[i].title for i in (18, 19, 20, 23, 24))
 
 
@@ -188,6 +193,12 @@ def set_path(out, name, seed):
     return out / "sets" / f"{name.replace(' ', '-')}-{seed}"
 
 
+def set_paths(out, scale, name):
+    """The folders of a set that are there, seed after seed."""
+    folders = [set_path(out, name, seed) for seed in range(scale.seeds)]
+    return [f for f in folders if (f / "gallery.html").exists()]
+
+
 def run_path(out, row, seed):
     words = "".join(c if c.isalnum() or c == "." else " " for c in row.title).split()
     return out / "runs" / f"{'-'.join(words)}-{seed}"
@@ -195,11 +206,12 @@ def run_path(out, row, seed):
 
 def generate_jobs(out, scale, rows, precision):
     """One `generate` for every set that a row needs and every seed."""
-    names = {s.partition(":")[0].removesuffix(" filtered") for r in rows for s in r.sets}
+    wanted = {(seed, s.partition(":")[0].removesuffix(" filtered"))
+              for seed, r in planned(scale, rows) for s in r.sets}
     jobs = []
     for seed in range(scale.seeds):
         for name, flags in SETS.items():
-            if name in names:
+            if (seed, name) in wanted:
                 path, flags, run_seed = set_path(out, name, seed), list(flags), seed
                 if "--seed-shift" in flags:
                     run_seed, flags = seed + int(flags[1]), []
@@ -263,8 +275,9 @@ def strongly(*argv):
 
 
 def planned(scale, rows):
-    """-> [(seed, row), …], seed after seed."""
-    return [(seed, row) for seed in range(scale.seeds) for row in rows if seed < row.seeds]
+    """-> [(seed, row), …], seed after seed: main rows have all of them, others a few."""
+    return [(seed, row) for seed in range(scale.seeds) for row in rows
+            if seed < (row.seeds or (scale.seeds if row.quick else 3))]
 
 
 def row_jobs(out, scale, rows, precision):
@@ -326,12 +339,10 @@ def filter_set(source, target, weights, alpha=1.25):
 
 
 def filter_jobs(out, scale, rows):
-    if not any("full filtered" in r.sets for r in rows):
-        return []
     return [Job(f"pixel filter, seed {s}", set_path(out, "full filtered", s) / "filtered",
                 (filter_set, set_path(out, "full", s), set_path(out, "full filtered", s),
                  encoder_path(out, s) / "segformer"), 0.05 * scale.images)
-            for s in range(scale.seeds)]
+            for s, row in planned(scale, rows) if "full filtered" in row.sets]
 
 
 # --------------------------------------------------------------------------------------------
@@ -421,16 +432,81 @@ def reconstruction(vae, n=12):
     return psnr
 
 
+def measure_domains(out, scale, names, judge):
+    """{source, style or set: variance within a class and distance to the source and to each unseen
+    style, squared, both as a share of the source's variance}; a set is the mean of its seeds.
+
+    Real pictures: the source's, and as many of every style, each of other validation scenes; all
+    cut to the size of the generated ones.
+    """
+    def features(pairs, first=0, step=1):
+        images, labels = zip(*[pairs.pair(i) for i in range(first, len(pairs), step)], strict=True)
+        return measures.class_features(judge, *(measures.quarters(part, (64, 128))
+                                                for part in (images, labels)))
+
+    val = streets.ToyStreets(UNSEEN, len(UNSEEN) * scale.source, "val")
+    real = {"source": features(streets.ToyStreets(("sunny",), scale.source, "train"))}
+    real |= {style: features(val, k, len(UNSEEN)) for k, style in enumerate(UNSEEN)}
+    unit = real["source"]
+    real = {name: measures.standardised(f, unit) for name, f in real.items()}
+    own = measures.spread_within(real["source"])
+
+    def row(f):
+        return {"within": measures.spread_within(f) / own,
+                **{to: 0.0 if f is g else measures.domain_distance(f, g) / own
+                   for to, g in real.items()}}
+
+    found = {name: row(f) for name, f in real.items()}
+    for name in names:
+        rows = [row(measures.standardised(features(data.open_set(str(folder))), unit))
+                for folder in set_paths(out, scale, name)]
+        found[name] = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
+    return found
+
+
+def measure_sizes(run, scale):
+    """RUN/sizes.json: the counts of measures.count_by_size on the unseen styles' test streets."""
+    model = segformer.SegFormer.from_pretrained(run / "segformer")
+    K, counts = len(data.CITYSCAPES.names), 0
+    for style in UNSEEN:  # the same scenes in every style
+        scenes = streets.ToyStreets((style,), scale.test, "test")
+        labels = [scenes.label(i) for i in range(scale.test)]
+        edges = measures.size_quartiles(labels, K)
+        for i, label in enumerate(labels):
+            guess = segformer.predict(model, scenes.image(i), (64, 128)).argmax(0).numpy()
+            counts = counts + measures.count_by_size(guess, label, edges)
+    found = {"edges": np.nan_to_num(edges).tolist(), "counts": counts.tolist()}
+    (run / "sizes.json").write_text(json.dumps(found) + "\n")
+
+
+def size_jobs(out, scale, rows):
+    return [Job(f"sizes, {row.title}, seed {s}", run_path(out, row, s) / "sizes.json",
+                (measure_sizes, run_path(out, row, s), scale), 0.4 * scale.test)
+            for s, row in planned(scale, rows) if row.title in SIZED]
+
+
 def measure_fidelity(out, scale, names):
     """fidelity.json: the VAE, and every set of every seed."""
     judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
     classifier, accuracy = style_classifier(scale.classifier)
     found = {"style classifier on real pictures": accuracy,
-             "VAE": reconstruction(VAE.from_pretrained(dginstyle.TOY / "vae"))}
+             "VAE": reconstruction(VAE.from_pretrained(dginstyle.TOY / "vae")),
+             "domains": measure_domains(out, scale, names, judge)}
     for name in names:
-        found[name] = [fidelity(set_path(out, name, s), judge, classifier, scale.source)
-                       for s in range(scale.seeds)]
+        found[name] = [fidelity(folder, judge, classifier, scale.source)
+                       for folder in set_paths(out, scale, name)]
     (out / "fidelity.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def fidelity_jobs(out, scale, names):
+    """The job that measures all sets, again where it has not seen the sets that are there now."""
+    file, there = out / "fidelity.json", {n: len(set_paths(out, scale, n)) for n in names}
+    if file.exists():
+        found = json.loads(file.read_text())
+        if {n: len(found.get(n, [])) for n in names} != there:
+            file.unlink()
+    return [Job("fidelity", file, (measure_fidelity, out, scale, names),
+                60 + 0.1 * scale.images * sum(there.values()))]
 
 
 # --------------------------------------------------------------------------------------------
@@ -539,9 +615,11 @@ def tables(out, scale, runs):
     for t in unseen:
         cells = [np.array([100 * r["mIoU"][s] for r in runs if r["row"] == t]) for s in UNSEEN]
         lines.append(f"| {name[t]} | " + " | ".join(spread(c) for c in cells) + " |")
+    lines += size_table(out, scale)
     file = out / "fidelity.json"
     if file.exists():
-        lines += ["", *fidelity_table(json.loads(file.read_text())), "",
+        found = json.loads(file.read_text())
+        lines += ["", *fidelity_table(found), "", *domain_table(found["domains"]), "",
                   *rare_class_table(out, scale)]
     elif "\nFidelity of" in (old := (HERE / "claim.md").read_text(encoding="utf-8")):  # --only
         lines += ["", "Fidelity of" + old.partition("\nFidelity of")[2].rstrip()]
@@ -554,6 +632,43 @@ def cost_lines(out):
     costs = json.loads(file.read_text()) if file.exists() else {}
     return [f"- {name}: {cost['seconds']:.2g} s an image on one core, {cost['parameters']:,} "
             "trained parameters." for name, cost in costs.items()]
+
+
+def size_table(out, scale):
+    """IoU of the small classes by the size of the object, rows of SIZED; [] before it is known."""
+    small = [data.CITYSCAPES.names.index(c) for c in SMALL]
+    lines = []
+    for row in (r for r in ROWS if r.title in SIZED):
+        files = [run_path(out, row, s) / "sizes.json" for s in range(scale.seeds)]
+        found = [json.loads(f.read_text()) for f in files if f.exists()]
+        iou = np.array([np.nanmean(measures.iou_by_size(np.array(r["counts"]))[small], axis=0)
+                        for r in found])
+        if found:
+            edges = np.array(found[0]["edges"])[small]
+            lines.append(f"| {row.title} | " + " | ".join(spread(100 * v) for v in iou.T) + " |")
+    if not lines:
+        return []
+    bounds = "; ".join(f"{c} {', '.join(f'{e:.0f}' for e in row)}"
+                       for c, row in zip(SMALL, edges, strict=True))
+    return ["", "Small classes on the unseen styles by the size of the object: mean IoU over the "
+            "classes, in the four quarters of each class's objects (connected pixels of one class; "
+            f"where the quarters part, in pixels: {bounds}). Falsely found pixels count for the "
+            "size of the object they make up in the prediction.", "",
+            "| trained on | smallest quarter | second | third | largest |", "|---|---|---|---|---|",
+            *lines]
+
+
+def domain_table(domains):
+    """The measures of `measure_domains`."""
+    lines = ["What a set looks like to the judge: variance within a class, and squared distance "
+             "between the means of a class, on the features of its four stages, both as a share of "
+             "the source's variance within a class (0: one domain; chance is taken off).", "",
+             "| pictures | within a class | to source | to unseen | " + " | ".join(UNSEEN) + " |",
+             "|---" * (len(UNSEEN) + 4) + "|"]
+    for name, m in domains.items():
+        cells = [m["within"], m["source"], np.mean([m[s] for s in UNSEEN]), *(m[s] for s in UNSEEN)]
+        lines.append(f"| {name} | " + " | ".join(f"{v:.2f}" for v in cells) + " |")
+    return lines
 
 
 def fidelity_table(found):
@@ -641,6 +756,33 @@ def figure(out, runs):
     (out / "claim.svg").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
+def scatter(out, runs, domains):
+    """domains.svg: does a set that lies nearer to the unseen styles train better?
+
+    A point for the source and for every whole set that is added to it, from one row of the table.
+    """
+    unseen = by_row(runs, "unseen")
+    named = {"source" if not r.sets else r.sets[0]: unseen[r.title].mean() for r in ROWS
+             if r.title in unseen and r.diff is None and not r.strong and r.source == "sunny"
+             and len(r.sets) < 2}
+    points = [(np.mean([domains[n][s] for s in UNSEEN]), v, n) for n, v in named.items()
+              if n in domains]
+    low, high = (np.array([f(p[k] for p in points) for k in (0, 1)]) for f in (min, max))
+    scale = np.array((560, 320)) / np.maximum(high - low, 1e-6)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 440" '
+             'font-family="system-ui,sans-serif" font-size="13">',
+             '<rect width="100%" height="100%" fill="#fff"/>',
+             '<path d="M60 20V390H800" fill="none" stroke="#999"/>',
+             '<text x="430" y="428" text-anchor="middle">squared distance to the unseen styles, '
+             'mean of six</text>', '<text transform="translate(18 205) rotate(-90)" '
+             'text-anchor="middle">mIoU on the unseen styles</text>']
+    for x, y, name in points:
+        a, b = 90 + (x - low[0]) * scale[0], 370 - (y - low[1]) * scale[1]
+        parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="#1d4ed8"/><text '
+                     f'x="{a + 8:.1f}" y="{b + 4:.1f}">{name}: {x:.2f}, {y:.1f}</text>')
+    (out / "domains.svg").write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
 def page(out, names):
     """gallery.html with the images of the first seed of every set."""
     rows = []
@@ -655,10 +797,26 @@ def page(out, names):
     gallery.write_gallery(out, rows, size, "DGInStyle in miniature")
 
 
+def open_experiment(args):
+    """-> its Scale and folder; more seeds may be asked of one that is there, nothing else."""
+    scale = QUICK if args.quick else FULL
+    scale = replace(scale, steps=args.steps or scale.steps, seeds=args.seeds or scale.seeds)
+    name = "claim" + "-quick" * args.quick + (f"-{args.steps}" if args.steps else "")
+    out = args.out or Path("runs") / name
+    for folder in ("sets", "runs"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    file, mine = out / "scale.json", asdict(scale)
+    before = json.loads(file.read_text()) if file.exists() else mine
+    if {**before, "seeds": 0} != {**mine, "seeds": 0}:
+        raise SystemExit(f"{out} holds an experiment of {before}: choose another --out")
+    file.write_text(json.dumps(mine) + "\n")
+    return scale, out
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="experiments.claim", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="main rows, fewer images, 2 seeds")
-    parser.add_argument("--out", type=Path, help="default: runs/claim or runs/claim-quick")
+    parser.add_argument("--out", type=Path, help="default: runs/claim[-quick][-STEPS]")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="runs at once, each with its share of the cores (%(default)s)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"),
@@ -667,22 +825,24 @@ def main(argv=None):
     parser.add_argument("--install", action="store_true", help="copy the results to experiments/")
     parser.add_argument("--only", metavar="WORD", default="", help="the rows with this in their "
                         "title; the others are taken from experiments/claim.json")
+    parser.add_argument("--main", action="store_true", help="the rows of --quick at full size; "
+                        "without it a later run goes on with the others")
+    parser.add_argument("--steps", type=int, help="of every row (default: 350)")
+    parser.add_argument("--seeds", type=int, help="of the main rows, which are those of --quick; "
+                        "others have three at most (default: 3)")
     args = parser.parse_args(argv)
-    scale = QUICK if args.quick else FULL
-    out = args.out or Path("runs/claim-quick" if args.quick else "runs/claim")
-    rows = [r for r in ROWS if args.only in r.title and (r.quick or not args.quick)]
-    for folder in ("sets", "runs"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    scale, out = open_experiment(args)
+    rows = [r for r in ROWS
+            if args.only in r.title and (r.quick or not (args.quick or args.main))]
     start = time.time()
     sets = generate_jobs(out, scale, rows, args.precision)
     encoders = encoder_jobs(out, scale) if any(r.diff is None for r in rows) else []
     run_all([*sets, *encoders], out, args.jobs)
     names = [n for n in SETS if set_path(out, n, 0).exists()]
-    fidelity_job = Job("fidelity", out / "fidelity.json", (measure_fidelity, out, scale, names),
-                       30 + 0.1 * scale.images * scale.seeds * len(names))
     run_all(filter_jobs(out, scale, rows), out, args.jobs)
-    run_all([*([] if args.only else [fidelity_job]), *row_jobs(out, scale, rows, args.precision)],
-            out, args.jobs)
+    run_all([*([] if args.only else fidelity_jobs(out, scale, names)),
+             *row_jobs(out, scale, rows, args.precision)], out, args.jobs)
+    run_all(size_jobs(out, scale, rows), out, args.jobs)
     cost_job = Job("cost", out / "cost.json", (measure_cost, out, rows, args.precision), 60)
     run_all([cost_job], out, 1)
 
@@ -695,11 +855,14 @@ def main(argv=None):
     (out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
     tables(out, scale, runs)
     figure(out, runs)
+    if (file := out / "fidelity.json").exists():
+        scatter(out, runs, json.loads(file.read_text())["domains"])
     if names:
         page(out, names)
     if args.install:
-        for name in ("claim.json", "claim.md", "claim.svg"):
-            shutil.copy(out / name, HERE / name)
+        for name in ("claim.json", "claim.md", "claim.svg", "domains.svg"):
+            if (out / name).exists():  # no domains with --only
+                shutil.copy(out / name, HERE / name)
     print((out / "claim.md").read_text())
     print(f"{(time.time() - start) / 60:.0f} minutes; {out / 'claim.md'}, {out / 'claim.svg'}, "
           f"{out / 'gallery.html'}")
