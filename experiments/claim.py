@@ -285,6 +285,9 @@ def row_jobs(out, scale, rows, precision):
     jobs = []
     for seed, row in planned(scale, rows):
         path = run_path(out, row, seed)
+        result = path / "eval.json"  # which grows set by set: a stopped one is made again
+        if result.exists() and len(json.loads(result.read_text())) < len(streets.STYLES):
+            result.unlink()
         total = scale.source + scale.images
         specs = {"sunny": [f"toy:sunny:{scale.source}"], "all": [f"toy:all:{total}"],
                  "": []}[row.source]
@@ -302,7 +305,7 @@ def row_jobs(out, scale, rows, precision):
         cost = 0.2 * scale.steps + 0.05 * scale.test * len(streets.STYLES)
         if row.diff is not None:
             cost *= 2 * row.times * (5 if "5" in row.diff else 1)
-        jobs.append(Job(f"{row.title}, seed {seed}", path / "eval.json", argv, cost))
+        jobs.append(Job(f"{row.title}, seed {seed}", result, argv, cost))
     return jobs
 
 
