@@ -97,10 +97,12 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         """Timesteps, a number or (B,) -> (1, dim) or (B, dim); an embedding passes through."""
-        if torch.is_tensor(t) and t.ndim == 2:
+        weight = self.linear_1.weight
+        if not torch.is_tensor(t):  # made where it is needed: sending it there would be waited for
+            t = torch.full((1,), t, device=weight.device)
+        if t.ndim == 2:
             return t
-        t = torch.as_tensor(t, device=self.linear_1.weight.device).reshape(-1)
-        e = timestep_embedding(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        e = timestep_embedding(t.reshape(-1), weight.shape[1]).to(weight.dtype)
         return self.linear_2(F.silu(self.linear_1(e)))
 
 
