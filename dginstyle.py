@@ -523,16 +523,16 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
 def plan_windows(mask, window, stride):
     """Windows over the latents that mask (B,1,h,w) belongs to, and how to add them up.
 
-    -> jobs (n,3): image, top and left of every window that is not wholly inside the mask; order
-    (n·h'·w',): the positions of all windows, sorted by the latents that they lie on; first
-    (B·h·w,): where the positions of a latent begin in it.
+    -> jobs, [(image, top, left)] of the n windows that are not wholly inside the mask; order
+    (n·h'·w',), the positions of all windows, sorted by the latents that they lie on; first
+    (B·h·w,), where the positions of a latent begin in it.
     """
     corners = tiles(mask.shape[2:], window, stride)
     jobs = torch.tensor([(b, i, j) for b in range(len(mask)) for i, j in corners])
     jobs = jobs[~cut(mask, jobs, window).flatten(1).all(1)]
     latents = cut(torch.arange(mask.numel()).view(mask.shape), jobs, window).flatten()
     count = latents.bincount(minlength=mask.numel())
-    return jobs, latents.argsort(stable=True), count.cumsum(0) - count
+    return jobs.tolist(), latents.argsort(stable=True), count.cumsum(0) - count
 
 
 def cut(maps, jobs, window, f=1):
@@ -566,11 +566,12 @@ class Windows:
         self.coverage = coverage + (coverage == 0)  # where nothing but kept latents lie
 
         n = tile_batch or windows_that_fit(models, self.window)
-        batches = jobs.split(n) if len(jobs) else ()  # a mask may cover all of them
-        rows = [tuple(batch[:, 0].tolist()) for batch in batches]
+        batches = [jobs[k : k + n] for k in range(0, len(jobs), n)]
+        rows = [tuple(b for b, _, _ in batch) for batch in batches]
         rows = [r[:1] if len(set(r)) == 1 else r for r in rows]  # one row serves many windows
         texts = {r: models.encode_text(text[:, r].to(mask.device)) for r in set(rows)}
         self.texts = [texts[r] for r in rows]
+        batches = [torch.tensor(batch) for batch in batches]
         self.hints = [None if hint is None else models.encode_hint(
             cut(hint, batch, self.window, models.vae.factor)) for batch in batches]
         self.batches = [batch.to(mask.device) for batch in batches]

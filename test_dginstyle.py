@@ -63,7 +63,7 @@ from clip_text import (
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from diff import Diff, DiffConfig, Prior, diffusion_features, invert
-from experiments import badinput, bench, rehearse
+from experiments import badinput, bench, pretend, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
 from unet import UNet, UNetConfig
@@ -4027,6 +4027,83 @@ def test_rehearsal_of_three_commands(capsys):
     """README's eight-process generate, ControlNet training in bf16 and segmenter run to their end
     on look-alikes of the public data sets and weights."""
     assert rehearse.main(["--quick"]) == 0, capsys.readouterr().out
+
+
+# ---- experiments/pretend.py: on a GPU that is not there ------------------------------------------
+
+
+def on_pretended(device="cuda:0", dtype=torch.float32, low_vram=False):
+    """tiny_models there, to be called within pretend.gpu()."""
+    models = replace(tiny_models(), schedule=pretend.schedule(),
+                     turns_on=device if low_vram else None)
+    for net in (models.unet, models.controlnet, models.vae, models.text_encoder):
+        net.to("cpu" if low_vram else device, dtype, memory_format=torch.channels_last)
+    return models
+
+
+@pytest.mark.parametrize("low_vram", [False, True])
+def test_both_passes_on_a_gpu(low_vram):
+    """Nothing is left on the CPU in sampling, with any sampler, guidance and size; with low_vram
+    no weight is left on the GPU."""
+    with pretend.gpu(), torch.no_grad():
+        models = on_pretended("cuda:0", torch.bfloat16, low_vram)
+        text, hint = models.encode_prompts(["road", "sky"], "fog"), torch.zeros(2, 20, 32, 64)
+        for sampler, weights, share in (("ddim", "uniform", 1.0), ("dpm++", "cosine", 0.4)):
+            options = dict(sampler=sampler, steps=2, weights=weights, control_uncond=share,
+                           tile_batch=16)
+            latents = dginstyle.first_pass(models, (32, 64), text, hint, Noise([0, 1]), **options)
+            latents = dginstyle.second_pass(models, latents, torch.zeros(2, 1, 32, 64), hint, text,
+                                            Noise([0, 1]), official_renoise=share < 1,
+                                            stride="half", **options)
+            assert latents.is_cuda and latents.shape == (2, 4, 16, 32)
+        dginstyle.first_pass(models, (32, 64), text, None, Noise([0, 1]), steps=1, tile_batch=16)
+        nets = (models.unet, models.controlnet, models.vae, models.text_encoder)
+        there = {p.device.type for net in nets for p in net.parameters()}
+        assert there == {"cpu" if low_vram else "cuda"}
+
+
+def test_a_misplaced_tensor_is_found():
+    """The pretended GPU refuses one weight, a hint or a mask that was left on the CPU."""
+    with pretend.gpu(), torch.no_grad():
+        models = on_pretended()
+        text, x = models.encode_prompts(["road"]), torch.zeros(1, 4, 8, 8, device="cuda:0")
+        hint = models.encode_hint(torch.zeros(1, 20, 32, 32))
+        assert models.predict(x, 9, text, hint).is_cuda
+        with pytest.raises(RuntimeError, match="same device"):
+            models.predict(x, 9, text, hint.cpu())
+        weight = models.unet.mid_block.resnets[1].norm2.weight
+        weight.data = weight.data.cpu()
+        with pytest.raises(RuntimeError, match="same device"):
+            models.predict(x, 9, text, hint)
+
+
+def test_no_step_of_sampling_waits_for_the_gpu():
+    """Between two steps nothing is read back or sent over; a wait that is there is counted."""
+    with pretend.gpu():
+        models = on_pretended()
+        for options in (dict(stride=(2, 2), tile_batch=5), dict(sampler="dpm++", stride=(4, 4))):
+            seen = pretend.second_pass_step(models, **{"tile_batch": 32, **options})
+            assert not seen.waits and seen.launched["convolution"] > 20
+        x, flags = torch.zeros(4, device="cuda:0"), torch.ones(4, dtype=torch.bool, device="cuda:0")
+        with pretend.Launches() as seen:
+            x + torch.zeros(4).to("cuda:0", non_blocking=True)
+            assert not seen.waits
+            x.cpu(), x + torch.zeros(4).to("cuda:0"), x.copy_(torch.zeros(4))
+            for read in (lambda: x.sum().item(), lambda: x[flags], lambda: bool(flags.all())):
+                with pytest.raises(Exception, match="aten|data-dependent"):
+                    read()
+        assert seen.waits == {"copy from": 1, "copy to": 2, "_local_scalar_dense": 2, "index": 1}
+
+
+def test_stable_diffusion_on_a_gpu():
+    """At SD1.5's size in bf16: text, both ways of the VAE, and a step in 25 windows, which waits
+    for nothing and launches at most 1000 operators."""
+    with pretend.gpu(), torch.no_grad():
+        models = pretend.sd_models()
+        seen = pretend.second_pass_step(models, stride=(16, 16), tile_batch=32)
+        assert not seen.waits and seen.launched.total() < 1000
+        z = models.vae.encode(torch.zeros(1, 3, 512, 512, device="cuda:0", dtype=torch.bfloat16))
+        assert models.vae.decode(z).shape == (1, 3, 512, 512) and z.is_cuda
 
 
 # ---- diff.py -------------------------------------------------------------------------------------
