@@ -4106,6 +4106,56 @@ def test_stable_diffusion_on_a_gpu():
         assert models.vae.decode(z).shape == (1, 3, 512, 512) and z.is_cuda
 
 
+def updates(monkeypatch, words, flags, models):
+    """Run a training stage's own code up to its loop, then an update -> Launches of the update.
+
+    models: what the stage finds in --sd."""
+    caught = {}
+    monkeypatch.setattr(dginstyle, "fit", lambda stage, objective, draw, args, save, groups=None:
+                        caught.update(objective=objective, draw=draw, args=args, groups=groups))
+    monkeypatch.setattr(Models, "from_pretrained", lambda *a, **k: models)
+    monkeypatch.setattr(UNet, "from_pretrained", lambda path: copy.deepcopy(models.unet))
+    args = dginstyle.settings(*words, *flags, "--device", "cuda:0", "--data", "toy:sunny:2",
+                              "--batch", "2")
+    if args.command == "train":
+        function = getattr(dginstyle, f"train_{args.stage}")
+        function(args, dginstyle.open_training_data(args)[1], data.CITYSCAPES)
+    else:
+        dginstyle.train_segmenter(args)
+    objective, draw, args, groups = caught.values()
+    objective.to(args.device, memory_format=torch.channels_last).train()
+    state = dginstyle.Trained(objective, groups, args)
+    batches = (list(map(torch.stack, zip(*(draw(np.random.default_rng(k)) for _ in range(2)),
+                                         strict=True))) for k in range(100))
+    with pretend.Launches() as seen:
+        loss = dginstyle.update(state, objective, batches, args)
+        state.blend(args.ema, 0)
+    assert loss.is_cuda and loss.ndim == 0
+    assert all(p.is_cuda and p.grad is None for p in state.parameters)
+    return seen
+
+
+@pytest.mark.parametrize("stage,precision", [
+    ("dreambooth", "fp16"), ("controlnet", "bf16"), ("daformer", "bf16"), ("hrda", "fp16"),
+    ("segformer", "fp16"), ("diff", "bf16")])
+def test_training_on_a_gpu(stage, precision, monkeypatch):
+    """An update of every stage, with checkpointing, accumulation, clipping, averaged weights and
+    fp16's scaler, lies on the GPU and waits for nothing."""
+    flags = ["--precision", precision, "--accumulate", str(1 + (stage == "controlnet")),
+             "--ema", "0.9", "--clip", "1"]
+    with pretend.gpu():
+        models = on_pretended()
+        if stage in ("dreambooth", "controlnet"):
+            words = ["train", stage, "--checkpointing", "--size", "32x32", "--source-unet", ".",
+                     "--cache", "0"]
+        else:
+            words = ["segment", "train", "--crop", "64x64", "--arch", stage]
+        if stage == "diff":
+            words = [*words[:4], "--backbone", "diff", "--diff-steps", "5"]
+            models.unet, models.vae = diff_prior().unet.to("cuda:0"), diff_prior().vae.to("cuda:0")
+        assert not updates(monkeypatch, words, flags, models).waits
+
+
 # ---- diff.py -------------------------------------------------------------------------------------
 
 
