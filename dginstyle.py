@@ -780,8 +780,7 @@ def generate(args):
     models = Models.from_pretrained(args.sd, args.controlnet, args.source_unet, args.swap,
                                     args.device, DTYPES[choose_precision(args)], args.low_vram)
     if args.compile:
-        for net in (models.unet, models.controlnet):
-            net.compile()
+        compile_nets(models)
     if models.controlnet.hint_channels != len(classes.names) + 1:
         raise UserError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                          f"the data have {len(classes.names)} classes and ignore")
@@ -837,6 +836,12 @@ def make_data_set(models, condition, classes, args):
             manifest.flush()  # whenever the run is stopped, there is a row for every image
             bar.update(min(args.batch, args.num - start) * world)
     barrier(world)
+
+
+def compile_nets(models, backend="inductor"):
+    """--compile: one graph for a single window, one for any number of them."""
+    for net in (models.unet, models.controlnet):
+        net.compile(dynamic=True, backend=backend)
 
 
 def rare_class_sampler(pairs, args):

@@ -975,6 +975,27 @@ def test_nets_take_turns_on_the_device(monkeypatch):
             assert p is q and p.data_ptr() == home.data_ptr()
 
 
+def test_compiled_nets_are_compiled_once():
+    """--compile: no graph breaks, and one graph a network for any number of windows in a call."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    models, graphs, g = tiny_models(), CompileCounterWithBackend("eager"), torch.Generator()
+    text, hint, mask = models.encode_prompts(["road"]), torch.zeros(1, 20, 32, 32), torch.zeros(1)
+    latents = torch.randn(1, 4, 8, 8, generator=g.manual_seed(0))
+
+    def run(n):
+        return dginstyle.second_pass(models, latents, mask.expand(1, 1, 32, 32), hint, text,
+                                     Noise([0]), steps=2, stride="half", tile_batch=n)
+
+    plain = run(5)
+    dginstyle.compile_nets(models, graphs)
+    for n in (5, 7, 3):  # 5 + 4, 7 + 2 and 3 + 3 + 3 windows; the CPU has another graph from 8 on
+        assert relative(run(n), plain) < 1e-5
+    assert graphs.frame_count == 2 and not counters["graph_break"]
+
+
 def test_image_noise_is_its_own():
     """Image k draws the same noise alone and in a batch, and its result is the same."""
     models = tiny_models()

@@ -107,7 +107,10 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """(B,C,h,w), time embedding -> (B,C',h,w). `inner` receives the map before the shortcut."""
+    """(B,C,h,w), SiLU of the time embedding (1 or B,dim) -> (B,C',h,w).
+
+    `inner` receives the map before the shortcut.
+    """
 
     def __init__(self, c_in, c_out, cfg):
         super().__init__()
@@ -121,7 +124,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x, emb, inner=None):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         if inner is not None:
             inner.append(h)
@@ -386,7 +389,7 @@ class UNet(nn.Module):
         run = call_checkpointed if self.checkpointing and self.training else call
         assert inner is None or run is call, "checkpointing makes the decoder's maps twice"
 
-        emb = self.time_embedding(t)
+        emb = F.silu(self.time_embedding(t))
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
