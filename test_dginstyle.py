@@ -903,6 +903,21 @@ def test_kept_segments_end_as_in_the_first_pass():
     assert relative(out, z * models.schedule.abar_at(-1) ** 0.5) < 1e-6
 
 
+def test_second_pass_from_part_of_the_noise():
+    """start below 1: only the steps below that level are made, from the enlarged first pass with
+    the initial noise at the first of them."""
+    models, seen = tiny_models(), []
+    latents, text = torch.randn(1, 4, 8, 8), models.encode_prompts(["road"])
+    hint, mask = torch.zeros(1, 20, 32, 32), torch.zeros(1, 1, 32, 32)
+    predict = models.predict
+    models.predict = lambda x, t, *a: (seen.append(x), predict(x, t, *a))[1]
+    noise = torch.randn(1, 4, 16, 16)
+    dginstyle.second_pass(models, latents, mask, hint, text, lambda shape: noise, steps=4,
+                          start=0.6, window=(16, 16))
+    want = models.schedule.add_noise(dginstyle.enlarge(models.vae, latents), noise, 501)
+    assert len(seen) == 3 and relative(seen[0], want) < 1e-6  # t = 501, 251, 1
+
+
 def test_guidance_one_is_the_conditional_output():
     """Guidance 1 ignores the negative prompt, 0 ignores the prompt."""
     models = tiny_models()
@@ -2734,8 +2749,9 @@ def test_presets():
 
     published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
     assert vars(published) == vars(paper) and paper.sampler == "ddim" and paper.guidance == 7.5
-    fast = parse("--sd", "x", "--preset", "fast")
+    fast, turbo = (parse("--sd", "x", "--preset", p) for p in ("fast", "turbo"))
     assert evaluations(paper) == 520 and evaluations(paper) >= 5 * evaluations(fast)
+    assert {**vars(turbo), "start": 1.0, "preset": "fast"} == vars(fast) and turbo.start < 1
     mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
     assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
     toy = parse()  # has settings of its own
