@@ -17,7 +17,8 @@ while [ $# -gt 0 ]; do
   esac
 done
 OUT=experiments/gpu.md WORK=$(mktemp -d) START=$SECONDS
-trap 'rm -rf "$WORK"' EXIT
+trap '[ -z "$QUICK" ] || cp "$WORK"/bench.* experiments/; rm -rf "$WORK"' EXIT
+cp experiments/bench.json experiments/bench.md "$WORK"  # a rehearsal's figures are not kept
 STEPS=300 IMAGES=64 SIZE=--sd-size
 [ -z "$QUICK" ] || { STEPS=2 IMAGES=4 SIZE=; }
 
