@@ -931,6 +931,11 @@ def data_path(files=12, draws=36):
         for arch in ("daformer", "hrda"):
             args = dginstyle.settings("segment", "--data", root, "--arch", arch, "--device", "cpu")
             result[arch] = cost(dginstyle.segmenter_draw(pairs, args))
+        args, draws_of = dginstyle.settings("train", "controlnet", "--data", root, "--cache", 0,
+                                            "--size", "512", "--device", "cpu"), []
+        with mock.patch.object(dginstyle, "fit", lambda *a, **k: draws_of.append(a[2])):
+            dginstyle.train_controlnet(args, pairs, CLASSES)
+        result["controlnet"] = cost(draws_of[0])
     return result
 
 

@@ -2,7 +2,7 @@
 # The first hour on a GPU: tests, bench, memory, training and the toy pack's stages, one report.
 #
 #   bash experiments/gpu.sh                         # cuda, under 40 minutes -> experiments/gpu.md
-#   bash experiments/gpu.sh --device cpu --quick    # the same commands once through, without a GPU
+#   bash experiments/gpu.sh --device cpu --quick    # its commands once through at toy size, on a CPU
 #
 # A part that fails is written down, and the next one runs. Needs requirements-dev.txt and 20 GB in
 # the folder of temporary files.
@@ -40,7 +40,8 @@ part() { # part TITLE LIMIT-IN-SECONDS COMMAND...: run it and write down how lon
 # every stage and both passes, on the pretended GPU and, where there is one, on the real one
 part "tests" 300 python -m pytest -q -k "on_a_gpu or misplaced or waits_for or on_a_real_gpu"
 # aims: an MRLF image in bf16 >= 15 times the literal loop in fp32, of peak >= 45 %, UNet >= 1.0
-part "bench, SD1.5's size" 600 python -m experiments.bench --sd-size --device $DEVICE $QUICK
+[ -n "$QUICK" ] ||
+  part "bench, SD1.5's size" 600 python -m experiments.bench $SIZE --device $DEVICE
 part "bench, toy size" 300 python -m experiments.bench --device $DEVICE $QUICK
 part "torch.compile" 300 python -m experiments.bench --compile $SIZE --device $DEVICE $QUICK
 SD=toy
