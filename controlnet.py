@@ -117,7 +117,7 @@ class ControlNet(nn.Module):
             hint = self.encode_hint(hint)
         assert hint.shape[2:] == x.shape[2:], (tuple(hint.shape), tuple(x.shape))
 
-        emb = self.time_embedding(t)
+        emb = F.silu(self.time_embedding(t))
         x = self.conv_in(x) + hint
         skips = [x]
         for block in self.down_blocks:

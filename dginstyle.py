@@ -30,7 +30,7 @@ import math
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -126,11 +126,11 @@ class Schedule:
     def save_pretrained(self, folder):
         """Write `scheduler_config.json`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": "DDIMScheduler", "clip_sample": False, **self.__dict__}
+        config = {"_class_name": "DDIMScheduler", "clip_sample": False, **asdict(self)}
         text = json.dumps(config, indent=2)
         (Path(folder) / "scheduler_config.json").write_text(text + "\n")
 
-    @property
+    @functools.cached_property
     def abar(self):
         """abar_t, the product of 1 - beta up to t, float32 (1000,)."""
         n, a, b = self.num_train_timesteps, self.beta_start, self.beta_end
@@ -140,11 +140,20 @@ class Schedule:
             beta = torch.linspace(a**0.5, b**0.5, n, dtype=torch.float32) ** 2
         return torch.cumprod(1 - beta, dim=0)
 
+    @functools.cached_property
+    def levels(self):
+        """`abar` as numbers, and as the last one the level after the last step (t = -1)."""
+        levels = self.abar.tolist()
+        return [*levels, 1.0 if self.set_alpha_to_one else levels[0]]
+
     def abar_at(self, t):
         """abar of a timestep as a float; t < 0 is the level after the last step."""
-        if t < 0 and self.set_alpha_to_one:
-            return 1.0
-        return float(self.abar[max(t, 0)])
+        return self.levels[max(t, -1)]
+
+    def abar_of(self, t, x):
+        """abar of timesteps t (B,) as a factor of x (B,…), both on one device."""
+        table = self.abar.to(x.device, non_blocking=True)  # 4 KB, for which no GPU waits
+        return table[t].view(-1, *[1] * (x.ndim - 1)).to(x)
 
     def timesteps(self, steps):
         """[(t, t_prev), …] from noise to image; t_prev < 0 is the level after the last step."""
@@ -171,17 +180,14 @@ class Schedule:
 
     def add_noise(self, x0, eps, t):
         """x_t from x_0 (B,…); t a timestep or (B,)."""
-        if torch.is_tensor(t):
-            abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1)).to(x0)
-        else:
-            abar = self.abar_at(t)
+        abar = self.abar_of(t, x0) if torch.is_tensor(t) else self.abar_at(t)
         return abar**0.5 * x0 + (1 - abar) ** 0.5 * eps
 
     def target(self, x0, eps, t):
         """What the network is trained to put out for x_t: eps, or v = sqrt(abar) eps - … x_0."""
         if self.prediction_type == "epsilon":
             return eps
-        abar = self.abar[t.cpu()].view(-1, *[1] * (x0.ndim - 1)).to(x0)
+        abar = self.abar_of(t, x0)
         return abar.sqrt() * eps - (1 - abar).sqrt() * x0
 
 
@@ -485,7 +491,8 @@ def windows_that_fit(models, window):
 @torch.no_grad()
 def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
             control_scale=1.0, control_uncond=1.0, window=None, stride=None, weights="uniform",
-            keep=None, noise=None, official_renoise=False, tile_batch=None, prior_tone=None):
+            keep=None, noise=None, start=1.0, official_renoise=False, tile_batch=None,
+            prior_tone=None):
     """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
     x       (B,C,h,w) initial noise
@@ -494,6 +501,9 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     window, stride, weights, tile_batch   see `Windows`
     keep    (z (B,C,h,w), mask (B,1,h,w)): after every step the latents where mask = 1 become z at
             the new noise level (section 3.3); needs `noise`, which is called once per step
+    start   below 1 only the steps below this share of the timesteps are made, from z noised with x
+
+    On a GPU nothing between the first step and the last waits for it: all noise is drawn before.
 
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
     the latents have reached (t_prev), so that the kept part is almost one step too noisy until
@@ -504,12 +514,16 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     z, mask = (part.to(models.device) for part in keep or (x, torch.zeros_like(x[:, :1])))
     windows = Windows(models, text, hint, mask, window, stride, weights, tile_batch)
     solver, x = SAMPLERS[sampler](models.schedule, steps), x.to(models.device)
-    for t, t_prev in solver.timesteps:
+    below = start * models.schedule.num_train_timesteps
+    levels = [(t, t_prev) for t, t_prev in solver.timesteps if t < below]
+    if start < 1:
+        x = models.schedule.add_noise(z, x, levels[0][0])
+    fresh = [noise(z.shape).to(x) if keep else None for _ in levels]
+    for (t, t_prev), n in zip(levels, fresh, strict=True):
         out = windows.predict(x, t, prior_tone, guidance, control_scale, control_uncond)
         x = solver.step(out, x, t, t_prev)
         if keep:
-            level = t - 1 if official_renoise else t_prev
-            kept = models.schedule.add_noise(z.to(x), noise(z.shape).to(x), level)
+            kept = models.schedule.add_noise(z, n, t - 1 if official_renoise else t_prev)
             x = torch.where(mask > 0, kept, x)
         yield x
 
@@ -530,6 +544,27 @@ def match_tone(schedule, out, free, x, t, contrast):
     return eps if schedule.prediction_type == "epsilon" else a * eps - sigma * x0
 
 
+def plan_windows(mask, window, stride):
+    """Windows over the latents that mask (B,1,h,w) belongs to, and how to add them up.
+
+    -> jobs, [(image, top, left)] of the n windows that are not wholly inside the mask; order
+    (n·h'·w',), the positions of all windows, sorted by the latents that they lie on; first
+    (B·h·w,), where the positions of a latent begin in it.
+    """
+    corners = tiles(mask.shape[2:], window, stride)
+    jobs = torch.tensor([(b, i, j) for b in range(len(mask)) for i, j in corners])
+    jobs = jobs[~cut(mask, jobs, window).flatten(1).all(1)]
+    latents = cut(torch.arange(mask.numel()).view(mask.shape), jobs, window).flatten()
+    count = latents.bincount(minlength=mask.numel())
+    return jobs.tolist(), latents.argsort(stable=True), count.cumsum(0) - count
+
+
+def cut(maps, jobs, window, f=1):
+    """The windows (n,C,f·h',f·w') of maps (B,C,f·h,f·w) that `plan_windows` names, in one go."""
+    (h, w), (b, i, j) = window, jobs.unbind(1)
+    return maps.unfold(2, f * h, f).unfold(3, f * w, f)[b, :, i, j]
+
+
 class Windows:
     """Overlapping windows over latents (B,C,h,w): the network's output in each of them, averaged.
 
@@ -547,46 +582,45 @@ class Windows:
         """text (2,B,L,D), hint (B,K+1,H,W) or None, mask (B,1,h,w); window, stride: latent pixels,
         pairs, None: one window of the whole size; weights: see `window_weights`; tile_batch:
         windows in one network call, None: what memory allows."""
-        B, _, h, w = mask.shape
-        self.models, self.window = models, window or (h, w)
-        corners = tiles((h, w), self.window, stride or self.window)
-        covered = mask.cpu()
-        jobs = [(b, i, j) for b in range(B) for i, j in corners
-                if not self.cut(covered, b, i, j).all()]
-        n = tile_batch or windows_that_fit(models, self.window)
-        self.batches = [jobs[k : k + n] for k in range(0, len(jobs), n)]
+        self.models, self.shape, self.window = models, mask.shape, window or mask.shape[2:]
+        jobs, *places = plan_windows(mask.cpu(), self.window, stride or self.window)
+        self.order, self.first = (index.to(mask.device) for index in places)
         self.weight = window_weights(weights, self.window).to(mask.device)
-        self.coverage = torch.zeros(mask.shape, device=mask.device)
-        for job in jobs:
-            self.cut(self.coverage, *job).add_(self.weight)
-        self.coverage[self.coverage == 0] = 1  # where nothing but kept latents lie
-        rows = [tuple(b for b, _, _ in batch) for batch in self.batches]
+        coverage = self.add_up(torch.ones(len(jobs), 1, *self.window, device=mask.device))
+        self.coverage = coverage + (coverage == 0)  # where nothing but kept latents lie
+
+        n = tile_batch or windows_that_fit(models, self.window)
+        batches = [jobs[k : k + n] for k in range(0, len(jobs), n)]
+        rows = [tuple(b for b, _, _ in batch) for batch in batches]
         rows = [r[:1] if len(set(r)) == 1 else r for r in rows]  # one row serves many windows
         texts = {r: models.encode_text(text[:, r].to(mask.device)) for r in set(rows)}
         self.texts = [texts[r] for r in rows]
-        self.hints = [None] * len(self.batches)
-        if hint is not None:
-            parts = ([self.cut(hint, *job, models.vae.factor) for job in batch]
-                     for batch in self.batches)
-            self.hints = [models.encode_hint(torch.stack(part)) for part in parts]
+        batches = [torch.tensor(batch) for batch in batches]
+        self.hints = [None if hint is None else models.encode_hint(
+            cut(hint, batch, self.window, models.vae.factor)) for batch in batches]
+        self.batches = [batch.to(mask.device) for batch in batches]
 
-    def cut(self, maps, b, i, j, f=1):
-        """The view of a window in image b of maps (B,C,f·h,f·w)."""
-        h, w = self.window
-        return maps[b, :, f * i : f * (i + h), f * j : f * (j + w)]
+    def add_up(self, outs):
+        """What was made of all windows (n,C,h',w') -> its weighted sum (B,C,h,w).
+
+        Every latent adds its terms in the order of the windows: unlike with `index_add_` the sum is
+        the same in every run on a GPU too.
+        """
+        B, _, h, w = self.shape
+        terms = (self.weight * outs).permute(0, 2, 3, 1).flatten(0, 2)  # (n·h'·w',C)
+        total = F.embedding_bag(self.order, terms, self.first, mode="sum")
+        return total.view(B, h, w, -1).permute(0, 3, 1, 2)
 
     def predict(self, x, t, prior_tone, *guidance):
         """`Models.predict` of latents x (B,C,h,w) at timestep t, averaged over the windows."""
-        total, time = torch.zeros_like(x), self.models.encode_time(t)
+        time, outs = self.models.encode_time(t), [x.new_empty(0, x.shape[1], *self.window)]
         for batch, text, hint in zip(self.batches, self.texts, self.hints, strict=True):
-            part = torch.stack([self.cut(x, *job) for job in batch])
-            outs = self.models.predict(part, time, text, hint, *guidance)
+            part = cut(x, batch, self.window)
+            outs.append(self.models.predict(part, time, text, hint, *guidance))
             if prior_tone is not None and hint is not None:
                 free = self.models.predict(part, time, text, None, *guidance)
-                outs = match_tone(self.models.schedule, outs, free, part, t, prior_tone)
-            for job, out in zip(batch, outs, strict=True):
-                self.cut(total, *job).add_(self.weight * out)
-        return total / self.coverage
+                outs[-1] = match_tone(self.models.schedule, outs[-1], free, part, t, prior_tone)
+        return self.add_up(torch.cat(outs)) / self.coverage
 
 
 def first_pass(models, size, text, hint, noise, *, window=None, **options):
@@ -685,8 +719,8 @@ class Condition:
     def manifest_row(self, args):
         """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
         names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "prior_tone",
-                 "swap", "mrlf", "stride", "window", "window_weights", "large_segment", "renoise",
-                 "negative", "precision")
+                 "swap", "mrlf", "stride", "start", "window", "window_weights", "large_segment",
+                 "renoise", "negative", "precision")
         return {"image": f"images/{self.name}.png",
                 "label": f"labels/{self.name}_labelTrainIds.png", "prompt": self.prompt,
                 "weather": self.weather, "class": self.rare_class, "crop": self.crop,
@@ -740,7 +774,7 @@ def sample(models, conditions, classes, args):
         large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
         mask = np.stack([data.large_segments(c.label, large) for c in conditions])
         latents = second_pass(models, latents, torch.from_numpy(mask)[:, None].float(), hint, text,
-                              noise, stride=args.stride,
+                              noise, stride=args.stride, start=args.start,
                               official_renoise=args.renoise == "official", **options)
     return latents
 
@@ -775,8 +809,7 @@ def generate(args):
     models = Models.from_pretrained(args.sd, args.controlnet, args.source_unet, args.swap,
                                     args.device, DTYPES[choose_precision(args)], args.low_vram)
     if args.compile:
-        for net in (models.unet, models.controlnet):
-            net.compile()
+        compile_nets(models)
     if models.controlnet.hint_channels != len(classes.names) + 1:
         raise UserError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                          f"the data have {len(classes.names)} classes and ignore")
@@ -834,6 +867,12 @@ def make_data_set(models, condition, classes, args):
     barrier(world)
 
 
+def compile_nets(models, backend="inductor"):
+    """--compile: one graph for a single window, one for any number of them."""
+    for net in (models.unet, models.controlnet):
+        net.compile(dynamic=True, backend=backend)
+
+
 def rare_class_sampler(pairs, args):
     """RCS over label files (section 3.4), or None with --no-rcs.
 
@@ -866,7 +905,10 @@ def merge_manifest(out):
 def check_options(models, size, args):
     """UserError for what would only fail in the middle of a run."""
     training_size(args, models.multiple, size)
-    models.schedule.timesteps(args.steps)
+    lowest = SAMPLERS[args.sampler](models.schedule, args.steps).timesteps[-1][0]
+    if not lowest / models.schedule.num_train_timesteps < args.start <= 1:
+        raise UserError(f"--start {args.start}: with {args.steps} steps choose a share from "
+                         f"{(lowest + 1) / 1000} to 1")
     large = tuple(2 * n // models.vae.factor for n in size)
     window = args.window or models.window
     factor = models.multiple // models.vae.factor
@@ -1391,9 +1433,10 @@ SPEED = {
                       choices=("auto", "fp32", "bf16", "fp16")),
     "compile": Flag(False, "torch.compile the networks: minutes at the start, faster afterwards"),
 }
-PRESETS = {  # what --preset of generate sets: the published sampling, and less than a fifth of it
-    "paper": dict(sampler="ddim", steps=20, stride="quarter", window_weights="uniform"),
-    "fast": dict(sampler="dpm++", steps=8, stride="half", window_weights="cosine"),
+PRESETS = {  # what --preset of generate sets: the published sampling, and cheaper ones
+    "paper": dict(sampler="ddim", steps=20, stride="quarter", window_weights="uniform", start=1.0),
+    "fast": dict(sampler="dpm++", steps=8, stride="half", window_weights="cosine", start=1.0),
+    "turbo": dict(sampler="dpm++", steps=6, stride="half", window_weights="cosine", start=0.4),
 }
 PRESET_HELP = "flags not given: " + "; ".join(
     f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items())
@@ -1427,6 +1470,8 @@ GENERATE = {
                    size_pair, low=1, high=1024),
     "stride": Flag(None, "second pass: step between windows, HxW latent pixels, or quarter or half "
                          "of the window; default: the preset's", stride_pair, low=1, high=1024),
+    "start": Flag(None, "second pass: start from the enlarged image at this share of the noise; 1: "
+                        "from noise alone; default: the preset's", float, high=1),
     "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
                                     "of a 512x512 image", high=1e12),
     "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",

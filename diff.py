@@ -131,7 +131,7 @@ class Prior:
 
     def context(self, rows):
         """Row numbers of `texts` -> their keys and values; one row for all where they agree."""
-        rows = rows[:1] if len(set(rows)) == 1 else rows
+        rows = index(rows[:1] if len(set(rows)) == 1 else rows, self.unet.conv_in.weight.device)
         return {attn: [y[rows] for y in pair] for attn, pair in self.contexts.items()}
 
     def encode(self, images, noise):
@@ -183,10 +183,17 @@ def texts_and_masks(classes, labels, size):
 
     labels (B,H,W) -> rows of Prior.texts [[0, …], …], masks (J,1,h,w) with 1 where a text counts.
     """
-    rows = [[0, *(i for i, c in enumerate(classes, 1) if (label == c).any())] for label in labels]
+    shown = [(labels == c).flatten(1).any(1) for c in classes]
+    shown = torch.stack(shown, 1).tolist() if shown else [[]] * len(labels)  # the one wait
+    rows = [[0, *(i for i, there in enumerate(row, 1) if there)] for row in shown]
     maps = [label == classes[i - 1] if i else torch.ones_like(label, dtype=torch.bool)
             for row, label in zip(rows, labels, strict=True) for i in row]
     return rows, F.interpolate(torch.stack(maps)[:, None].float(), size, mode="nearest")
+
+
+def index(numbers, device):
+    """Row numbers as a tensor there; a GPU does not have to finish first, as for a list."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -205,18 +212,19 @@ def diffusion_features(prior, z, labels=None, noise=None, *, steps="full", guida
     """
     noise = noise or fixed_noise()
     (visited, saved, direct), abar = STEPS[steps], prior.abar.tolist()
-    if labels is None:
-        labels = torch.full((len(z), 1, 1), IGNORE, device=z.device)
-    rows, masks = texts_and_masks(prior.classes, labels, z.shape[2:])
+    classes = prior.classes if labels is not None else ()
+    labels = torch.zeros(len(z), 1, 1, device=z.device) if labels is None else labels
+    rows, masks = texts_and_masks(classes, labels, z.shape[2:])
     counts = [len(row) for row in rows]  # texts of each picture; the sum is J
     picture = [b for b, n in enumerate(counts) for _ in range(n)]
     empty = [sum(counts[:b]) for b in picture]  # where the "" of the same picture stands
+    picture, empty = (index(numbers, z.device) for numbers in (picture, empty))
     context, x, kept = prior.context(sum(rows, [])), z, {}
     own_noise, sum_texts = ("own_noise" in released), ("sum_texts" in released)
 
     for t, s in zip(visited, [*visited[1:], None], strict=True):
         if direct:
-            x = abar[t] ** 0.5 * z + (1 - abar[t]) ** 0.5 * noise(z.shape).to(z)
+            x = abar[t] ** 0.5 * z + (1 - abar[t]) ** 0.5 * noise(z.shape).to(z, non_blocking=True)
         each, inner = x[picture], [] if t in saved else None  #             (J,C,h,w)
         hidden = prior.unet.trunk(each.to(prior.unet.conv_in.weight.dtype), t, context, inner=inner)
         if t in saved:
@@ -229,7 +237,7 @@ def diffusion_features(prior, z, labels=None, noise=None, *, steps="full", guida
         eps = eps[empty] + guidance * (eps - eps[empty])  # "" itself stays as it is
         eta, n = 0.0, 0.0
         if 10 < t < 250:  # published
-            eta, n = 1.0, noise(each.shape if own_noise else z.shape).to(z)
+            eta, n = 1.0, noise(each.shape if own_noise else z.shape).to(z, non_blocking=True)
             n = n if own_noise else n[picture]
         each = invert(each, eps, abar[t], abar[s], eta, n)
         x = torch.stack([(m * y).sum(0) / m.sum(0) for m, y in

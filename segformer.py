@@ -303,8 +303,8 @@ class SegFormer(nn.Module):
         if not images.is_floating_point() or min(images.shape[2:]) < 32:
             got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images must be floats in [0, 1] of 32 x 32 px or more, not {got}")
-        mean = images.new_tensor((123.675, 116.28, 103.53)).view(3, 1, 1) / 255
-        std = images.new_tensor((58.395, 57.12, 57.375)).view(3, 1, 1) / 255
+        statistics = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
+        mean, std = statistics.to(images, non_blocking=True).view(2, 3, 1, 1) / 255
         return self.backbone((images - mean) / std)
 
     def forward(self, images):
@@ -545,7 +545,8 @@ def feature_distance(features, taught, labels):
     """
     planes = F.one_hot(labels.masked_fill(labels == IGNORE, 19), 20).movedim(-1, 1).float()
     share, cls = F.adaptive_avg_pool2d(planes, features.shape[2:]).max(1)
-    mask = (share >= 0.75) & torch.isin(cls, torch.tensor(THINGS, device=cls.device))
+    things = torch.tensor(THINGS).to(cls.device, non_blocking=True)
+    mask = (share >= 0.75) & torch.isin(cls, things)
     distance = (features - taught).float().norm(dim=1)
     return (distance * mask).sum() / mask.sum().clamp(min=1)
 

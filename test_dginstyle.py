@@ -63,7 +63,7 @@ from clip_text import (
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from diff import Diff, DiffConfig, Prior, diffusion_features, invert
-from experiments import badinput, bench, measures, rehearse
+from experiments import badinput, bench, measures, pretend, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
 from unet import UNet, UNetConfig
@@ -903,6 +903,21 @@ def test_kept_segments_end_as_in_the_first_pass():
     assert relative(out, z * models.schedule.abar_at(-1) ** 0.5) < 1e-6
 
 
+def test_second_pass_from_part_of_the_noise():
+    """start below 1: only the steps below that level are made, from the enlarged first pass with
+    the initial noise at the first of them."""
+    models, seen = tiny_models(), []
+    latents, text = torch.randn(1, 4, 8, 8), models.encode_prompts(["road"])
+    hint, mask = torch.zeros(1, 20, 32, 32), torch.zeros(1, 1, 32, 32)
+    predict = models.predict
+    models.predict = lambda x, t, *a: (seen.append(x), predict(x, t, *a))[1]
+    noise = torch.randn(1, 4, 16, 16)
+    dginstyle.second_pass(models, latents, mask, hint, text, lambda shape: noise, steps=4,
+                          start=0.6, window=(16, 16))
+    want = models.schedule.add_noise(dginstyle.enlarge(models.vae, latents), noise, 501)
+    assert len(seen) == 3 and relative(seen[0], want) < 1e-6  # t = 501, 251, 1
+
+
 def test_guidance_one_is_the_conditional_output():
     """Guidance 1 ignores the negative prompt, 0 ignores the prompt."""
     models = tiny_models()
@@ -1005,6 +1020,27 @@ def test_nets_take_turns_on_the_device(monkeypatch):
     for name, net in nets.items():
         for p, (q, home) in zip(net.parameters(), before[name], strict=True):
             assert p is q and p.data_ptr() == home.data_ptr()
+
+
+def test_compiled_nets_are_compiled_once():
+    """--compile: no graph breaks, and one graph a network for any number of windows in a call."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    models, graphs, g = tiny_models(), CompileCounterWithBackend("eager"), torch.Generator()
+    text, hint, mask = models.encode_prompts(["road"]), torch.zeros(1, 20, 32, 32), torch.zeros(1)
+    latents = torch.randn(1, 4, 8, 8, generator=g.manual_seed(0))
+
+    def run(n):
+        return dginstyle.second_pass(models, latents, mask.expand(1, 1, 32, 32), hint, text,
+                                     Noise([0]), steps=2, stride="half", tile_batch=n)
+
+    plain = run(5)
+    dginstyle.compile_nets(models, graphs)
+    for n in (5, 7, 3):  # 5 + 4, 7 + 2 and 3 + 3 + 3 windows; the CPU has another graph from 8 on
+        assert relative(run(n), plain) < 1e-5
+    assert graphs.frame_count == 2 and not counters["graph_break"]
 
 
 def test_image_noise_is_its_own():
@@ -2745,8 +2781,10 @@ def test_presets():
 
     published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
     assert vars(published) == vars(paper) and paper.sampler == "ddim" and paper.guidance == 7.5
-    fast = parse("--sd", "x", "--preset", "fast")
+    fast, turbo = (parse("--sd", "x", "--preset", p) for p in ("fast", "turbo"))
     assert evaluations(paper) == 520 and evaluations(paper) >= 5 * evaluations(fast)
+    changed = {"start": 1.0, "steps": 8, "preset": "fast"}
+    assert vars(turbo) | changed == vars(fast) and turbo.start < 1
     mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
     assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
     toy = parse()  # has settings of its own
@@ -4141,6 +4179,156 @@ def test_rehearsal_of_three_commands(capsys):
     """README's eight-process generate, ControlNet training in bf16 and segmenter run to their end
     on look-alikes of the public data sets and weights."""
     assert rehearse.main(["--quick"]) == 0, capsys.readouterr().out
+
+
+# ---- experiments/pretend.py: on a GPU that is not there ------------------------------------------
+
+
+def on_pretended(device="cuda:0", dtype=torch.float32, low_vram=False):
+    """tiny_models there, to be called within pretend.gpu()."""
+    models = replace(tiny_models(), schedule=pretend.schedule(),
+                     turns_on=device if low_vram else None)
+    for net in (models.unet, models.controlnet, models.vae, models.text_encoder):
+        net.to("cpu" if low_vram else device, dtype, memory_format=torch.channels_last)
+    return models
+
+
+@pytest.mark.parametrize("low_vram", [False, True])
+def test_both_passes_on_a_gpu(low_vram):
+    """Nothing is left on the CPU in sampling, with any sampler, guidance and size; with low_vram
+    no weight is left on the GPU."""
+    with pretend.gpu(), torch.no_grad():
+        models = on_pretended("cuda:0", torch.bfloat16, low_vram)
+        text, hint = models.encode_prompts(["road", "sky"], "fog"), torch.zeros(2, 20, 32, 64)
+        for sampler, weights, share in (("ddim", "uniform", 1.0), ("dpm++", "cosine", 0.4)):
+            options = dict(sampler=sampler, steps=2, weights=weights, control_uncond=share,
+                           tile_batch=16)
+            latents = dginstyle.first_pass(models, (32, 64), text, hint, Noise([0, 1]), **options)
+            latents = dginstyle.second_pass(models, latents, torch.zeros(2, 1, 32, 64), hint, text,
+                                            Noise([0, 1]), official_renoise=share < 1,
+                                            stride="half", **options)
+            assert latents.is_cuda and latents.shape == (2, 4, 16, 32)
+        dginstyle.first_pass(models, (32, 64), text, None, Noise([0, 1]), steps=1, tile_batch=16)
+        nets = (models.unet, models.controlnet, models.vae, models.text_encoder)
+        there = {p.device.type for net in nets for p in net.parameters()}
+        assert there == {"cpu" if low_vram else "cuda"}
+
+
+def test_a_misplaced_tensor_is_found():
+    """The pretended GPU refuses one weight, a hint or a mask that was left on the CPU."""
+    with pretend.gpu(), torch.no_grad():
+        models = on_pretended()
+        text, x = models.encode_prompts(["road"]), torch.zeros(1, 4, 8, 8, device="cuda:0")
+        hint = models.encode_hint(torch.zeros(1, 20, 32, 32))
+        assert models.predict(x, 9, text, hint).is_cuda
+        with pytest.raises(RuntimeError, match="same device"):
+            models.predict(x, 9, text, hint.cpu())
+        weight = models.unet.mid_block.resnets[1].norm2.weight
+        weight.data = weight.data.cpu()
+        with pytest.raises(RuntimeError, match="same device"):
+            models.predict(x, 9, text, hint)
+
+
+def test_no_step_of_sampling_waits_for_the_gpu():
+    """Between two steps nothing is read back or sent over; a wait that is there is counted."""
+    with pretend.gpu():
+        models = on_pretended()
+        for options in (dict(stride=(2, 2), tile_batch=5), dict(sampler="dpm++", stride=(4, 4))):
+            seen = pretend.second_pass_step(models, **{"tile_batch": 32, **options})
+            assert not seen.waits and seen.launched["convolution"] > 20
+        x, flags = torch.zeros(4, device="cuda:0"), torch.ones(4, dtype=torch.bool, device="cuda:0")
+        with pretend.Launches() as seen:
+            x + torch.zeros(4).to("cuda:0", non_blocking=True)
+            assert not seen.waits
+            x.cpu(), x + torch.zeros(4).to("cuda:0"), x.copy_(torch.zeros(4))
+            for read in (lambda: x.sum().item(), lambda: x[flags], lambda: bool(flags.all())):
+                with pytest.raises(Exception, match="aten|data-dependent"):
+                    read()
+        assert seen.waits == {"copy from": 1, "copy to": 2, "_local_scalar_dense": 2, "index": 1}
+
+
+def test_stable_diffusion_on_a_gpu():
+    """At SD1.5's size in bf16: text, both ways of the VAE, and a step in 25 windows, which waits
+    for nothing and launches at most 1000 operators."""
+    with pretend.gpu(), torch.no_grad():
+        models = pretend.sd_models()
+        seen = pretend.second_pass_step(models, stride=(16, 16), tile_batch=32)
+        assert not seen.waits and seen.launched.total() < 1000
+        z = models.vae.encode(torch.zeros(1, 3, 512, 512, device="cuda:0", dtype=torch.bfloat16))
+        assert models.vae.decode(z).shape == (1, 3, 512, 512) and z.is_cuda
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_sampling_on_a_real_gpu():
+    """No step waits, which CUDA itself would refuse, and the images are the CPU's to a few grey
+    levels."""
+    there, here = (Models.from_pretrained(HERE / "toy", HERE / "toy/controlnet", device=device)
+                   for device in ("cuda", "cpu"))
+    z, hint = torch.randn(1, 6, 32, 64), torch.zeros(1, 20, 128, 256)
+    steps = denoise(there, z, there.encode_prompts(["road"]), hint, steps=3, window=(16, 32),
+                    stride=(8, 16), keep=(z, torch.zeros(1, 1, 32, 64)), noise=torch.randn)
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    args = dginstyle.settings("generate", "--precision", "fp32")
+    condition = bench.street(here.size)
+    images = [dginstyle.decode(m.vae, dginstyle.sample(m, [condition], data.CITYSCAPES, args))
+              for m in (there, here)]
+    assert np.abs(images[0].astype(int) - images[1]).mean() < 3
+
+
+def updates(monkeypatch, words, flags, models):
+    """Run a training stage's own code up to its loop, then an update -> Launches of the update.
+
+    models: what the stage finds in --sd."""
+    caught = {}
+    monkeypatch.setattr(dginstyle, "fit", lambda stage, objective, draw, args, save, pairs=None,
+                        groups=None: caught.update(objective=objective, draw=draw, args=args,
+                                                   groups=groups))
+    monkeypatch.setattr(Models, "from_pretrained", lambda *a, **k: models)
+    monkeypatch.setattr(UNet, "from_pretrained", lambda path: copy.deepcopy(models.unet))
+    args = dginstyle.settings(*words, *flags, "--device", "cuda:0", "--data", "toy:sunny:2",
+                              "--batch", "2")
+    if args.command == "train":
+        function = getattr(dginstyle, f"train_{args.stage}")
+        function(args, dginstyle.open_training_data(args)[1], data.CITYSCAPES)
+    else:
+        dginstyle.train_segmenter(args)
+    objective, draw, args, groups = caught.values()
+    objective.to(args.device, memory_format=torch.channels_last).train()
+    state = training.Trained(objective, groups, args)
+    batches = (list(map(torch.stack, zip(*(draw(np.random.default_rng(k)) for _ in range(2)),
+                                         strict=True))) for k in range(100))
+    with pretend.Launches() as seen:
+        loss = training.update(state, objective, batches, args)
+        state.follow(loss, args.ema, 0)
+    assert loss.is_cuda and loss.ndim == 0
+    assert all(p.is_cuda and p.grad is None for p in state.parameters)
+    return seen
+
+
+@pytest.mark.parametrize("stage,precision", [
+    ("dreambooth", "fp16"), ("controlnet", "bf16"), ("daformer", "bf16"), ("hrda", "fp16"),
+    ("segformer", "fp16"), ("diff", "bf16")])
+def test_training_on_a_gpu(stage, precision, monkeypatch):
+    """An update of every stage, with checkpointing, accumulation, clipping, averaged weights and
+    fp16's scaler, lies on the GPU and waits for nothing."""
+    flags = ["--precision", precision, "--accumulate", str(1 + (stage == "controlnet")),
+             "--ema", "0.9", "--clip", "1"]
+    with pretend.gpu():
+        models = on_pretended()
+        if stage in ("dreambooth", "controlnet"):
+            words = ["train", stage, "--checkpointing", "--size", "32x32", "--source-unet", ".",
+                     "--cache", "0"]
+        else:
+            words = ["segment", "train", "--crop", "64x64", "--arch", stage]
+        if stage == "diff":
+            words = [*words[:4], "--backbone", "diff", "--diff-steps", "5"]
+            models.unet, models.vae = diff_prior().unet.to("cuda:0"), diff_prior().vae.to("cuda:0")
+        assert not updates(monkeypatch, words, flags, models).waits
 
 
 # ---- diff.py -------------------------------------------------------------------------------------

@@ -97,15 +97,20 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         """Timesteps, a number or (B,) -> (1, dim) or (B, dim); an embedding passes through."""
-        if torch.is_tensor(t) and t.ndim == 2:
+        weight = self.linear_1.weight
+        if not torch.is_tensor(t):  # made where it is needed: sending it there would be waited for
+            t = torch.full((1,), t, device=weight.device)
+        if t.ndim == 2:
             return t
-        t = torch.as_tensor(t, device=self.linear_1.weight.device).reshape(-1)
-        e = timestep_embedding(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        e = timestep_embedding(t.reshape(-1), weight.shape[1]).to(weight.dtype)
         return self.linear_2(F.silu(self.linear_1(e)))
 
 
 class ResnetBlock(nn.Module):
-    """(B,C,h,w), time embedding -> (B,C',h,w). `inner` receives the map before the shortcut."""
+    """(B,C,h,w), SiLU of the time embedding (1 or B,dim) -> (B,C',h,w).
+
+    `inner` receives the map before the shortcut.
+    """
 
     def __init__(self, c_in, c_out, cfg):
         super().__init__()
@@ -119,7 +124,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x, emb, inner=None):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         if inner is not None:
             inner.append(h)
@@ -384,7 +389,7 @@ class UNet(nn.Module):
         run = call_checkpointed if self.checkpointing and self.training else call
         assert inner is None or run is call, "checkpointing makes the decoder's maps twice"
 
-        emb = self.time_embedding(t)
+        emb = F.silu(self.time_embedding(t))
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:

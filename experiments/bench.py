@@ -6,6 +6,8 @@
     python -m experiments.bench --sampling 64       label fidelity of faster sampling, 64 images
     python -m experiments.bench --data-path         a training sample of GTA's size, on one core
     python -m experiments.bench --diff              DIFF's features and training; with --sd-size too
+    python -m experiments.bench --compile           torch.compile: graphs, first and tenth step
+    python -m experiments.bench --training          seconds of an update, and its wait for data
     python -m experiments.bench --quick             once through everything, to see that it runs
 
 Every case times our way and the others in turn, round after round, and reports medians and their
@@ -39,6 +41,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -50,11 +53,12 @@ import data
 import dginstyle
 import diff
 import gallery
+import training
 from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet
 from dginstyle import Condition, Models, Noise, Schedule
 from diff import Diff, DiffConfig, Prior
-from experiments import claim
+from experiments import claim, pretend
 from segformer import PRESETS as MIT
 from segformer import SegFormer, SegFormerConfig, training_loss
 from toy import streets
@@ -453,10 +457,12 @@ def image_case(name, models, fast, condition, args, dtype):
 
 
 def preset_case(models, conditions, dtype):
-    """The same images by --preset fast (ours) and --preset paper: the ratio is images a second."""
-    fast, paper = (dginstyle.settings("generate", "--preset", p) for p in ("fast", "paper"))
-    return Case("preset fast", lambda: dginstyle.make_images(models, conditions, CLASSES, fast),
-                {"paper": lambda: dginstyle.make_images(models, conditions, CLASSES, paper)},
+    """The same images by --preset turbo (ours) and the others: the ratio is images a second."""
+    def make(preset):
+        args = dginstyle.settings("generate", "--preset", preset)
+        return lambda: dginstyle.make_images(models, conditions, CLASSES, args)
+
+    return Case("preset turbo", make("turbo"), {name: make(name) for name in ("fast", "paper")},
                 dtype, count=False)
 
 
@@ -532,6 +538,88 @@ def segmenter_cases(device, names, size):
         theirs = theirs and theirs.to(device).eval()
         yield Case(f"SegFormer MiT-{name.upper()}, {size[0]}x{size[1]}", lambda: ours(x),  # noqa: B023
                    {"transformers": theirs and (lambda: theirs(x))})  # noqa: B023
+
+
+def launches_row():
+    """What a step of the second pass launches on a GPU at SD1.5's size, counted on none."""
+    with pretend.gpu():
+        seen = pretend.second_pass_step(pretend.sd_models(), stride=(16, 16), tile_batch=32)
+    operators, waits = seen.launched.total(), seen.waits.total()
+    return {"case": "a step in 25 windows on a GPU", "operators": operators, "waits": waits,
+            "note": f"{operators} operators launched, {waits} waits for the device"}
+
+
+def compile_rows(bench, models):
+    """--compile against none, in 5 + 4 windows: graphs, breaks, first and tenth step."""
+    from torch._dynamo.utils import counters
+
+    g, (h, w) = torch.Generator().manual_seed(0), models.window
+    channels, f = models.unet.config.in_channels, models.vae.factor
+    z = torch.randn(1, channels, 2 * h, 2 * w, generator=g)
+    hint = torch.zeros(1, models.controlnet.hint_channels, 2 * h * f, 2 * w * f)
+    text, seconds = models.encode_prompts(["a city street scene"]), {}
+    for name in ("eager", "compiled"):
+        steps, marks = dginstyle.denoise(models, z, text, hint, steps=10, window=(h, w),
+                                         stride=(h // 2, w // 2), tile_batch=5), []
+        for _ in range(10):
+            marks.append(bench.clock(lambda: next(steps)))  # noqa: B023
+        seconds[name] = marks
+        if name == "eager":
+            torch._dynamo.reset()
+            counters.clear()
+            dginstyle.compile_nets(models)
+    breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+    for k in (0, 9):
+        yield {"case": f"step {k + 1} of 10, --compile", "rounds": 1,
+               "seconds": {"ours": seconds["compiled"][k]},
+               "ratio": {"without": seconds["eager"][k] / seconds["compiled"][k]}}
+    yield {"case": "graphs of the two networks", "graphs": graphs, "breaks": breaks,
+           "note": f"{graphs} graphs, {breaks} graph breaks"}
+
+
+def training_rows(bench, sd, steps):
+    """An update of each stage as the command runs it; `data` is what it waits for its batches.
+
+    sd: a Stable Diffusion folder with unet_source/, or the toy pack."""
+    update, times = training.update, []
+
+    class Waited:
+        def __init__(self, batches):
+            self.batches, self.seconds = batches, 0.0
+
+        def __next__(self):
+            start = time.perf_counter()
+            batch = next(self.batches)
+            self.seconds += time.perf_counter() - start
+            return batch
+
+    def timed(state, parallel, batches, args):
+        waited = Waited(batches)
+        start, loss = time.perf_counter(), update(state, parallel, waited, args)
+        bench.wait()
+        times.append((time.perf_counter() - start, waited.seconds))
+        return loss
+
+    stages = {"dreambooth": ["train", "dreambooth"], "controlnet": ["train", "controlnet"],
+              "DAFormer": ["segment", "train", "--backbone", "b5", "--crop", "512x512"],
+              "HRDA": ["segment", "train", "--backbone", "b5", "--arch", "hrda", "--crop",
+                       "1024x1024"]}
+    if bench.quick:
+        stages = {"dreambooth": stages["dreambooth"], "controlnet": stages["controlnet"],
+                  "toy segmenter": ["segment", "train"]}
+    for name, words in stages.items():
+        times.clear()
+        with tempfile.TemporaryDirectory() as out, mock.patch.object(training, "update", timed):
+            more = ["--cache", 0, "--sample-steps", 1] if words[0] == "train" else []
+            code = dginstyle.main(list(map(str, [
+                *words, *more, "--sd", sd, "--data", "toy:sunny:20", "--batch", 2, "--steps", steps,
+                "--out", out, "--device", bench.device])))
+        if code:
+            bench.add({"case": f"update, {name}", "note": f"failed with exit code {code}"})
+            continue
+        seconds, data_wait = (statistics.median(t) for t in zip(*times[1:], strict=True))
+        bench.add({"case": f"update, {name}, batch 2", "seconds": {"ours": seconds},
+                   "data": data_wait, "ratio": {"data wait": data_wait / seconds}})
 
 
 def precision_row(models, half, condition, args):
@@ -617,6 +705,7 @@ def toy_bench(bench):
     bench.add(precision_row(models, half, condition, args))
     for row in scaling_rows(bench, models, 1 if quick else 4):
         bench.add(row)
+    bench.add(launches_row())
     bench.run(controlnet_training_case(models, 2 if quick else 8))
     bench.run(segmenter_training_case(device, "b0", (64, 128), 2 if quick else 8))
     for case in segmenter_cases(device, ("b0",) if quick else ("b0", "b1", "b2", "b3", "b4", "b5"),
@@ -629,7 +718,11 @@ SAMPLINGS = {
     "preset paper": ["--preset", "paper"],
     "paper, windows half their size apart": ["--preset", "paper", "--stride", "half"],
     "preset fast": ["--preset", "fast"],
-    "fast, uniform windows": ["--preset", "fast", "--window-weights", "uniform"],
+    "preset turbo": ["--preset", "turbo"],
+    "turbo, 8 steps from 0.25": ["--preset", "turbo", "--steps", "8", "--start", "0.25"],
+    "turbo, 8 steps from 0.4": ["--preset", "turbo", "--steps", "8"],
+    "turbo, windows side by side": ["--preset", "turbo", "--stride", "16x32"],
+    "turbo, one window": ["--preset", "turbo", "--window", "32x64"],
     "fast, ddim": ["--preset", "fast", "--sampler", "ddim"],
     "fast, control in the guided half only": ["--preset", "fast", "--control-uncond", "0"],
     "fast, first pass only": ["--preset", "fast", "--no-mrlf"],
@@ -672,6 +765,7 @@ def sd_bench(bench):
         gb = torch.cuda.max_memory_allocated() / 1e9
         bench.add({"case": "peak GPU memory with both precisions loaded", "gb": gb,
                    "note": f"{gb:.1f} GB"})
+        bench.add(low_vram_row(half, condition, args))
     title = f"one MRLF image in bf16, {steps} steps, the loops in fp32"
     case = image_case(title, models, half, condition, args, torch.bfloat16)
     bench.run(replace(case, rounds=4 if gpu else 1))  # minutes on a CPU
@@ -780,6 +874,22 @@ def diff_bench(bench, sd_size):
             bench.add({"case": f"{name}, operations", "note": f"literal: {ratio:.2f}"})
 
 
+def low_vram_row(models, condition, args):
+    """Peak GPU memory of an image with --low-vram, over what lay there before."""
+    nets = {n: copy.deepcopy(getattr(models, n)).cpu()
+            for n in ("unet", "controlnet", "vae", "text_encoder")}
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    turns = replace(models, **nets, turns_on=str(models.device))
+    dginstyle.make_images(turns, [condition], CLASSES, with_(args, tile_batch=8))
+    gb = (torch.cuda.max_memory_allocated() - before) / 1e9
+    left = torch.cuda.memory_allocated() - before
+    assert all(not p.is_cuda for net in nets.values() for p in net.parameters())
+    return {"case": "peak GPU memory, --low-vram", "gb": gb, "left": left,
+            "note": f"{gb:.1f} GB, {left / 1e6:.0f} MB left behind"}
+
+
 def report(bench):
     """bench.json and bench.md, one section a size and device; other sections are kept."""
     section = f"{bench.title}, {bench.device.type}"
@@ -821,6 +931,11 @@ def data_path(files=12, draws=36):
         for arch in ("daformer", "hrda"):
             args = dginstyle.settings("segment", "--data", root, "--arch", arch, "--device", "cpu")
             result[arch] = cost(dginstyle.segmenter_draw(pairs, args))
+        args, draws_of = dginstyle.settings("train", "controlnet", "--data", root, "--cache", 0,
+                                            "--size", "512", "--device", "cpu"), []
+        with mock.patch.object(dginstyle, "fit", lambda *a, **k: draws_of.append(a[2])):
+            dginstyle.train_controlnet(args, pairs, CLASSES)
+        result["controlnet"] = cost(draws_of[0])
     return result
 
 
@@ -833,6 +948,10 @@ def main(argv=None):
                         "fidelity of the presets and what lies between, N toy images each")
     parser.add_argument("--data-path", action="store_true", help="instead: CPU ms of a sample")
     parser.add_argument("--diff", action="store_true", help="instead: DIFF")
+    parser.add_argument("--compile", action="store_true", help="instead: with torch.compile")
+    parser.add_argument("--training", action="store_true", help="instead: updates of all stages")
+    parser.add_argument("--sd", type=Path, default=dginstyle.TOY, help="--training: a Stable "
+                        "Diffusion folder with unet_source/ (default: the toy pack)")
     args = parser.parse_args(argv)
     dginstyle.tune_cpu()
     if args.data_path:
@@ -846,9 +965,21 @@ def main(argv=None):
                          "small classes, style |")
         sampling_bench(bench, args.sampling)
         return
+    if args.training:
+        bench.title = f"updates, {args.sd.name}"
+        training_rows(bench, args.sd, 3 if args.quick else 20)
+        return
     bench.title = "SD1.5 size" if args.sd_size else "toy size"
     if args.diff:
         bench.title = f"DIFF, {bench.title}"
+    if args.compile:
+        bench.title += ", torch.compile"
+        models = (cast(sd_models(bench.device, 64), torch.bfloat16) if args.sd_size else
+                  toy_models(bench.device))
+        with torch.no_grad():
+            for row in compile_rows(bench, models):
+                bench.add(row)
+        return
     with torch.no_grad():
         if args.diff:
             diff_bench(bench, args.sd_size)
