@@ -295,7 +295,8 @@ def save_label(path, label, classes=CITYSCAPES):
 
 _GT = (("_gt_labelTrainIds", None), ("_gt_labelIds", CITYSCAPES_IDS))
 # layout: image folder, (its part that differs, that part in the label folders), tag of image names,
-# label tags in order of preference with the ids behind them (None = trainIds), default split
+# label tags in order of preference with the ids behind them (None = trainIds), default split. The
+# first one whose image folder exists is taken; `Pairs` tells apart those that share a folder
 LAYOUTS = {
     "cityscapes": ("leftImg8bit/{split}", ("leftImg8bit", "gtFine"), "_leftImg8bit", (
         ("_gtFine_labelTrainIds", None), ("_gtFine_labelIds", CITYSCAPES_IDS)), "train"),

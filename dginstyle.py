@@ -298,16 +298,16 @@ class Models:
         part = (lambda name: sd / name) if sd.is_dir() else (lambda name: sd)
         if not sd.exists():
             raise UserError(f"--sd {sd}: no such Stable Diffusion folder or file")
-        prior = UNet.from_pretrained(part("unet"), dtype)
-        if swap != 1:
+        unet = UNet.from_pretrained(part("unet"), dtype)
+        if swap != 1:  # at 1 it is the prior alone, and U^S need not be there
             source_unet = source_unet or sd / "unet_source"
             if not Path(source_unet).exists():
                 raise UserError(f"--swap {swap} needs the source UNet: give --source-unet")
-            prior = style_swap(UNet.from_pretrained(source_unet, dtype), prior, swap)
+            unet = style_swap(UNet.from_pretrained(source_unet, dtype), unet, swap)
         beside = sd if sd.is_dir() else sd.parent  # a single file has no tokenizer in it
         scheduler = beside / "scheduler"
         self = cls(
-            unet=prior,
+            unet=unet,
             controlnet=ControlNet.from_pretrained(controlnet, dtype) if controlnet else None,
             vae=VAE.from_pretrained(part("vae"),  # overflows in fp16
                                     torch.float32 if dtype == torch.float16 else dtype),
@@ -316,7 +316,7 @@ class Models:
             schedule=Schedule.from_pretrained(scheduler) if scheduler.is_dir() else Schedule(),
             turns_on=device if low_vram else None,
         )
-        if not scheduler.is_dir() and prior.config.cross_attention_dim == 1024:
+        if not scheduler.is_dir() and unet.config.cross_attention_dim == 1024:
             raise UserError(f"{scheduler} is missing: without it nothing tells whether this SD 2 "
                              "model predicts the noise or v")
         self.check()
@@ -511,15 +511,16 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
 
     prior_tone: see `match_tone`, or None: what the UNet makes of the control as it is
     """
-    z, mask = (part.to(models.device) for part in keep or (x, torch.zeros_like(x[:, :1])))
+    nothing = x, torch.zeros_like(x[:, :1])
+    z, mask = (part.to(models.device) for part in keep or nothing)
     windows = Windows(models, text, hint, mask, window, stride, weights, tile_batch)
     solver, x = SAMPLERS[sampler](models.schedule, steps), x.to(models.device)
     below = start * models.schedule.num_train_timesteps
-    levels = [(t, t_prev) for t, t_prev in solver.timesteps if t < below]
+    steps = [(t, t_prev) for t, t_prev in solver.timesteps if t < below]
     if start < 1:
-        x = models.schedule.add_noise(z, x, levels[0][0])
-    fresh = [noise(z.shape).to(x) if keep else None for _ in levels]
-    for (t, t_prev), n in zip(levels, fresh, strict=True):
+        x = models.schedule.add_noise(z, x, steps[0][0])
+    fresh = [noise(z.shape).to(x) if keep else None for _ in steps]
+    for (t, t_prev), n in zip(steps, fresh, strict=True):
         out = windows.predict(x, t, prior_tone, guidance, control_scale, control_uncond)
         x = solver.step(out, x, t, t_prev)
         if keep:
@@ -528,45 +529,9 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
         yield x
 
 
-def match_tone(schedule, out, free, x, t, contrast):
-    """An output for x_t (n,C,h,w) whose x_0 has the tone of `free`'s, an output without control.
-
-    A ControlNet of sunny pictures brings their light into the night. The light is in the channel
-    means of x_0: they become those of `free`. The deviations are multiplied by the power `contrast`
-    (0 to 1) of their ratio, which lets fog be pale and costs some of the layout. Beyond the paper.
-    """
-    (x0, _), (wanted, _) = (schedule.split(part, x, t) for part in (out, free))
-    (s, m), (s1, m1) = (torch.std_mean(part, (2, 3), keepdim=True) for part in (x0, wanted))
-    x0 = (x0 - m) * (s1 / s) ** contrast + m1
-    abar = schedule.abar_at(t)
-    a, sigma = abar**0.5, (1 - abar) ** 0.5
-    eps = (x - a * x0) / sigma
-    return eps if schedule.prediction_type == "epsilon" else a * eps - sigma * x0
-
-
-def plan_windows(mask, window, stride):
-    """Windows over the latents that mask (B,1,h,w) belongs to, and how to add them up.
-
-    -> jobs, [(image, top, left)] of the n windows that are not wholly inside the mask; order
-    (n·h'·w',), the positions of all windows, sorted by the latents that they lie on; first
-    (B·h·w,), where the positions of a latent begin in it.
-    """
-    corners = tiles(mask.shape[2:], window, stride)
-    jobs = torch.tensor([(b, i, j) for b in range(len(mask)) for i, j in corners])
-    jobs = jobs[~cut(mask, jobs, window).flatten(1).all(1)]
-    latents = cut(torch.arange(mask.numel()).view(mask.shape), jobs, window).flatten()
-    count = latents.bincount(minlength=mask.numel())
-    return jobs.tolist(), latents.argsort(stable=True), count.cumsum(0) - count
-
-
-def cut(maps, jobs, window, f=1):
-    """The windows (n,C,f·h',f·w') of maps (B,C,f·h,f·w) that `plan_windows` names, in one go."""
-    (h, w), (b, i, j) = window, jobs.unbind(1)
-    return maps.unfold(2, f * h, f).unfold(3, f * w, f)[b, :, i, j]
-
-
 class Windows:
-    """Overlapping windows over latents (B,C,h,w): the network's output in each of them, averaged.
+    """Overlapping windows over latents (B,C,h,w): the network's output in each of them, averaged:
+    sum_i w_i out_i / sum_i w_i at every latent, over the windows i that hold it.
 
     As in MultiDiffusion (arXiv 2302.08113). The released code averages the windows after the step;
     here the network's outputs are averaged and the whole latents take one step: the same, since a
@@ -621,6 +586,27 @@ class Windows:
                 free = self.models.predict(part, time, text, None, *guidance)
                 outs[-1] = match_tone(self.models.schedule, outs[-1], free, part, t, prior_tone)
         return self.add_up(torch.cat(outs)) / self.coverage
+
+
+def plan_windows(mask, window, stride):
+    """Windows over the latents that mask (B,1,h,w) belongs to, and how to add them up.
+
+    -> jobs, [(image, top, left)] of the n windows that are not wholly inside the mask; order
+    (n·h'·w',), the positions of all windows, sorted by the latents that they lie on; first
+    (B·h·w,), where the positions of a latent begin in it.
+    """
+    corners = tiles(mask.shape[2:], window, stride)
+    jobs = torch.tensor([(b, i, j) for b in range(len(mask)) for i, j in corners])
+    jobs = jobs[~cut(mask, jobs, window).flatten(1).all(1)]
+    latents = cut(torch.arange(mask.numel()).view(mask.shape), jobs, window).flatten()
+    count = latents.bincount(minlength=mask.numel())
+    return jobs.tolist(), latents.argsort(stable=True), count.cumsum(0) - count
+
+
+def cut(maps, jobs, window, f=1):
+    """The windows (n,C,f·h',f·w') of maps (B,C,f·h,f·w) that `plan_windows` names, in one go."""
+    (h, w), (b, i, j) = window, jobs.unbind(1)
+    return maps.unfold(2, f * h, f).unfold(3, f * w, f)[b, :, i, j]
 
 
 def first_pass(models, size, text, hint, noise, *, window=None, **options):
@@ -698,6 +684,22 @@ def to_uint8(images):
 def from_uint8(images):
     """uint8 (B,H,W,3) numpy -> float (B,3,H,W) in [-1,1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def match_tone(schedule, out, free, x, t, contrast):
+    """An output for x_t (n,C,h,w) whose x_0 has the tone of `free`'s, an output without control.
+
+    A ControlNet of sunny pictures brings their light into the night. The light is in the channel
+    means of x_0: they become those of `free`. The deviations are multiplied by the power `contrast`
+    (0 to 1) of their ratio, which lets fog be pale and costs some of the layout. Beyond the paper.
+    """
+    (x0, _), (wanted, _) = (schedule.split(part, x, t) for part in (out, free))
+    (s, m), (s1, m1) = (torch.std_mean(part, (2, 3), keepdim=True) for part in (x0, wanted))
+    x0 = (x0 - m) * (s1 / s) ** contrast + m1
+    abar = schedule.abar_at(t)
+    a, sigma = abar**0.5, (1 - abar) ** 0.5
+    eps = (x - a * x0) / sigma
+    return eps if schedule.prediction_type == "epsilon" else a * eps - sigma * x0
 
 
 # --------------------------------------------------------------------------------------------
@@ -1440,7 +1442,8 @@ PRESETS = {  # what --preset of generate sets: the published sampling, and cheap
                   control_uncond=0.7),
 }
 PRESET_HELP = "flags not given: " + "; ".join(
-    f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items())
+    f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items()
+                            if k != "window_weights") + f", {preset['window_weights']} windows"
     for name, preset in PRESETS.items())
 GENERATE = {
     **COMMON, **MODELS, **RCS, **SPEED,
@@ -1474,7 +1477,8 @@ GENERATE = {
     "start": Flag(None, "second pass: start from the enlarged image at this share of the noise; 1: "
                         "from noise alone; default: the preset's", float, high=1),
     "large_segment": Flag(30_000.0, "keep segments above this area from the first pass, in pixels "
-                                    "of a 512x512 image", high=1e12),
+                                    "of a 512x512 image; their demo has 30,000, their script for "
+                                    "data sets 20,000", high=1e12),
     "renoise": Flag("ddim", "level of the kept part: ddim (right) or official (the released code)",
                     choices=("ddim", "official")),
     "weather_prob": Flag(0.5, "share of prompts with a weather sentence", high=1),

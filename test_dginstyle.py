@@ -2927,9 +2927,9 @@ def test_gradients_are_added_up_once_an_update(monkeypatch):
 
     args = dginstyle.settings("train", "dreambooth", "--accumulate", "3")
     net = torch.nn.Linear(2, 2)
-    objective = dginstyle.Objective(lambda batch: net(batch[0]).square().mean(), net=net)
-    state = dginstyle.Trained(objective, None, args)
-    dginstyle.update(state, Parallel(objective), iter([[torch.ones(1, 2)]] * 3), args)
+    objective = training.Objective(lambda batch: net(batch[0]).square().mean(), net=net)
+    state = training.Trained(objective, None, args)
+    training.update(state, Parallel(objective), iter([[torch.ones(1, 2)]] * 3), args)
     assert waits == [True, True, False]
 
 
@@ -2973,11 +2973,11 @@ def test_workers(monkeypatch, capsys):
     """One process for every core up to eight; none, and a line, where fork is not to be had."""
     args = argparse.Namespace(workers=None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(48))
-    assert dginstyle.workers(args) == 8
+    assert training.workers(args) == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert dginstyle.workers(args) == 6
+    assert training.workers(args) == 6
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert dginstyle.workers(args) == 0 and "darwin" in capsys.readouterr().out
+    assert training.workers(args) == 0 and "darwin" in capsys.readouterr().out
 
 
 def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path, capsys):

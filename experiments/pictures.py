@@ -62,7 +62,7 @@ def paint(labels, weathers, args):
     """One image for every label (H,W) and weather word -> uint8 (B,H,W,3)."""
     models = load(args)
     jobs = [condition(*pair) for pair in zip(labels, weathers, strict=True)]
-    return np.concatenate([dginstyle.make_images(models, [job], CLASSES, args) for job in jobs])
+    return np.concatenate([dginstyle.make_images(models, [job], CLASSES, args)[1] for job in jobs])
 
 
 @torch.no_grad()
