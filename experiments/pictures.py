@@ -3,7 +3,7 @@
     python -m experiments.pictures [--only method teaser] [--out experiments]
 
 method.png: one street through `dginstyle.py generate`, step by step, with the functions' names.
-teaser.png: one label map under five prompts, with Style Swap (the prior U^P under the ControlNet)
+teaser.png: one label map under seven prompts, with Style Swap (the prior U^P under the ControlNet)
 and without (U^S). fusion.png: small objects in the first pass alone and after the second (MRLF).
 streets.png: an unseen street before and after the VAE, its label, and what the segmenter sees.
 features.png: what DIFF's frozen prior and a trained SegFormer make of one street in every weather.
@@ -276,20 +276,20 @@ def draw_swap(sheet, shown, left, right):
         sheet.text(right + 360, top + 30 + 42 * k, line, 28, DIM)
 
 
-def teaser(seed=1, styles=("sunny", "night", "foggy", "snowy", "dusk")):
-    """One label map, five prompts, with and without the swap."""
-    label = street_label(seed)
+def teaser(seed=1):
+    """One label map, seven prompts, with and without the swap."""
+    label, styles = street_label(seed), streets.STYLES
     swapped, source = (paint([label] * len(styles), styles, options("--swap", swap))
                        for swap in "10")
     return draw_teaser(data.colourise(label, CLASSES), styles, swapped, source)
 
 
 def draw_teaser(label, styles, swapped, source, scale=2):
-    """Blocks of three columns, wide enough to see the objects; the label map comes first."""
+    """Two blocks of four columns, of which the first one begins with the label map."""
     h, w = (n * scale for n in label.shape[:2])
     edge, top, size = 8, 62, 42
     gap, block = 2 * edge + 10, top + 2 * (h + 2 * edge + 4) + 16
-    sheet = Sheet(3 * (w + gap), 2 * block)
+    sheet = Sheet(4 * (w + gap), 2 * block)
     sheet.text(w / 2, top / 2, "label map", size, anchor="m")
     sheet.paste(edge, top + edge, label, scale)
     legend = (PRIOR, "with Style Swap:"), (None, "U^P + ControlNet"), (SOURCE, "without:"), (
@@ -300,7 +300,7 @@ def draw_teaser(label, styles, swapped, source, scale=2):
             sheet.pen.rectangle((40, y - 22, 84, y + 22), ink, INK, 2)
         sheet.text(104, y, words, size)
     for k, (style, *pair) in enumerate(zip(styles, swapped, source, strict=True), 1):
-        x, y = k % 3 * (w + gap), k // 3 * block
+        x, y = k % 4 * (w + gap), k // 4 * block
         sheet.text(x + w / 2, y + top / 2, f"“… in {style} weather”", size, anchor="m")
         for row, (image, ink) in enumerate(zip(pair, (PRIOR, SOURCE), strict=True)):
             corner = y + top + row * (h + gap - 4)
