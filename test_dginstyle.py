@@ -46,6 +46,7 @@ import data
 import dginstyle
 import diff
 import gallery
+import recipes
 import segformer
 import training
 import unet as unet_module
@@ -3731,7 +3732,7 @@ def test_json_readers_fuzz(tmp_path):
         assert isinstance(attempts(unet_module.read_json, file), (dict, type(None)))
         assert isinstance(attempts(data._read_json, file, list), (list, type(None)))
         attempts(data.Classes.from_json, file)
-        attempts(dginstyle.pack_settings, tmp_path)
+        attempts(recipes.pack_settings, tmp_path)
         for line in attempts(dginstyle.manifest_lines, file) or ():
             assert isinstance(json.loads(line)["image"], str)
         attempts(data._remember, file, ["a"], [1], lambda jobs: [{}], "counts", data._is_counts)
@@ -3839,7 +3840,7 @@ def test_words_of_data_and_flags_fuzz(tmp_path, monkeypatch):
     """Any word after --data is a data set or a UserError; any word after a flag is a value in its
     range or an ArgumentTypeError: no nan, no infinity, no number of another size."""
     monkeypatch.chdir(tmp_path)
-    flags = [flag for table in dginstyle.TABLES.values() for flag in table.values()]
+    flags = [flag for table in recipes.TABLES.values() for flag in table.values()]
 
     @FUZZ
     @hypothesis.given(st.text(max_size=8) | st.from_regex(
@@ -4456,7 +4457,7 @@ def test_diff_step_by_hand():
 
 def test_diff_inversion_and_sampling_return():
     """Inversion with eta = 0 through the published steps, then DDIM with the toy prior: z again."""
-    models = Models.from_pretrained(dginstyle.TOY)
+    models = Models.from_pretrained(recipes.TOY)
     schedule, abar = models.schedule, models.schedule.abar.tolist()
     context = models.encode_prompts([""])[1]
     image = torch.from_numpy(streets.ToyStreets(("sunny",), 1).pair(0)[0])[None, :64, :64]
@@ -4733,7 +4734,7 @@ def test_diff_sizes_and_errors():
 
 def test_diff_prior_of_models():
     """Models give a prior: its schedule, and the prompts of the classes that have one."""
-    models = Models.from_pretrained(dginstyle.TOY)
+    models = Models.from_pretrained(recipes.TOY)
     prior = Prior.of(models, data.CITYSCAPES.names)
     assert prior.classes == (1, 3, 12, 14, 16) and prior.prediction_type == "v_prediction"
     assert torch.equal(prior.abar, diff.sd_abar()) and prior.texts.shape == (6, 77, 96)
@@ -4913,8 +4914,8 @@ def test_loader_copies_are_equal():
 
 def test_every_flag_is_read():
     """No flag that nobody looks at: each name of a table occurs as args.NAME or ours.NAME."""
-    source = (HERE / "dginstyle.py").read_text() + (HERE / "training.py").read_text()
-    for table in (dginstyle.GENERATE, dginstyle.TRAIN, dginstyle.SEGMENT):
+    source = "".join((HERE / f"{f}.py").read_text() for f in ("dginstyle", "training", "recipes"))
+    for table in (recipes.GENERATE, recipes.TRAIN, recipes.SEGMENT):
         for name in table:
             assert f"args.{name}" in source or f"ours.{name}" in source, name
 

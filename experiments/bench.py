@@ -53,6 +53,7 @@ import data
 import dginstyle
 import diff
 import gallery
+import recipes
 import training
 from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet
@@ -164,7 +165,7 @@ def installed(package):
 
 
 def toy_models(device):
-    return Models.from_pretrained(dginstyle.TOY, controlnet=dginstyle.TOY / "controlnet",
+    return Models.from_pretrained(recipes.TOY, controlnet=recipes.TOY / "controlnet",
                                   device=device)
 
 
@@ -732,7 +733,7 @@ SAMPLINGS = {
 
 def sampling_bench(bench, images):
     """Time and label fidelity of each sampling on the same crops, prompts and noise, in bf16."""
-    judge = SegFormer.from_pretrained(dginstyle.TOY / "segformer")
+    judge = SegFormer.from_pretrained(recipes.TOY / "segformer")
     classifier, _ = claim.style_classifier(8 if bench.quick else 400)
     source, paper = 2 * images, None
     for name, flags in SAMPLINGS.items():
@@ -951,7 +952,7 @@ def main(argv=None):
     parser.add_argument("--diff", action="store_true", help="instead: DIFF")
     parser.add_argument("--compile", action="store_true", help="instead: with torch.compile")
     parser.add_argument("--training", action="store_true", help="instead: updates of all stages")
-    parser.add_argument("--sd", type=Path, default=dginstyle.TOY, help="--training: a Stable "
+    parser.add_argument("--sd", type=Path, default=recipes.TOY, help="--training: a Stable "
                         "Diffusion folder with unet_source/ (default: the toy pack)")
     args = parser.parse_args(argv)
     dginstyle.tune_cpu()

@@ -43,6 +43,7 @@ from torchvision.transforms.v2 import functional as TF
 import data
 import dginstyle
 import gallery
+import recipes
 import segformer
 from experiments import measures
 from toy import streets
@@ -490,10 +491,10 @@ def size_jobs(out, scale, rows):
 
 def measure_fidelity(out, scale, names):
     """fidelity.json: the VAE, and every set of every seed."""
-    judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
+    judge = segformer.SegFormer.from_pretrained(recipes.TOY / "segformer")
     classifier, accuracy = style_classifier(scale.classifier)
     found = {"style classifier on real pictures": accuracy,
-             "VAE": reconstruction(VAE.from_pretrained(dginstyle.TOY / "vae")),
+             "VAE": reconstruction(VAE.from_pretrained(recipes.TOY / "vae")),
              "domains": measure_domains(out, scale, names, judge)}
     for name in names:
         found[name] = [fidelity(folder, judge, classifier, scale.source)
@@ -583,7 +584,7 @@ def measure_cost(out, rows, precision):
     Of SegFormer and of DIFF as in all their rows.
     """
     torch.set_num_threads(1)
-    weights = {"SegFormer": (dginstyle.TOY / "segformer", "fp32")}
+    weights = {"SegFormer": (recipes.TOY / "segformer", "fp32")}
     for row in rows:
         if row.diff is not None:
             weights.setdefault("DIFF", (run_path(out, row, 0) / "segformer", precision))

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import dginstyle
 import diff
+import recipes
 import segformer
 from toy import streets
 from vae import VAE
@@ -102,8 +103,8 @@ def steps_of_method(seed, weather, at=6):
 @torch.no_grad()
 def parts(seed, styles):
     """An unseen street: the picture, through the VAE, its label, the segmenter's; a row each."""
-    vae = VAE.from_pretrained(dginstyle.TOY / "vae")
-    judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
+    vae = VAE.from_pretrained(recipes.TOY / "vae")
+    judge = segformer.SegFormer.from_pretrained(recipes.TOY / "segformer")
     images, labels = zip(*[streets.toy_street(streets.ToyStreets.SPLITS["val"] + seed, style)
                            for style in styles], strict=True)
     x = dginstyle.from_uint8(np.stack(images))
@@ -129,9 +130,9 @@ def feature_maps(seed, styles):
     """One unseen street in these styles -> its pictures, then {name: components (B,H,W,3)}."""
     images = [streets.toy_street(streets.ToyStreets.SPLITS["val"] + seed, s)[0] for s in styles]
     x = (dginstyle.from_uint8(np.stack(images)) + 1) / 2
-    prior = diff.Prior.of(dginstyle.Models.from_pretrained(dginstyle.TOY), CLASSES.names)
+    prior = diff.Prior.of(dginstyle.Models.from_pretrained(recipes.TOY), CLASSES.names)
     frozen = diff.Diff(diff.DiffConfig(**diff.PRESETS["tiny"]), prior).eval().extract(x)[::-1]
-    judge = segformer.SegFormer.from_pretrained(dginstyle.TOY / "segformer")
+    judge = segformer.SegFormer.from_pretrained(recipes.TOY / "segformer")
     return images, {f"{who}\nstride {x.shape[2] // maps.shape[2]}": components(maps).repeat(
         x.shape[2] // maps.shape[2], 1).repeat(x.shape[2] // maps.shape[2], 2)
         for who, kind in (("DIFF", frozen), ("SegFormer", judge.features(x)[1:])) for maps in kind}

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import dginstyle
 import diff
+import recipes
 from clip_text import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from dginstyle import Models, Schedule
@@ -125,7 +126,7 @@ def gpu():
     with (patch(torch.Tensor, "backward", backward),
           patch(torch.nn.init, "trunc_normal_", torch.nn.init.normal_),
           patch(dginstyle, "plan_windows", plan_all), patch(dginstyle, "to_uint8", black),
-          patch(dginstyle, "choose_device", lambda name: name),
+          patch(recipes, "choose_device", lambda name: name),
           patch(data, "one_hot", unchecked), patch(torch, "randint", corner),
           patch(diff, "texts_and_masks", two_texts), patch(torch.nn.Module, "to", to),
           patch(torch.nn.functional, "scaled_dot_product_attention", attention),

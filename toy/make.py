@@ -21,6 +21,7 @@ import clip_text
 import data
 import dginstyle
 import gallery
+import recipes
 import unet
 import vae as vae_module
 from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
@@ -141,7 +142,7 @@ def main(argv=None):
         command="train",
         run=lambda args: dginstyle.train_stage(args.stage, STAGES[args.stage], args))
     parser.add_argument("stage", choices=STAGES)
-    dginstyle.add_flags(parser, dginstyle.TRAIN, "train")
+    recipes.add_flags(parser, recipes.TRAIN, "train")
     return dginstyle.run(parser, argv)
 
 
