@@ -163,11 +163,8 @@ class Sheet:
             x += w
 
     def paste(self, x, y, image, scale=1, frame=False):
-        """Enlarged smoothly, but for label maps and masks, which keep their edges."""
         h, w = image.shape[:2]
-        flat = len(np.unique(image.reshape(-1, 3), axis=0)) <= len(CLASSES.names) + 1
-        how = Image.NEAREST if flat else Image.LANCZOS
-        big = Image.fromarray(image).resize((w * scale, h * scale), how)
+        big = Image.fromarray(image).resize((w * scale, h * scale), Image.NEAREST)
         self.image.paste(big, (round(x), round(y)))
         if frame:
             self.pen.rectangle((x - 2, y - 2, x + w * scale + 1, y + h * scale + 1), None, INK, 2)
