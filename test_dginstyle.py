@@ -4281,6 +4281,16 @@ def test_sampling_on_a_real_gpu():
     assert np.abs(images[0].astype(int) - images[1]).mean() < 3
 
 
+@pytest.mark.parametrize("head", ["segformer", "daformer", "hrda"])
+def test_measuring_on_a_gpu(head):
+    """A picture goes through sliding windows, scaled and scaled back, on the GPU alone."""
+    with pretend.gpu(), torch.no_grad():
+        model = seg_model(head=head).eval().to("cuda:0")
+        for fit in (None, (48, 80)):
+            logits = segformer.predict(model, np.zeros((96, 160, 3), np.uint8), (64, 64), fit)
+            assert logits.is_cuda and logits.shape == (model.config.num_classes, 96, 160)
+
+
 def updates(monkeypatch, words, flags, models):
     """Run a training stage's own code up to its loop, then an update -> Launches of the update.
 
