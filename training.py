@@ -384,6 +384,7 @@ def settings_of(args, free):
 
 
 def compare_settings(out, name, settings):
+    """UserError if the folder holds a run whose settings are others."""
     if not (out / name).is_file():
         return
     old = read_json(out / name)
