@@ -896,7 +896,7 @@ def manifest_lines(file):
 
 def merge_manifest(out):
     """One row an image in manifest.jsonl, rows of other processes and longer runs included."""
-    parts = [out / "manifest.jsonl", *out.glob("manifest.*.part")]
+    parts = [out / "manifest.jsonl", *out.glob("manifest.[0-9]*.part")]  # of other processes
     rows = sorted({line for part in parts for line in manifest_lines(part)})
     with data.replacing(parts[0]) as file:
         file.write_text("".join(rows))

@@ -3060,13 +3060,14 @@ def test_generate_when_stopped_leaves_a_manifest(tmp_path, monkeypatch):
 
 
 def test_a_killed_runs_manifest_is_taken_up(generated, tmp_path):
-    """Half a line, and the rows of a process that is gone, end as one whole row an image."""
+    """Half a line, half a file and the rows of a process that is gone: one row an image."""
     out = tmp_path / "run"
     shutil.copytree(generated, out)
     whole = (out / "manifest.jsonl").read_text()
     first, second = whole.splitlines(keepends=True)
     (out / "manifest.jsonl").write_text(first + second[:40])
     (out / "manifest.3.part").write_text(second)
+    (out / "manifest.jsonl.part").write_text(first[:20])  # killed while merging
     assert main(["generate", *QUICK, "--out", str(out)]) == 0
     assert (out / "manifest.jsonl").read_text() == whole
     assert not list(out.glob("*.part"))

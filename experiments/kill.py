@@ -125,6 +125,7 @@ def run_case(name, folder, every, kills, stops, rng):
         differ = compare(out, whole, but) if not any(codes) else ["it ended with " + str(codes)]
         if differ:
             faults.append(f"{name}, {what}: {', '.join(differ)} ({out})")
+            print(faults[-1], file=sys.stderr, flush=True)
 
     while True:
         out, number = folder / f"run{number}", number + 1
