@@ -10,11 +10,11 @@ is written beside and renamed, and what was written after the last checkpoint is
     open_run        a run's folder: the same settings, one run at a time, what was left out
     Stop            Ctrl-C and SIGTERM end a run where it is cheap
 
-Use alone, beside data.py, with any nets and any loss:
+Use alone, beside data.py and unet.py (which reads JSON), with any nets and any loss:
     net = torch.nn.Linear(2, 1)
     loss = lambda batch: net(batch[0]).square().mean()
     draw = lambda rng: (torch.from_numpy(rng.normal(size=2)).float(),)
-    fit("line", Objective(loss, net=net), draw, args, save)     # args: the flags of `LOOP`
+    fit("line", Objective(loss, net=net), draw, args, save)     # args: recipes.LOOP's
 """
 
 import contextlib
