@@ -492,7 +492,7 @@ def windows_that_fit(models, window):
 def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
             control_scale=1.0, control_uncond=1.0, window=None, stride=None, weights="uniform",
             keep=None, noise=None, start=1.0, official_renoise=False, tile_batch=None,
-            prior_tone=None):
+            prior_tone=0.0):
     """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
     x       (B,C,h,w) initial noise
@@ -509,7 +509,7 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     the latents have reached (t_prev), so that the kept part is almost one step too noisy until
     the end. Off by default.
 
-    prior_tone: see `match_tone`, or None: what the UNet makes of the control as it is
+    prior_tone: see `match_tone`; 0: the tone that the control brings
     """
     nothing = x, torch.zeros_like(x[:, :1])
     z, mask = (part.to(models.device) for part in keep or nothing)
@@ -582,7 +582,7 @@ class Windows:
         for batch, text, hint in zip(self.batches, self.texts, self.hints, strict=True):
             part = cut(x, batch, self.window)
             outs.append(self.models.predict(part, time, text, hint, *guidance))
-            if prior_tone is not None and hint is not None:
+            if prior_tone and hint is not None:
                 free = self.models.predict(part, time, text, None, *guidance)
                 outs[-1] = match_tone(self.models.schedule, outs[-1], free, part, t, prior_tone)
         return self.add_up(torch.cat(outs)) / self.coverage
@@ -686,16 +686,16 @@ def from_uint8(images):
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def match_tone(schedule, out, free, x, t, contrast):
-    """An output for x_t (n,C,h,w) whose x_0 has the tone of `free`'s, an output without control.
+def match_tone(schedule, out, free, x, t, share):
+    """An output for x_t (n,C,h,w) whose x_0 takes the tone of `free`'s, an output without control.
 
-    A ControlNet of sunny pictures brings their light into the night. The light is in the channel
-    means of x_0: they become those of `free`. The deviations are multiplied by the power `contrast`
-    (0 to 1) of their ratio, which lets fog be pale and costs some of the layout. Beyond the paper.
+    A ControlNet of sunny pictures brings their light into the night, in the channel means of x_0;
+    fog is in their deviations. Both go this share of the way, 0 to 1, the deviations on a
+    logarithmic scale. Beyond the paper.
     """
     (x0, _), (wanted, _) = (schedule.split(part, x, t) for part in (out, free))
     (s, m), (s1, m1) = (torch.std_mean(part, (2, 3), keepdim=True) for part in (x0, wanted))
-    x0 = (x0 - m) * (s1 / s) ** contrast + m1
+    x0 = (x0 - m) * (s1 / s) ** share + torch.lerp(m, m1, share)
     abar = schedule.abar_at(t)
     a, sigma = abar**0.5, (1 - abar) ** 0.5
     eps = (x - a * x0) / sigma

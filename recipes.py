@@ -132,9 +132,9 @@ GENERATE = {
     "control_scale": Flag(1.0, "weight of the ControlNet's residuals", high=1000),
     "control_uncond": Flag(1.0, "share of the control that the unguided half gets, 0 to 1",
                            high=1),
-    "prior_tone": Flag(None, "brightness and tint are the prior's without the control, so that "
-                             "night is dark, and to this share, 0 to 1, its contrast; half as slow "
-                             "again", float, high=1),
+    "prior_tone": Flag(0.0, "share, 0 to 1, of brightness, tint and contrast that the prior "
+                            "gives as without the control, so that night is dark; half as slow "
+                            "again", high=1),
     "swap": Flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed", high=1),
     "mrlf": Flag(True, "second pass at double resolution"),
     "window": Flag(None, "window of sampling, HxW latent pixels; default: the training window",

@@ -961,24 +961,24 @@ def test_control_of_the_unguided_half(share):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_tone_of_the_prior(kind):
-    """x_0 gets the other's channel means, and of its deviations none, the root, or all; the rest
-    of it stays. An output in its own tone stays as it is."""
+    """The channel means of x_0 and the logarithms of its deviations go the share of the way to the
+    other's; the rest of it stays. An output in its own tone stays as it is."""
     schedule, g = dginstyle.Schedule(prediction_type=kind), torch.Generator().manual_seed(1)
     x, out, free = torch.randn(3, 2, 4, 8, 16, generator=g)
     free = 0.5 * free + 1
     x0, wanted = (schedule.split(v, x, 700)[0] for v in (out, free))
-    for contrast in (0.0, 0.5, 1.0):
-        have = schedule.split(
-            dginstyle.match_tone(schedule, out, free, x, 700, contrast), x, 700)[0]
+    for share in (0.0, 0.5, 1.0):
+        have = schedule.split(dginstyle.match_tone(schedule, out, free, x, 700, share), x, 700)[0]
         (s, m), (s0, m0), (s1, m1) = (torch.std_mean(v, (2, 3), keepdim=True)
                                       for v in (have, x0, wanted))
-        assert relative(m, m1) < 1e-4 and relative(s, s0 ** (1 - contrast) * s1**contrast) < 1e-4
+        assert relative(m, (1 - share) * m0 + share * m1) < 1e-4
+        assert relative(s, s0 ** (1 - share) * s1**share) < 1e-4
         assert relative((have - m) / s, (x0 - m0) / s0) < 1e-3
     assert relative(dginstyle.match_tone(schedule, out, out, x, 700, 1.0), out) < 1e-4
 
 
 def test_prior_tone_reaches_every_window():
-    """With --prior-tone a first step gives each image the channel means that it has without
+    """With --prior-tone 1 a first step gives each image the channel means that it has without
     control, which it has not otherwise."""
     models, g = tiny_models(), torch.Generator().manual_seed(1)
     x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
@@ -986,7 +986,7 @@ def test_prior_tone_reaches_every_window():
     both, control, free = (
         next(dginstyle.denoise(models, x, text, control, steps=2, control_scale=1e3,
                                prior_tone=tone))
-        for control, tone in ((hint, 1.0), (hint, None), (None, 1.0)))
+        for control, tone in ((hint, 1.0), (hint, 0.0), (None, 1.0)))
     tones = [v.mean((2, 3)) for v in (both, control, free)]
     assert relative(tones[0], tones[2]) < 1e-5 and relative(tones[1], tones[2]) > 1e-3
 
@@ -3179,7 +3179,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
 def test_main_rows_have_more_seeds():
     """Five seeds are run of the main rows and of the sets they need, three at most of others."""
     claim = pytest.importorskip("experiments.claim")
-    scale = replace(claim.FULL, seeds=5)
+    scale = claim.FULL
     planned = [(r.title, s) for s, r in claim.planned(scale, claim.ROWS)]
     assert planned.count((claim.NO_MRLF, 4)) == 1 == planned.count(("swap ratio 0.5", 2))
     assert ("swap ratio 0.5", 3) not in planned
@@ -3249,27 +3249,26 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr(claim, "SAMPLING", ["--steps", "1"])
     rows = [r for r in claim.ROWS if r.title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE)]
     rows += [r for r in claim.ROWS if "full filtered" in r.sets]
-    rows += [replace(r, seeds=1) for r in claim.ROWS if r.title == claim.NO_IPKL]
-    monkeypatch.setattr(claim, "ROWS", [replace(r, quick=True) for r in rows])
+    rows = [replace(r, quick=True) for r in rows]
+    diff_row = next(replace(r, seeds=1) for r in claim.ROWS if r.title == claim.NO_IPKL)
+    monkeypatch.setattr(claim, "ROWS", [*rows, diff_row])
+    monkeypatch.setattr(claim, "DIFF_SCALE", claim.QUICK)
     claim.main(["--quick", "--out", str(tmp_path)])
     before = {k: v for k, v in files(tmp_path).items() if "log" not in k}
     runs = json.loads((tmp_path / "claim.json").read_text())
     assert [(r["row"], r["seed"]) for r in runs] == [
-        (r.title, s) for s in (0, 1) for r in rows if s < (r.seeds or 2)]
+        (r.title, s) for s in (0, 1) for r in rows]
     assert all(len(r["IoU"]) == 7 and len(r["IoU"]["night"]) == 19 for r in runs)
     table = (tmp_path / "claim.md").read_text()
     for row in rows:
         mean = np.mean([100 * r["unseen"] for r in runs if r["row"] == row.title])
-        name, end = ((f"{row.title} (1 of 2 seeds)", " |") if row.seeds == 1 else
-                     (row.title, " ±"))
-        assert f"| {name} | {mean:.1f}{end}" in table
-    assert all(f"- {title}: " in table for title in ("SegFormer", "DIFF"))
+        assert f"| {row.title} | {mean:.1f} ±" in table
     sized = table.partition("smallest quarter")[2].partition("\n\n")[0]
     assert all(title in sized for title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE))
     near = table.partition("| pictures | within a class |")[2].partition("\n\n")[0]
     assert near.count("\n| ") == 8 and "source: " in (tmp_path / "domains.svg").read_text()
     with pytest.raises(SystemExit, match="choose another --out"):
-        claim.main(["--quick", "--steps", "2", "--out", str(tmp_path)])
+        claim.main(["--out", str(tmp_path)])
     sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
     claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
     filtered, plain = data.Pairs(tmp_path.parent / "filtered"), data.Pairs(sets / "full-0")
@@ -3280,13 +3279,13 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     claim.main(["--quick", "--out", str(tmp_path)])  # nothing is left to do
     assert "to do" not in capsys.readouterr().out
     assert {k: v for k, v in files(tmp_path).items() if "log" not in k} == before
-    claim.main(["--quick", "--out", str(tmp_path), "--only", "DIFF"])  # the others as published
-    mixed, published = (json.loads((folder / "claim.json").read_text())
-                        for folder in (tmp_path, HERE / "experiments"))
-    for row in rows:
-        assert ([r for r in mixed if r["row"] == row.title] ==
-                [r for r in (runs if "DIFF" in row.title else published)
-                 if r["row"] == row.title])
+    claim.main(["--diff", "--out", str(tmp_path)])  # beside what is there
+    mixed = json.loads((tmp_path / "diff.json").read_text())
+    beside = [r for r in mixed if r["row"] != claim.NO_IPKL]
+    assert beside == [r for r in runs if r["row"] in claim.BESIDE_DIFF]
+    table = (tmp_path / "diff.md").read_text()
+    assert f"{claim.NO_IPKL} (1 of 2 seeds)" in table
+    assert all(f"- {title}: " in table for title in ("SegFormer", "DIFF"))
 
 
 def test_predictions_of_equal_names_and_broken_pictures(tmp_path, capsys):

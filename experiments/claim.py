@@ -1,9 +1,9 @@
 """The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
 
-    python -m experiments.claim            # the full table, 3 seeds: 70 to 85 minutes of two cores
-    python -m experiments.claim --quick    # its main rows with fewer images, under 25 minutes
-    python -m experiments.claim --only DIFF   # these rows; the others as they are in experiments/
-    python -m experiments.claim --steps 1500 --seeds 5 --main   # hours; without --main the rest
+    python -m experiments.claim --main     # the main rows, 5 seeds: HOURS
+    python -m experiments.claim            # the full table: the others too, with 3 seeds
+    python -m experiments.claim --quick    # main rows, shorter, with fewer images: under 25 minutes
+    python -m experiments.claim --diff     # the second system, DIFF, beside three of them
 
 A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
 overcast, which it never saw; then again with images added that `dginstyle.py generate` made from
@@ -14,12 +14,14 @@ Protocol, the same for every row: per seed one encoder is pre-trained on the sun
 every row trains with the same number of steps, and its last weights are measured, no step or model
 being chosen. The seed decides label crops, prompts, generator noise, first weights and data order.
 The test scenes are used for nothing else. The rows of DIFF (diff.py) see the same pictures for as
-many steps; in place of that encoder they have the frozen prior, which has seen every style, as
-pictures without labels. They are made cheap: 4 crops a step, not 16, and one noise level (t = 100).
+many steps as those beside them; in place of that encoder they have the frozen prior, which has seen
+every style, as pictures without labels. They are made cheap: 4 crops a step, not 16, and one noise
+level (t = 100).
 
 Writes into --out (a stopped run goes on where it was): sets/ and runs/; claim.json, every run with
 its settings and IoU of each class and style; claim.md, tables of mean +- standard deviation;
-claim.svg; domains.svg; gallery.html. `--install` copies the tables and the figure to experiments/.
+claim.svg; domains.svg; gallery.html; with --diff diff.json, .md and .svg. `--install` copies tables
+and figures to experiments/.
 """
 
 import argparse
@@ -67,8 +69,9 @@ class Scale:
     classifier: int = 400  # steps of the style classifier
 
 
-FULL = Scale(source=100, images=100, seeds=3, pretrain=700, steps=350, test=24)
+FULL = Scale(source=100, images=100, seeds=5, pretrain=700, steps=1500, test=24)
 QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
+DIFF_SCALE = replace(FULL, seeds=3, steps=350)
 # how the toy images are made, in every set; chosen on validation scenes
 SAMPLING = ["--preset", "fast"]
 # how DIFF is trained, in every row of it
@@ -78,14 +81,12 @@ SETS = {
     "full": [],
     "more": ["--seed-shift", "1000"],  # other noise, crops and prompts: the second half of x2
     "swap 0": ["--swap", "0"],
-    "swap 0.25": ["--swap", "0.25"],
     "swap 0.5": ["--swap", "0.5"],
-    "swap 0.75": ["--swap", "0.75"],
     "no fusion": ["--no-mrlf"],
     "official re-noise": ["--renoise", "official"],
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
-    "prior tone": ["--prior-tone", "0.7", "--control-scale", "1", "--control-uncond", "0.5"],
+    "control tone": ["--prior-tone", "0"],
 }
 
 
@@ -103,43 +104,44 @@ class Row:
     seeds: int = 0  # at most; 0: any number for the main rows, which are the quick ones, 3 else
 
 
+SOURCE, FULL_ROW, ORACLE = ("source only", "source + generated (full method)",
+                            "oracle: real pictures of all styles")
+STRONG, BOTH = "source, strong augmentation", "full method, strong augmentation"
+NO_SWAP, NO_MRLF = "without Style Swap", "without MRLF (first pass only)"
+NO_IPKL, DIFF, DIFF_FULL = ("DIFF, source only, without IPKL", "DIFF, source only",
+                            "DIFF, source + generated")
+LONG, LONG_FULL = (f"{row}, without IPKL, steps x4" for row in (DIFF, DIFF_FULL))
 ROWS = [
-    Row("source only", quick=True),
-    Row("source, strong augmentation", strong=True, quick=True),
-    Row("source + generated (full method)", ("full",), quick=True),
-    Row("full method, strong augmentation", ("full",), strong=True, quick=True),
-    Row("without Style Swap", ("swap 0",), quick=True),
-    Row("swap ratio 0.25", ("swap 0.25",)),
+    Row(SOURCE, quick=True),
+    Row(STRONG, strong=True, quick=True),
+    Row(FULL_ROW, ("full",), quick=True),
+    Row(BOTH, ("full",), strong=True, quick=True),
+    Row(NO_SWAP, ("swap 0",), quick=True),
     Row("swap ratio 0.5", ("swap 0.5",)),
-    Row("swap ratio 0.75", ("swap 0.75",)),
-    Row("without MRLF (first pass only)", ("no fusion",), quick=True),
+    Row(NO_MRLF, ("no fusion",), quick=True),
     Row("MRLF with the released re-noise level", ("official re-noise",)),
+    Row("without the prior's tone", ("control tone",)),
     Row("without rare-class crops", ("no rare classes",)),
     Row("without weather prompts", ("no weather",)),
     Row("generated only, without source", ("full",), source=""),
     Row("full method, pixel filter", ("full filtered",)),
-    Row("number of images x1/4", ("full:0.25",)),
     Row("number of images x1/2", ("full:0.5",)),
     Row("number of images x2", ("full", "more")),
-    Row("oracle: real pictures of all styles", source="all", quick=True),
-    Row("DIFF, source only, without IPKL", diff=("--no-ipkl",)),
-    Row("DIFF, source only", diff=()),
-    Row("DIFF, source + generated", ("full",), diff=()),
+    Row(ORACLE, source="all", quick=True),
+    Row(NO_IPKL, diff=("--no-ipkl",)),
+    Row(DIFF, diff=()),
+    Row(DIFF_FULL, ("full",), diff=()),
     Row("DIFF, source, strong augmentation", strong=True, diff=()),
     Row("DIFF, source + generated, strong augmentation", ("full",), strong=True, diff=()),
     # as many crops as SegFormer's rows see
-    Row("DIFF, source only, without IPKL, steps x4", diff=("--no-ipkl",), times=4),
-    Row("DIFF, source + generated, without IPKL, steps x4", ("full",), diff=("--no-ipkl",),
-        times=4),
+    Row(LONG, diff=("--no-ipkl",), times=4),
+    Row(LONG_FULL, ("full",), diff=("--no-ipkl",), times=4),
     # with one call nothing is stepped, and the label masks of IPKL have no latents to merge
-    Row("DIFF, source only, without IPKL, five calls", diff=("--no-ipkl", "--diff-steps", "5"),
-        seeds=1),
-    Row("DIFF, source only, five calls", diff=("--diff-steps", "5"), seeds=1),
-    Row("full method, tone of the prior", ("prior tone",)),
+    Row(f"{NO_IPKL}, five calls", diff=("--no-ipkl", "--diff-steps", "5"), seeds=1),
+    Row(f"{DIFF}, five calls", diff=("--diff-steps", "5"), seeds=1),
 ]
-SOURCE, FULL_ROW, NO_SWAP, NO_MRLF, ORACLE = (ROWS[i].title for i in (0, 2, 4, 8, 17))
 SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart by size
-NO_IPKL, DIFF, DIFF_FULL, LONG, LONG_FULL = (ROWS[i].title for i in (18, 19, 20, 23, 24))
+BESIDE_DIFF = (SOURCE, FULL_ROW, STRONG)  # SegFormer's rows in the table of DIFF
 
 
 # --------------------------------------------------------------------------------------------
@@ -568,6 +570,8 @@ def verdict(runs):
     for title, other, table, what in (
             (FULL_ROW, SOURCE, unseen, "mIoU"), (FULL_ROW, NO_SWAP, unseen, "mIoU"),
             (FULL_ROW, NO_MRLF, unseen, "mIoU"), (FULL_ROW, NO_MRLF, small, "small classes"),
+            (FULL_ROW, STRONG, unseen, "mIoU"), (FULL_ROW, STRONG, small, "small classes"),
+            (BOTH, STRONG, unseen, "mIoU"), (BOTH, FULL_ROW, unseen, "mIoU"),
             (DIFF, SOURCE, unseen, "mIoU"), (DIFF, NO_IPKL, unseen, "mIoU"),
             (DIFF_FULL, DIFF, unseen, "mIoU"), (DIFF_FULL, FULL_ROW, unseen, "mIoU"),
             (LONG, SOURCE, unseen, "mIoU"), (LONG_FULL, LONG, unseen, "mIoU"),
@@ -602,7 +606,7 @@ def measure_cost(out, rows, precision):
 
 
 def tables(out, scale, runs):
-    """claim.md."""
+    """The text of claim.md."""
     unseen, small = by_row(runs, "unseen"), by_row(runs, "small")
     seen = {t: np.array([100 * r["mIoU"]["sunny"] for r in runs if r["row"] == t]) for t in unseen}
     lines = [f"{scale.source} sunny label maps, {scale.images} generated images (×1), "
@@ -625,9 +629,7 @@ def tables(out, scale, runs):
         found = json.loads(file.read_text())
         lines += ["", *fidelity_table(found), "", *domain_table(found["domains"]), "",
                   *rare_class_table(out, scale)]
-    elif "\nFidelity of" in (old := (HERE / "claim.md").read_text(encoding="utf-8")):  # --only
-        lines += ["", "Fidelity of" + old.partition("\nFidelity of")[2].rstrip()]
-    (out / "claim.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 def cost_lines(out):
@@ -726,8 +728,8 @@ def rare_class_table(out, scale):
     return lines
 
 
-def figure(out, runs):
-    """claim.svg: one line a row, every seed a dot, the mean a bar."""
+def figure(runs):
+    """The text of claim.svg: one line a row, every seed a dot, the mean a bar."""
     unseen = by_row(runs, "unseen")
     low = np.floor(min(v.min() for v in unseen.values()) - 1)
     high = np.ceil(max(v.max() for v in unseen.values()) + 1)
@@ -757,11 +759,11 @@ def figure(out, runs):
                      f'fill="{colour}"/>')
     parts.append(f'<text x="{left + width / 2}" y="{bottom + 38}" text-anchor="middle">mIoU on six '
                  "unseen styles: every seed, and the mean</text></svg>")
-    (out / "claim.svg").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return "\n".join(parts) + "\n"
 
 
-def scatter(out, runs, domains):
-    """domains.svg: does a set that lies nearer to the unseen styles train better?
+def scatter(runs, domains):
+    """The text of domains.svg: does a set that lies nearer to the unseen styles train better?
 
     A point for the source and for every whole set that is added to it, from one row of the table.
     """
@@ -784,7 +786,7 @@ def scatter(out, runs, domains):
         a, b = 90 + (x - low[0]) * scale[0], 370 - (y - low[1]) * scale[1]
         parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="#1d4ed8"/><text '
                      f'x="{a + 8:.1f}" y="{b + 4:.1f}">{name}: {x:.2f}, {y:.1f}</text>')
-    (out / "domains.svg").write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def page(out, names):
@@ -802,73 +804,64 @@ def page(out, names):
 
 
 def open_experiment(args):
-    """-> its Scale and folder; more seeds may be asked of one that is there, nothing else."""
-    scale = QUICK if args.quick else FULL
-    scale = replace(scale, steps=args.steps or scale.steps, seeds=args.seeds or scale.seeds)
-    name = "claim" + "-quick" * args.quick + (f"-{args.steps}" if args.steps else "")
-    out = args.out or Path("runs") / name
+    """-> its Scale, rows and folder; SystemExit where the folder holds another experiment."""
+    scale = QUICK if args.quick else DIFF_SCALE if args.diff else FULL
+    rows = [r for r in ROWS if (r.diff is not None or r.title in BESIDE_DIFF if args.diff else
+                                r.diff is None and (r.quick or not (args.quick or args.main)))]
+    name = "diff" if args.diff else "claim"
+    out = args.out or Path("runs") / (name + "-quick" * args.quick)
     for folder in ("sets", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     file, mine = out / "scale.json", asdict(scale)
-    before = json.loads(file.read_text()) if file.exists() else mine
-    if {**before, "seeds": 0} != {**mine, "seeds": 0}:
+    if file.exists() and (before := json.loads(file.read_text())) != mine:
         raise SystemExit(f"{out} holds an experiment of {before}: choose another --out")
     file.write_text(json.dumps(mine) + "\n")
-    return scale, out
+    return scale, rows, out, name
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="experiments.claim", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="main rows, fewer images, 2 seeds")
-    parser.add_argument("--out", type=Path, help="default: runs/claim[-quick][-STEPS]")
+    parser.add_argument("--main", action="store_true", help="main rows at full size; without it a "
+                        "later run goes on with the others")
+    parser.add_argument("--diff", action="store_true", help="the rows of DIFF, and SegFormer's to "
+                        "compare, at 350 steps")
+    parser.add_argument("--out", type=Path, help="default: runs/claim, claim-quick, diff")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="runs at once, each with its share of the cores (%(default)s)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"),
                         help="of `generate`; bf16 saves time where the CPU has matrix units for "
                              "it (default: %(default)s; the results in experiments/: bf16)")
     parser.add_argument("--install", action="store_true", help="copy the results to experiments/")
-    parser.add_argument("--only", metavar="WORD", default="", help="the rows with this in their "
-                        "title; the others are taken from experiments/claim.json")
-    parser.add_argument("--main", action="store_true", help="the rows of --quick at full size; "
-                        "without it a later run goes on with the others")
-    parser.add_argument("--steps", type=int, help="of every row (default: 350)")
-    parser.add_argument("--seeds", type=int, help="of the main rows, which are those of --quick; "
-                        "others have three at most (default: 3)")
     args = parser.parse_args(argv)
-    scale, out = open_experiment(args)
-    rows = [r for r in ROWS
-            if args.only in r.title and (r.quick or not (args.quick or args.main))]
+    scale, rows, out, name = open_experiment(args)
     start = time.time()
-    sets = generate_jobs(out, scale, rows, args.precision)
-    encoders = encoder_jobs(out, scale) if any(r.diff is None for r in rows) else []
-    run_all([*sets, *encoders], out, args.jobs)
-    names = [n for n in SETS if set_path(out, n, 0).exists()]
+    run_all([*generate_jobs(out, scale, rows, args.precision), *encoder_jobs(out, scale)],
+            out, args.jobs)
+    sets = [n for n in SETS if set_path(out, n, 0).exists()]
     run_all(filter_jobs(out, scale, rows), out, args.jobs)
-    run_all([*([] if args.only else fidelity_jobs(out, scale, names)),
+    run_all([*([] if args.diff else fidelity_jobs(out, scale, sets)),
              *row_jobs(out, scale, rows, args.precision)], out, args.jobs)
-    run_all(size_jobs(out, scale, rows), out, args.jobs)
-    cost_job = Job("cost", out / "cost.json", (measure_cost, out, rows, args.precision), 60)
-    run_all([cost_job], out, 1)
+    if args.diff:
+        run_all([Job("cost", out / "cost.json", (measure_cost, out, rows, args.precision), 60)],
+                out, 1)
+    else:
+        run_all(size_jobs(out, scale, rows), out, args.jobs)
 
     runs = collect(out, scale, rows, args.precision)
-    if args.only:
-        order = [r.title for r in ROWS]
-        runs += [r for r in json.loads((HERE / "claim.json").read_text())
-                 if args.only not in r["row"] and r["row"] in order]
-        runs.sort(key=lambda r: (r["seed"], order.index(r["row"])))
-    (out / "claim.json").write_text(json.dumps(runs, indent=1) + "\n")
-    tables(out, scale, runs)
-    figure(out, runs)
-    if (file := out / "fidelity.json").exists():
-        scatter(out, runs, json.loads(file.read_text())["domains"])
-    if names:
-        page(out, names)
-    if args.install:
-        for name in ("claim.json", "claim.md", "claim.svg", "domains.svg"):
-            if (out / name).exists():  # no domains with --only
-                shutil.copy(out / name, HERE / name)
-    print((out / "claim.md").read_text())
-    print(f"{(time.time() - start) / 60:.0f} minutes; {out / 'claim.md'}, {out / 'claim.svg'}, "
+    (out / f"{name}.json").write_text(json.dumps(runs, indent=1) + "\n")
+    (out / f"{name}.md").write_text(tables(out, scale, runs), encoding="utf-8")
+    (out / f"{name}.svg").write_text(figure(runs), encoding="utf-8")
+    files = [out / f"{name}.{kind}" for kind in ("json", "md", "svg")]
+    if not args.diff:
+        domains = json.loads((out / "fidelity.json").read_text())["domains"]
+        files.append(out / "domains.svg")
+        files[-1].write_text(scatter(runs, domains), encoding="utf-8")
+    page(out, sets)
+    for file in files if args.install else ():
+        shutil.copy(file, HERE / file.name)
+    print(files[1].read_text(encoding="utf-8"))
+    print(f"{(time.time() - start) / 60:.0f} minutes; {', '.join(map(str, files))}, "
           f"{out / 'gallery.html'}")
 
 
