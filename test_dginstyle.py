@@ -440,7 +440,7 @@ def clip_prefixed(state):
     return {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
 
 
-# ---------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 @pytest.mark.parametrize("pad, count", [(EOS, 4000), ("!", 300)])
@@ -548,7 +548,7 @@ def test_clip_tokenizer_errors(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-# ------------------------------------------------------------------------------- text encoder
+# ------------------------------------------------------------------------------------- text encoder
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -986,22 +986,6 @@ def test_compiled_nets_are_compiled_once():
     assert graphs.frame_count == 2 and not counters["graph_break"]
 
 
-def test_image_noise_is_its_own():
-    """Image k draws the same noise alone and in a batch, and its result is the same."""
-    models = tiny_models()
-    prompts, seeds = ["road", "sky car", "building"], [5, 6, 7]
-    hint = torch.rand(3, 20, 32, 32, generator=torch.Generator().manual_seed(0)).round()
-
-    def run(rows):
-        text = models.encode_prompts([prompts[k] for k in rows])
-        return dginstyle.first_pass(models, (32, 32), text, hint[rows],
-                                    Noise([seeds[k] for k in rows]), steps=2)
-
-    together = run([0, 1, 2])
-    for k in range(3):
-        assert relative(together[k : k + 1], run([k])) < 1e-5
-
-
 def test_denoise_yields_every_step_and_writes_no_argument():
     """One latent per step; the caller's tensors are left as they were."""
     models = tiny_models()
@@ -1027,8 +1011,7 @@ def test_latents_can_be_normalised_inside_the_vae():
 
 # ---- data.py -------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------
-# helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 TRAIN = np.array([[0, 1, 2, 10], [13, 255, 11, 18], [0, 0, 8, 8]], np.uint8)  # 3 x 4 pixels
 CITY = np.array([[7, 8, 11, 23], [26, 4, 24, 33], [7, 7, 21, 21]], np.uint8)  # the same as ids
@@ -1084,8 +1067,7 @@ def data_blocks(seed, size=(40, 50), classes=19):
     return label
 
 
-# ---------------------------------------------------------------------------------------------
-# classes and label files
+# -------------------------------------------------------------------------- classes and label files
 
 
 def test_data_class_tables():
@@ -1257,8 +1239,7 @@ def test_data_colours():
     assert np.abs(middle - (image / 2 + colour / 2)).max() <= 0.5
 
 
-# ---------------------------------------------------------------------------------------------
-# data set folders: a small fake of every layout
+# --------------------------------------------------- data set folders: a small fake of every layout
 
 
 def data_fake(root, kind):
@@ -1535,8 +1516,7 @@ def test_data_open_by_condition(tmp_path):
     assert len(data.open_set(f"{tmp_path}/plain:night")) == 1
 
 
-# ---------------------------------------------------------------------------------------------
-# counts and rare class sampling
+# ------------------------------------------------------------------- counts and rare class sampling
 
 
 def test_data_counts_and_cache(tmp_path, monkeypatch):
@@ -1664,8 +1644,7 @@ def test_data_rcs_distinct():
         sampler.draw_distinct(reach + 1, rng)
 
 
-# ---------------------------------------------------------------------------------------------
-# crop, one-hot, prompts, components
+# --------------------------------------------------------------- crop, one-hot, prompts, components
 
 
 def test_data_crop_box():
@@ -1795,8 +1774,7 @@ def test_data_large_segments():
         assert np.array_equal(data.large_segments(noise, limit), expected)
 
 
-# ---------------------------------------------------------------------------------------------
-# augmentation
+# ------------------------------------------------------------------------------------- augmentation
 
 
 class DataScript:
@@ -1912,8 +1890,7 @@ def test_data_resize_to_fit(size, fit, expected):
     assert (small == 255).all() and nothing is None
 
 
-# ---------------------------------------------------------------------------------------------
-# command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_data_stats_command(tmp_path, capsys):
@@ -1994,20 +1971,12 @@ def seg_same_weights(a, b):
     assert all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
-def seg_hf_config(**fields):
+def seg_hf(name, c, **fields):
+    """transformers' model `name` of the sizes of our config c."""
     transformers = pytest.importorskip("transformers")
-    return transformers.SegformerConfig(**fields)
-
-
-def seg_hf_tiny(name, **fields):
-    """A random transformers model of the tiny sizes, in eval."""
-    transformers = pytest.importorskip("transformers")
-    tiny = segformer.PRESETS["tiny"]
-    config = seg_hf_config(
-        hidden_sizes=list(tiny["hidden_sizes"]), depths=list(tiny["depths"]), num_labels=5,
-        num_attention_heads=list(tiny["num_heads"]), decoder_hidden_size=32, **fields,
-    )  # fmt: skip
-    return seg_randomise(getattr(transformers, name)(config))
+    return getattr(transformers, name)(transformers.SegformerConfig(
+        hidden_sizes=list(c.hidden_sizes), depths=list(c.depths), num_labels=c.num_classes,
+        num_attention_heads=list(c.num_heads), decoder_hidden_size=c.decoder_dim, **fields))
 
 
 def seg_hf_file_keys(model):
@@ -2033,14 +2002,13 @@ def seg_fork(state):
     return out
 
 
-# ------------------------------------------------------------------ sizes and keys
+# ----------------------------------------------------------------------------------- sizes and keys
 
 
 @pytest.mark.parametrize("name, encoder, total, dim", [
     ("b0", 3_319_392, 3_719_027, 256), ("b1", 13_151_424, 13_682_131, 256),
     ("b2", 24_196_288, 27_361_235, 768), ("b3", 44_072_128, 47_237_075, 768),
-    ("b4", 60_842_688, 64_007_635, 768), ("b5", 81_443_008, 84_607_955, 768),
-])  # fmt: skip
+    ("b4", 60_842_688, 64_007_635, 768), ("b5", 81_443_008, 84_607_955, 768)])
 def test_segformer_presets_have_the_published_keys_and_sizes(name, encoder, total, dim):
     """B0 to B5 count the published parameters, and HF's keys and shapes convert to ours exactly."""
     sizes = segformer.PRESETS[name]
@@ -2048,14 +2016,8 @@ def test_segformer_presets_have_the_published_keys_and_sizes(name, encoder, tota
         model = SegFormer(SegFormerConfig(**sizes, head="segformer", decoder_dim=dim))
     assert sum(p.numel() for p in model.backbone.parameters()) == encoder
     assert sum(p.numel() for p in model.parameters()) == total
-    transformers = pytest.importorskip("transformers")
-    c = model.config
-    config = seg_hf_config(
-        hidden_sizes=list(c.hidden_sizes), depths=list(c.depths), num_labels=19,
-        num_attention_heads=list(c.num_heads), decoder_hidden_size=dim,
-    )  # fmt: skip
     with torch.device("meta"):
-        theirs = transformers.SegformerForSemanticSegmentation(config)
+        theirs = seg_hf("SegformerForSemanticSegmentation", model.config)
     theirs = {k: tuple(v.shape) for k, v in segformer.public_keys(seg_hf_file_keys(theirs)).items()}
     assert theirs == {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
@@ -2122,15 +2084,15 @@ def test_segformer_init_follows_the_recipe():
     assert all(not v.any() for k, v in state.items() if k.endswith(zero))
 
 
-# ------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 @pytest.mark.parametrize("single_file,stem", ((False, 4), (True, 4), (False, 2)))
 def test_segformer_equals_transformers_through_a_file(tmp_path, single_file, stem):
     """A model saved by transformers and loaded here gives the same logits and stage maps, of images
     normalised by the recipe's statistics, which stay as they were."""
-    theirs = seg_hf_tiny("SegformerForSemanticSegmentation", strides=[stem, 2, 2, 2],
-                         patch_sizes=[2 * stem - 1, 3, 3, 3])
+    theirs = seg_randomise(seg_hf("SegformerForSemanticSegmentation", seg_config(),
+                                  strides=[stem, 2, 2, 2], patch_sizes=[2 * stem - 1, 3, 3, 3]))
     theirs.save_pretrained(tmp_path)
     ours = SegFormer.from_pretrained(tmp_path / ("model.safetensors" if single_file else ""))
     assert ours.config == seg_config(head="segformer", norm_eps=1e-5, strides=(stem, 2, 2, 2))
@@ -2215,46 +2177,33 @@ def test_segformer_every_parameter_learns(head):
     assert not missing
 
 
-# ------------------------------------------------------------------ HRDA
+# --------------------------------------------------------------------------------------------- HRDA
 
 
-def seg_hrda_attend(model, value):
-    """Make the scale attention say `value` everywhere (0 or 1) through its classifier."""
-    last = model.decode_head["scale_attention"].conv_seg
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.constant_(last.bias, 1e4 if value else -1e4)
-    return model
-
-
-@pytest.mark.parametrize("training", (False, True))
-def test_segformer_hrda_attention_chooses_between_context_and_detail(training):
-    """Attention 0 gives the upsampled context; attention 1 gives the detail wherever it covers."""
+def test_segformer_hrda_attention_chooses_between_context_and_detail():
+    """In training attention 0 gives the upsampled context, attention 1 the detail of the crop."""
     images = seg_images(1, 3, 64, 96)
-    model = seg_model(head="hrda", dropout=0.0, drop_path=0.0).train(training)
+    model = seg_model(head="hrda", dropout=0.0, drop_path=0.0).train()
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.eval()  # so that the context can be computed again
+    last = model.decode_head["scale_attention"].conv_seg
+    torch.nn.init.zeros_(last.weight)
     with torch.no_grad():
         ctx = model.decode_head["head"](model.features(F.avg_pool2d(images, 2)))
         up = F.interpolate(ctx, scale_factor=2, mode="bilinear", align_corners=False)
-        assert up.shape == (1, 5, 16, 24)
-        fused, *_ = seg_hrda_attend(model, 0).forward_hrda(images)
+        last.bias.fill_(-1e4)  # attention 0 everywhere
+        fused, *_ = model.forward_hrda(images)
         seg_close(fused, up)
+        last.bias.fill_(1e4)
         g = torch.Generator().manual_seed(0)
-        fused, detail, (y, x, h, w), _ = seg_hrda_attend(model, 1).forward_hrda(images, g)
-    assert (h, w) == ((32, 48) if training else (64, 96))
-    assert detail.shape == (1, 5, h // 4, w // 4)
-    # up2 of the 0/1 mask blurs one cell at the rim of the crop, so compare one cell inside/outside
-    rim = 1 if training else 0
-    rows = slice(y // 4 + rim, (y + h) // 4 - rim)
-    cols = slice(x // 4 + rim, (x + w) // 4 - rim)
-    inner = detail[:, :, rim : h // 4 - rim, rim : w // 4 - rim]
-    seg_close(fused[:, :, rows, cols], inner)
+        fused, detail, (y, x, h, w), _ = model.forward_hrda(images, g)
+    assert (h, w) == (32, 48) and detail.shape == (1, 5, 8, 12)
+    y, x = y // 4, x // 4  # up2 of the 0/1 mask blurs one cell at the rim of the crop
+    seg_close(fused[:, :, y + 1 : y + 7, x + 1 : x + 11], detail[:, :, 1:7, 1:11])
     outside = torch.ones(16, 24, dtype=torch.bool)
-    outside[max(0, y // 4 - 2) : (y + h) // 4 + 2, max(0, x // 4 - 2) : (x + w) // 4 + 2] = False
-    assert outside.any() == training
-    if training:
-        seg_close(fused[:, :, outside], up[:, :, outside])
+    outside[max(0, y - 2) : y + 10, max(0, x - 2) : x + 14] = False
+    seg_close(fused[:, :, outside], up[:, :, outside])
 
 
 def test_segformer_hrda_equals_a_literal_computation():
@@ -2294,7 +2243,7 @@ def test_segformer_hrda_training_crop_is_random_aligned_and_seeded():
     assert {b[1] for b in boxes} == {0, 8, 16, 24, 32, 40}
 
 
-# ------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("head", SEG_HEADS)
@@ -2388,7 +2337,7 @@ def test_segformer_load_backbone_reads_every_encoder_file(tmp_path):
 
 def test_segformer_load_backbone_equals_transformers(tmp_path):
     """An nvidia/mit-b* style folder gives the stage maps that transformers computes from it."""
-    theirs = seg_hf_tiny("SegformerForImageClassification")
+    theirs = seg_randomise(seg_hf("SegformerForImageClassification", seg_config()))
     theirs.save_pretrained(tmp_path)
     assert "classifier.weight" in load_file(tmp_path / "model.safetensors")
     ours = seg_model(norm_eps=1e-5).load_backbone(tmp_path)
@@ -2460,7 +2409,7 @@ def test_segformer_errors_name_the_fault(tmp_path):
         seg_model(head="hrda")(torch.zeros(1, 3, 64, 68))
 
 
-# ------------------------------------------------------------------ windows and metric
+# ------------------------------------------------------------------------------- windows and metric
 
 
 def test_segformer_slide_of_one_window_is_the_model():
@@ -2867,23 +2816,30 @@ def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path
     assert label.shape == (64, 128)
 
 
-@pytest.mark.parametrize("arch", ["segformer", "hrda"])
-def test_segmenter_loss_falls(arch, tmp_path):
-    """Both kinds of head learn one picture by heart, HRDA through its two losses."""
+@pytest.mark.parametrize("arch", ["segformer", "hrda", "diff"])
+def test_segmenter_loss_falls(arch):
+    """Both kinds of head learn one picture by heart, HRDA through its two losses, and so does the
+    model of --backbone diff."""
     torch.manual_seed(0)
-    model = SegFormer(SegFormerConfig(**{**segformer.PRESETS["tiny"], "head": arch})).train()
-    image, label = streets.toy_street(0)
-    batch = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None],
-             torch.from_numpy(label.astype(np.int64))[None])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    image, label = (torch.from_numpy(x[None, :64, :128].copy()) for x in streets.toy_street(0))
+    batch = image.permute(0, 3, 1, 2), label.long()
+    if arch == "diff":
+        args = dginstyle.settings("segment", *DIFF_RUN, "--lr", "6e-4")  # ten times the published
+        assert args.clip == 5 and args.batch == 1 and args.arch == "segformer"
+        model, loss = dginstyle.build_diff(args, data.CITYSCAPES)
+        optimizer = torch.optim.AdamW(segformer.parameter_groups(model, args.lr, 0.01))
+    else:
+        model = SegFormer(SegFormerConfig(**{**segformer.PRESETS["tiny"], "head": arch})).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     values = []
-    for _ in range(30):
-        value = segformer.training_loss(model, *batch)
+    for step in range(12 if arch == "diff" else 30):
+        torch.manual_seed(step)
+        value = loss(batch) if arch == "diff" else segformer.training_loss(model, *batch)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         values.append(value.item())
-    assert values[-1] < 0.6 * values[0]
+    assert min(values[-2:]) < 0.6 * values[0], values
 
 
 def test_feature_distance_counts_thing_positions_only():
@@ -2896,10 +2852,11 @@ def test_feature_distance_counts_thing_positions_only():
     assert abs(segformer.feature_distance(features, taught, labels) - 2) < 1e-6
 
 
-def test_eight_processes_make_the_images_of_one(generated, tmp_path):
-    """torchrun shards the list: same files, same labels, images equal up to rounding."""
+def test_processes_make_the_images_of_one(generated, tmp_path):
+    """torchrun shards the list, also over more processes than images: same files, same labels,
+    images equal up to rounding."""
     out = tmp_path / "run"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8", "--",
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "--",
                     str(HERE / "dginstyle.py"), "generate", *QUICK, "--batch", "1", "--out",
                     str(out)], check=True, capture_output=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -3374,34 +3331,25 @@ def refuses(capsys, argv, *words):
 
 
 def test_bad_flags(capsys, tmp_path):
-    """Sizes that do not fit, unknown words and impossible numbers are named."""
-    out = ["--out", str(tmp_path / "out")]
-    refuses(capsys, ["generate", "--size", "60x100", *out], "60x100", "multiples of")
-    refuses(capsys, ["generate", "--size", "1000x2000", *out], "1000")
-    refuses(capsys, ["generate", "--weather", "sandstorm", *out], "sandstorm", "snowy")
-    refuses(capsys, ["generate", "--steps", "0", *out], "--steps: 0 is not from 1")
-    refuses(capsys, ["generate", "--swap", "1.5", *out], "--swap: 1.5 is not from 0 to 1")
-    refuses(capsys, ["generate", "--num", "0", *out], "--num: 0 ")
-    refuses(capsys, ["generate", "--stride", "40x40", *out], "stride")
-    refuses(capsys, ["generate", "--size", "huge", *out], "huge")
-    refuses(capsys, ["segment", "--data", "toy:sandstorm", *out], "sandstorm")
-    refuses(capsys, ["segment", "predict", "nowhere.png", *out], "nowhere.png")
-    assert not (tmp_path / "out").exists()
-
-
-def test_bad_training_flags(capsys, tmp_path):
-    """Training refuses what cannot be, and a refused run leaves nothing that blocks the next."""
-    out = ["--out", str(tmp_path / "out")]
-    train = ["train", "dreambooth", "--data", "toy:sunny:2", *out]
-    refuses(capsys, [*train, "--save-every", "0"], "--save-every: 0 ")
-    refuses(capsys, [*train, "--batch", "0"], "--batch: 0 ")
-    refuses(capsys, [*train, "--lr", "0"], "--lr: 0 ")
-    refuses(capsys, [*train, "--size", "36x36"], "36x36", "multiples of")
-    refuses(capsys, [*train, "--sd", "/nowhere"], "/nowhere")
-    refuses(capsys, ["segment", "--data", "somewhere", *out], "--eval-data")
-    refuses(capsys, ["segment", "--data", "toy:sunny:none", *out], "toy:sunny:none")
-    refuses(capsys, ["generate", "--device", "cuda:77", *out], "cuda:77")
-    refuses(capsys, ["generate", "--seed", "-1", *out], "--seed")
+    """Sizes that do not fit, unknown words and impossible numbers are named, and a refused run
+    leaves nothing that blocks the next."""
+    train = "train dreambooth --data toy:sunny:2"
+    for command, *words in (
+            ("generate --size 60x100", "60x100", "multiples of"),
+            ("generate --size 1000x2000", "1000"), ("generate --size huge", "huge"),
+            ("generate --weather sandstorm", "sandstorm", "snowy"),
+            ("generate --steps 0", "--steps: 0 is not from 1"),
+            ("generate --swap 1.5", "--swap: 1.5 is not from 0 to 1"),
+            ("generate --num 0", "--num: 0 "), ("generate --stride 40x40", "stride"),
+            ("generate --device cuda:77", "cuda:77"), ("generate --seed -1", "--seed"),
+            (f"{train} --save-every 0", "--save-every: 0 "), (f"{train} --batch 0", "--batch: 0 "),
+            (f"{train} --lr 0", "--lr: 0 "), (f"{train} --size 36x36", "36x36", "multiples of"),
+            (f"{train} --sd /nowhere", "/nowhere"),
+            ("segment --data somewhere", "--eval-data"),
+            ("segment --data toy:sandstorm", "sandstorm"),
+            ("segment --data toy:sunny:none", "toy:sunny:none"),
+            ("segment predict nowhere.png", "nowhere.png")):
+        refuses(capsys, [*command.split(), "--out", str(tmp_path / "out")], *words)
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "file")], str(tmp_path / "file"))
@@ -3946,7 +3894,8 @@ def test_a_folder_that_vanishes_stays_away(tmp_path, monkeypatch, capsys):
 
 
 def test_batches_do_not_change_a_byte(tmp_path):
-    """On one thread the images are the same bytes for any --batch and --tile-batch."""
+    """Every image draws its own noise: on one thread they are the same bytes for any --batch and
+    --tile-batch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -4641,26 +4590,6 @@ def test_diff_command_with_other_classes(tmp_path):
     assert main(["segment", "--backbone", "diff", "--diff-steps", "1", *flags, "--steps", "1"]) == 0
     result = json.loads((tmp_path / "run" / "eval.json").read_text())[str(tmp_path / "set")]
     assert {k for k in result if k.startswith("IoU")} == {"IoU.ship", "IoU.wall"}
-
-
-def test_diff_command_loss_falls():
-    """The command's model learns one picture by heart, at the published rates times ten."""
-    args = dginstyle.settings("segment", *DIFF_RUN, "--lr", "6e-4")
-    assert args.clip == 5 and args.batch == 1 and args.arch == "segformer"
-    torch.manual_seed(0)
-    model, loss = dginstyle.build_diff(args, data.CITYSCAPES)
-    image, label = (torch.from_numpy(x[None, :64, :128].copy()) for x in streets.toy_street(0))
-    optimizer = torch.optim.AdamW(segformer.parameter_groups(model, args.lr, args.weight_decay))
-    batch = image.permute(0, 3, 1, 2), label.long()
-    values = []
-    for step in range(8):
-        torch.manual_seed(step)
-        value = loss(batch)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    assert min(values[-2:]) < 0.7 * values[0], values
 
 
 def test_diff_can_be_copied_out(tmp_path):
