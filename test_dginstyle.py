@@ -51,16 +51,7 @@ import segformer
 import training
 import unet as unet_module
 import vae as vae_module
-from clip_text import (
-    ALPHABET,
-    BOS,
-    EOS,
-    TextEncoder,
-    TextEncoderConfig,
-    Tokenizer,
-    public_keys,
-    split_words,
-)
+from clip_text import ALPHABET, BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from diff import Diff, DiffConfig, Prior, diffusion_features, invert
@@ -506,7 +497,7 @@ def test_clip_tokenizer_reads_public_folders(tmp_path, pad, in_config):
 ])
 def test_clip_words_of_prompts(text, words):
     """Prompts with comma, digit and apostrophe split as CLIP's pattern says."""
-    assert ["".join(word).removesuffix("</w>") for word in split_words(text)] == words
+    assert ["".join(word).removesuffix("</w>") for word in clip_text.split_words(text)] == words
 
 
 def test_clip_tokenizer_layout():
@@ -600,7 +591,7 @@ def test_clip_ldm_sd1_equals_diffusers(tmp_path):
     ldm[prefix + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
     theirs = clip_prefixed(single_file.convert_ldm_clip_checkpoint(dict(ldm)))
     theirs.pop("text_model.embeddings.position_ids")
-    ours = public_keys(ldm)
+    ours = clip_text.public_keys(ldm)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     torch.save({"state_dict": ldm, "global_step": 1}, tmp_path / "sd1.ckpt")
@@ -621,7 +612,7 @@ def test_clip_ldm_sd2_equals_diffusers():
     theirs = single_file.convert_open_clip_checkpoint(oracle, dict(ldm))
     theirs = clip_prefixed({k: v for k, v in theirs.items() if "text_projection" not in k})
     theirs.pop("text_model.embeddings.position_ids", None)
-    ours = public_keys(ldm)
+    ours = clip_text.public_keys(ldm)
     assert len(ours) == 372 and ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
@@ -683,33 +674,31 @@ def test_clip_round_trip(tmp_path):
 
 def test_clip_encoder_errors(tmp_path):
     """Truncated files, other architectures and odd configs are ValueErrors in one sentence."""
+    def refuses(path, match):
+        with pytest.raises(ValueError, match=match):
+            TextEncoder.from_pretrained(tmp_path / path)
+
     model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"]))
     model.save_pretrained(tmp_path / "cut")
     file = tmp_path / "cut/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model.safetensors: no readable tensor file"):
-        TextEncoder.from_pretrained(tmp_path / "cut")
-    file = tmp_path / "vae.safetensors"
-    save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, file)
-    with pytest.raises(ValueError, match="vae.safetensors: not the weights of this TextEncoder"):
-        TextEncoder.from_pretrained(file)
+    refuses("cut", "model.safetensors: no readable tensor file")
+    save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "vae.safetensors")
+    refuses("vae.safetensors", "vae.safetensors: not the weights of this TextEncoder")
     (tmp_path / "unet").mkdir()
-    file.rename(tmp_path / "unet/model.safetensors")
+    (tmp_path / "vae.safetensors").rename(tmp_path / "unet/model.safetensors")
     (tmp_path / "unet/config.json").write_text('{"layer_norm_eps": 1e-5}')
-    with pytest.raises(ValueError, match="unet: config.json .* has no vocab_size, hidden_size"):
-        TextEncoder.from_pretrained(tmp_path / "unet")
+    refuses("unet", "unet: config.json .* has no vocab_size, hidden_size")
     save_file(clip_state(TextEncoderConfig(64, 96, 384, 1, 3)), tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match="odd.safetensors: width 96 is no multiple of 64"):
-        TextEncoder.from_pretrained(tmp_path / "odd.safetensors")
+    refuses("odd.safetensors", "odd.safetensors: width 96 is no multiple of 64")
     state = clip_state(TextEncoderConfig(64, 64, 256, 2, 1))
     state["text_model.extra"] = state.pop("text_model.encoder.layers.1.mlp.fc1.bias")
     save_file(state, tmp_path / "torn.safetensors")
-    with pytest.raises(ValueError, match="2 faults: missing .*fc1.bias; unknown text_model.extra"):
-        TextEncoder.from_pretrained(tmp_path / "torn.safetensors")
-    with pytest.raises(ValueError, match="swish"):
-        TextEncoderConfig(hidden_act="swish")
-    with pytest.raises(ValueError, match="num_attention_heads=7"):
-        TextEncoderConfig(num_attention_heads=7)
+    refuses("torn.safetensors", "2 faults: missing .*fc1.bias; unknown text_model.extra")
+    for odd, match in (({"hidden_act": "swish"}, "swish"),
+                       ({"num_attention_heads": 7}, "num_attention_heads=7")):
+        with pytest.raises(ValueError, match=match):
+            TextEncoderConfig(**odd)
     with pytest.raises(AssertionError, match="78 tokens"):
         model(torch.zeros(1, 78, dtype=torch.long))
 
@@ -1206,22 +1195,19 @@ def test_data_orientation_of_pairs(tmp_path, tag):
 def test_data_bad_labels(tmp_path):
     """Colour labels, values outside the classes and broken files are named in one sentence."""
     data_photo(tmp_path / "rgb.png")
-    with pytest.raises(data.UserError, match="rgb.png has mode RGB"):
-        data.read_label(tmp_path / "rgb.png")
     data_png(tmp_path / "ids.png", np.array([[19, 3], [77, 255]], np.uint8))
-    with pytest.raises(data.UserError, match=r"ids.png holds \[19, 77\], .* trainIds \(0..18\)"):
-        data.read_label(tmp_path / "ids.png")
-    with pytest.raises(ValueError, match=r"ids.png holds \[77\], .* raw ids \(0..34\)"):
-        data.read_label(tmp_path / "ids.png", ids=data.CITYSCAPES_IDS)
-    with pytest.raises(ValueError, match=r"holds \[77\]"):
-        data.read_label(tmp_path / "ids.png", also_ignore=(19,))
     Image.fromarray(np.array([[300]], np.uint16)).save(tmp_path / "wide.png")
-    with pytest.raises(ValueError, match=r"holds \[300\]"):
-        data.read_label(tmp_path / "wide.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "ids.png").read_bytes()[:50])
-    for name in ("broken.png", "absent.png"):
-        with pytest.raises(data.UserError, match=f"{name} cannot be read as an image"):
-            data.read_label(tmp_path / name)
+    city = {"ids": data.CITYSCAPES_IDS}
+    for name, options, match in (
+            ("rgb", {}, "rgb.png has mode RGB"),
+            ("ids", {}, r"ids.png holds \[19, 77\], .* trainIds \(0..18\)"),
+            ("ids", city, r"ids.png holds \[77\], .* raw ids \(0..34\)"),
+            ("ids", {"also_ignore": (19,)}, r"holds \[77\]"), ("wide", {}, r"holds \[300\]"),
+            ("broken", {}, "broken.png cannot be read as an image"),
+            ("absent", {}, "absent.png cannot be read as an image")):
+        with pytest.raises(data.UserError, match=match):
+            data.read_label(tmp_path / f"{name}.png", **options)
     with pytest.raises(ValueError, match=r"x.png was not written: the label holds \[19\]"):
         data.save_label(tmp_path / "x.png", np.full((2, 2), 19))
     assert not (tmp_path / "x.png").exists()
@@ -2367,46 +2353,40 @@ def test_segformer_errors_name_the_fault(tmp_path):
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     state = load_file(file)
 
-    def refuses(match, path=tmp_path, load=SegFormer.from_pretrained, **kw):
+    def refuses(match, load, *arguments, **named):
         with pytest.raises(ValueError, match=match):
-            load(path, **kw)
+            load(*arguments, **named)
 
-    refuses("no such weight file", tmp_path / "absent.pth")
-    save_file({k: v for k, v in state.items() if "block3.1.norm2" not in k}, file)
-    refuses(r"2 faults: missing backbone.block3.1.norm2.bias", file)
-    save_file({**state, "backbone.extra": torch.ones(1)}, file)
-    refuses("1 faults: unknown backbone.extra", file)
-    save_file({**state, "backbone.norm2.bias": torch.ones(33)}, file)
-    refuses(r"backbone.norm2.bias is \(33,\), not \(32,\)", file)
-    save_file({k: v for k, v in state.items() if k.startswith("backbone.")}, file)
-    refuses("no whole segmenter.*load_backbone", file)
-    save_file({k: v for k, v in state.items() if k.startswith("decode_head.")}, file)
-    refuses("no whole segmenter", file)
     teacher = seg_fork(seg_model(head="segformer").state_dict())
-    save_file({f"ema_model.{k}": v for k, v in teacher.items()}, file)
-    refuses("no whole segmenter", file)
-    save_file({"unet.conv_in.weight": torch.ones(1)}, file)
-    refuses("no whole segmenter", file)
-    refuses("missing block1", file, load=seg_model().load_backbone)
+    encoder, head = ({k: v for k, v in state.items() if k.startswith(part)}
+                     for part in ("backbone.", "decode_head."))
+    for wrong, match in (
+            ({k: v for k, v in state.items() if "block3.1.norm2" not in k},
+             "2 faults: missing backbone.block3.1.norm2.bias"),
+            ({**state, "backbone.extra": torch.ones(1)}, "1 faults: unknown backbone.extra"),
+            ({**state, "backbone.norm2.bias": torch.ones(33)},
+             r"backbone.norm2.bias is \(33,\), not \(32,\)"),
+            (encoder, "no whole segmenter.*load_backbone"), (head, "no whole segmenter"),
+            ({f"ema_model.{k}": v for k, v in teacher.items()}, "no whole segmenter"),
+            ({"unet.conv_in.weight": torch.ones(1)}, "no whole segmenter")):
+        save_file(wrong, file)
+        refuses(match, SegFormer.from_pretrained, file)
+    refuses("missing block1", seg_model().load_backbone, file)
+    refuses("no such weight file", SegFormer.from_pretrained, tmp_path / "absent.pth")
     save_file(state, file)
     file.write_bytes(file.read_bytes()[:-1000])
-    refuses("readable tensor file")
+    refuses("readable tensor file", SegFormer.from_pretrained, tmp_path)
     save_file(state, file)
-    other = {"architectures": ["SegformerForImageClassification"], "depths": [1, 1, 2, 1]}
-    config.write_text(json.dumps(other))
-    refuses("SegformerForImageClassification.*load_backbone")
-    config.write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
-    refuses("UNet2DConditionModel")
-    with pytest.raises(ValueError, match="'fcn' is not one of segformer, daformer, hrda"):
-        SegFormerConfig(head="fcn")
-    with pytest.raises(ValueError, match=r"\(1, 2, 7, 8\)"):
-        SegFormerConfig(num_heads=(1, 2, 7, 8))
-    with pytest.raises(ValueError, match="uint8"):
-        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="32 x 32"):
-        model(torch.zeros(1, 3, 64, 31))
-    with pytest.raises(ValueError, match="divisible by 8, not 64 x 68"):
-        seg_model(head="hrda")(torch.zeros(1, 3, 64, 68))
+    for other, match in (({"architectures": ["SegformerForImageClassification"],
+                           "depths": [1, 1, 2, 1]}, "SegformerForImageClassification.*load_back"),
+                         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
+        config.write_text(json.dumps(other))
+        refuses(match, SegFormer.from_pretrained, tmp_path)
+    refuses("'fcn' is not one of segformer, daformer, hrda", SegFormerConfig, head="fcn")
+    refuses(r"\(1, 2, 7, 8\)", SegFormerConfig, num_heads=(1, 2, 7, 8))
+    refuses("uint8", model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    refuses("32 x 32", model, torch.zeros(1, 3, 64, 31))
+    refuses("divisible by 8, not 64 x 68", seg_model(head="hrda"), torch.zeros(1, 3, 64, 68))
 
 
 # ------------------------------------------------------------------------------- windows and metric
@@ -2543,6 +2523,15 @@ def test_scaled_crop_keeps_image_and_label_together():
 QUICK = ["--steps", "2", "--num", "2", "--data", "toy:sunny:40"]
 
 
+def street_set(folder, names, size=(128, 256)):
+    """Write pairs of toy streets as a plain folder."""
+    for seed, name in enumerate(names):
+        image, label = streets.toy_street(seed, size=size)
+        data_png(folder / f"images/{name}.png", image)
+        data_png(folder / f"labels/{name}_labelTrainIds.png", label)
+    return folder
+
+
 def files(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file()}
@@ -2638,11 +2627,8 @@ def test_a_packs_settings(tmp_path, capsys):
 def test_generate_takes_label_maps_of_any_kind(flags, size, tmp_path):
     """Pairs or label maps alone, larger than the window, in other sizes than it, without MRLF and
     with a mixed swap."""
-    for k in range(2):
-        image, label = streets.toy_street(k, size=(256, 512))
-        data_png(tmp_path / f"set/images/{k}.png", image)
-        data_png(tmp_path / f"set/labels/{k}_labelTrainIds.png", label)
-    root = tmp_path / ("set/labels" if "--window" in flags else "set")
+    root = street_set(tmp_path / "set", "ab", (256, 512))
+    root = root / "labels" if "--window" in flags else root
     out = tmp_path / "out"
     assert main(["generate", *QUICK, "--data", str(root), "--out", str(out), *flags]) == 0
     assert [Image.open(f).size for f in (out / "images").iterdir()] == [size] * 2
@@ -2725,14 +2711,12 @@ def test_killed_while_saving_leaves_whole_weights(tmp_path, monkeypatch):
         assert before.items() <= files(folder).items()
 
 
-def test_gradients_are_added_up_once_an_update(monkeypatch):
+def test_gradients_are_added_up_once_an_update():
     """With --accumulate 3, DDP exchanges gradients in the last of three calls only."""
-    waits = []
+    waits, net = [], torch.nn.Linear(2, 2)
 
-    class Parallel(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module, self.waiting = module, False
+    class Parallel(training.Objective):
+        waiting = False
 
         @contextlib.contextmanager
         def no_sync(self):
@@ -2742,13 +2726,13 @@ def test_gradients_are_added_up_once_an_update(monkeypatch):
 
         def forward(self, batch):
             waits.append(self.waiting)
-            return self.module(batch)
+            return super().forward(batch)
 
     args = dginstyle.settings("train", "dreambooth", "--accumulate", "3")
-    net = torch.nn.Linear(2, 2)
-    objective = training.Objective(lambda batch: net(batch[0]).square().mean(), net=net)
-    state = training.Trained(objective, None, args)
-    training.update(state, Parallel(objective), iter([[torch.ones(1, 2)]] * 3), args)
+    plain, parallel = (kind(lambda batch: net(batch[0]).square().mean(), net=net)
+                       for kind in (training.Objective, Parallel))
+    batches = iter([[torch.ones(1, 2)]] * 3)
+    training.update(training.Trained(plain, None, args), parallel, batches, args)
     assert waits == [True, True, False]
 
 
@@ -2884,14 +2868,12 @@ def test_a_killed_runs_manifest_is_taken_up(generated, tmp_path):
 def test_label_maps_below_the_crop_are_enlarged(tmp_path):
     """A map smaller than the training window is enlarged to cover it, as for the segmenter, and
     the ControlNet learns from such pairs too."""
-    image, label = streets.toy_street(0, size=(40, 100))
-    data_png(tmp_path / "set/images/a.png", image)
-    data_png(tmp_path / "set/labels/a_labelTrainIds.png", label)
+    pairs = data.Pairs(street_set(tmp_path / "set", "a", (40, 100)))
     common = ["--data", str(tmp_path / "set"), "--steps", "1"]
     out = tmp_path / "out"
     assert main(["generate", *common, "--num", "1", "--no-mrlf", "--out", str(out)]) == 0
     made = data.Pairs(out).label(0)
-    assert made.shape == (64, 128) and set(np.unique(made)) <= set(np.unique(label))
+    assert made.shape == (64, 128) and set(np.unique(made)) <= set(np.unique(pairs.label(0)))
     assert main(["train", "controlnet", *common, "--batch", "1", "--cache", "0", "--sample-steps",
                  "1", "--out", str(tmp_path / "train")]) == 0
 
@@ -3185,10 +3167,7 @@ def test_segmenter_draw_is_the_published_one(tmp_path, arch):
 
     Scale, box, flip and colours of image and label are those of torchvision on the whole picture.
     """
-    for k in range(3):
-        image, label = streets.toy_street(k, size=(90, 160))
-        data_png(tmp_path / f"images/{k}.png", image)
-        data_png(tmp_path / f"labels/{k}_labelTrainIds.png", label)
+    street_set(tmp_path, "abc", (90, 160))
     draw = segment_draw(["--data", str(tmp_path), "--arch", arch, "--fit", "75x133", "--crop",
                          "48x64", "--rcs-min-pixels", "40", "--no-augment"])
     pairs, sampler = draw.pairs, draw.samplers[0]
@@ -3356,25 +3335,18 @@ def test_bad_flags(capsys, tmp_path):
 
 
 def test_bad_data(capsys, tmp_path):
-    """Folders without data, lonely or unequal files and labels that are no labels are named."""
+    """Folders without data, lonely files and labels that are no labels are named before anything
+    is written."""
     def attempt(*words):
         refuses(capsys, ["generate", *QUICK, "--data", str(tmp_path / "set"), "--no-rcs",
                          "--out", str(tmp_path / "out")], *words)
         assert not (tmp_path / "out").exists()
 
     attempt("set")
-    (tmp_path / "set" / "images").mkdir(parents=True)
-    (tmp_path / "set" / "labels").mkdir()
-    attempt("set")
-    Image.new("RGB", (256, 128)).save(tmp_path / "set" / "images" / "a.png")
+    data_photo(tmp_path / "set/images/a.png", size=(128, 256))
     attempt("label")
-    label = tmp_path / "set" / "labels" / "a_labelTrainIds.png"
-    Image.new("RGB", (256, 128)).save(label)
-    attempt("a_labelTrainIds.png")
-    Image.fromarray(np.full((128, 256), 77, np.uint8)).save(label)
+    data_png(tmp_path / "set/labels/a_labelTrainIds.png", np.full((128, 256), 77, np.uint8))
     attempt("a_labelTrainIds.png", "77")
-    Image.fromarray(np.zeros((32, 64), np.uint8)).save(label)
-    attempt("a.png", "size")
 
 
 def test_bad_weights(capsys, tmp_path):
@@ -3810,21 +3782,13 @@ def test_a_loss_that_is_no_number_names_its_pictures(tmp_path, monkeypatch, caps
     assert saved["step"] == 2
 
 
-def broken_set(folder):
-    """A folder of three pairs, of which the label of b and the picture of c end in the middle."""
-    for seed, name in enumerate("abc"):
-        image, label = streets.toy_street(seed, size=(64, 128))
-        data_png(folder / f"images/{name}.png", image)
-        data_png(folder / f"labels/{name}_labelTrainIds.png", label)
-    for name in ("labels/b_labelTrainIds.png", "images/c.png"):
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: len(whole) * 4 // 5])  # what Pillow opens gladly
-
-
 def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
     """--on-error skip: training, generating and measuring go on, and skipped.jsonl has the files;
     by default each of them stops."""
-    broken_set(tmp_path / "set")
+    street_set(tmp_path / "set", "abc", (64, 128))
+    for file in (tmp_path / "set/labels/b_labelTrainIds.png", tmp_path / "set/images/c.png"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) * 4 // 5])  # what Pillow opens gladly
     data_words = ["--data", str(tmp_path / "set"), "--steps", "2"]
     tiny = ["--backbone", "tiny", "--crop", "64x64", "--fit", "64x128", "--workers", "2"]
     runs = {"train": ["segment", "train", *data_words, *tiny, "--batch", "4"],
