@@ -1068,7 +1068,8 @@ def sample_sheet(models, prompts, hints, args, path, classes=None):
     precision = choose_precision(args)
     with torch.autocast(models.device.type, DTYPES[precision], precision != "fp32"):
         text = models.encode_prompts(prompts)
-        latents = first_pass(models, models.size, text, hints, Noise(range(len(prompts))),
+        size = models.size if hints is None else hints.shape[2:]
+        latents = first_pass(models, size, text, hints, Noise(range(len(prompts))),
                              steps=args.sample_steps, guidance=args.guidance)
     images = decode(models.vae, latents)
     if hints is not None:

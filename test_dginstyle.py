@@ -1664,14 +1664,8 @@ def test_data_split_and_condition(tmp_path):
     Plain folders have no splits, flattened ones no conditions.
     """
     data_fake(tmp_path / "cs", "cityscapes")
-    assert data.Pairs(tmp_path / "cs", split="val").label(0).max() == 255
-    assert {p.parent.parent.name for p in data.Pairs(tmp_path / "cs").images} == {"train"}
     data_fake(tmp_path / "acdc", "acdc original")
     assert len(data.Pairs(tmp_path / "acdc", condition="fog")) == 1
-    assert data.Pairs(tmp_path / "acdc", split="train").name(1) == "nighttrain"
-    data_fake(tmp_path / "vistas", "mapillary")
-    assert data.Pairs(tmp_path / "vistas", split="train").name(0) == "trainingx"
-    assert data.Pairs(tmp_path / "vistas", split="val").name(0) == "validationx"
     data_fake(tmp_path / "plain", "plain")
     assert len(data.Pairs(tmp_path / "plain", split="val")) == 2
     data_fake(tmp_path / "flat", "acdc")
@@ -3506,7 +3500,7 @@ def test_hrda_has_the_published_sizes():
 
 
 def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
-    """Whatever the layout calls its splits; ACDC by condition gets a row of its own."""
+    """Whatever the layout calls its splits."""
     args = dginstyle.settings("segment")
     for kind in ("cityscapes", "bdd100k", "mapillary", "acdc original"):
         data_fake(tmp_path / kind, kind)
@@ -3515,9 +3509,6 @@ def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
             (_, pairs), = dginstyle.open_sets([spec], data.CITYSCAPES, args, split)
             part = pairs.images[0].relative_to(spec).as_posix()
             assert ("train" in part, "val" in part) == (split == "train", split == "test"), part
-    specs = [str(tmp_path / "acdc original") + c for c in (":fog", ":night")]
-    rows = dginstyle.open_sets(specs, data.CITYSCAPES, args, "test")
-    assert [(spec, len(pairs)) for spec, pairs in rows] == [(specs[0], 1), (specs[1], 1)]
 
 
 def test_other_classes_everywhere(tmp_path, capsys):
@@ -4351,6 +4342,7 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
         source=4, images=2, seeds=2, pretrain=1, steps=1, test=1, classifier=2))
     monkeypatch.setattr(claim, "SAMPLING", ["--steps", "1"])
     monkeypatch.setattr(claim, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     rows = [r for r in claim.ROWS if r.title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE)]
     rows += [r for r in claim.ROWS if "full filtered" in r.sets]
     rows = [replace(r, quick=True) for r in rows]
