@@ -3624,7 +3624,7 @@ def test_numbers_that_are_not_finite(capsys, tmp_path, monkeypatch):
             type(net).from_pretrained(tmp_path / name)
     with pytest.raises(ValueError, match=f"{key.removeprefix('backbone.')} holds numbers"):
         net.load_backbone(tmp_path / name)
-    monkeypatch.setattr(dginstyle, "sample", lambda *a: torch.full((2, 6, 8, 8), math.nan))
+    monkeypatch.setattr(dginstyle, "sample", lambda *a: torch.full((2, 12, 8, 8), math.nan))
     refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "out")], "000000_", "seed")
     assert not list((tmp_path / "out").rglob("*.png"))
 
@@ -4265,7 +4265,7 @@ def test_sampling_on_a_real_gpu():
     levels."""
     there, here = (Models.from_pretrained(HERE / "toy", HERE / "toy/controlnet", device=device)
                    for device in ("cuda", "cpu"))
-    z, hint = torch.randn(1, 6, 32, 64), torch.zeros(1, 20, 128, 256)
+    z, hint = torch.randn(1, 12, 32, 64), torch.zeros(1, 20, 128, 256)
     steps = denoise(there, z, there.encode_prompts(["road"]), hint, steps=3, window=(16, 32),
                     stride=(8, 16), keep=(z, torch.zeros(1, 1, 32, 64)), noise=torch.randn)
     next(steps)
