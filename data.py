@@ -65,7 +65,6 @@ def _read_json(path, kind=dict):
 # Classes and label files
 
 IGNORE = 255
-THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's thing classes of Cityscapes
 # raw id → trainId (None = ignore) of Cityscapes and GTA, where 34 is the licence plate
 CITYSCAPES_IDS = dict.fromkeys(range(35)) | {
     7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12,
@@ -949,8 +948,6 @@ class SegmenterDraw:
             image = photometric_distortion(image, rng)
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return image, torch.from_numpy(label.astype(np.int64))
-
-
 
 
 class LabelMaps:

@@ -621,8 +621,7 @@ def first_pass(models, size, text, hint, noise, *, window=None, **options):
     stride = max(1, window[0] // 2), max(1, window[1] // 2)
     x = noise((text.shape[1], models.unet.config.in_channels, h, w))
     with models.on_device("unet", "controlnet"):
-        for latents in denoise(models, x, text, hint, window=window, stride=stride, **options):
-            pass
+        *_, latents = denoise(models, x, text, hint, window=window, stride=stride, **options)
     return latents
 
 
@@ -662,9 +661,8 @@ def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride
     hint = F.interpolate(hint, scale_factor=2.0, mode="nearest")
     mask = F.interpolate(mask, size=z.shape[2:], mode="nearest")
     with models.on_device("unet", "controlnet"):
-        for latents in denoise(models, x, text, hint, window=window, stride=stride, keep=(z, mask),
-                               noise=noise, **options):
-            pass
+        *_, latents = denoise(models, x, text, hint, window=window, stride=stride,
+                              keep=(z, mask), noise=noise, **options)
     return latents
 
 
@@ -804,7 +802,6 @@ def make_images(models, conditions, classes, args):
 def generate(args):
     """Make labelled images in --out: images/, labels/, vis/, manifest.jsonl, grid, gallery."""
     args = settle(args)
-    check_weather(args.weather)
     if args.controlnet is None:
         raise UserError("--controlnet is missing: name the ControlNet that goes with --sd")
     classes, pairs = open_training_data(args, labels_only=True)
@@ -865,7 +862,7 @@ def make_data_set(models, condition, classes, args):
             rows = [json.dumps(c.manifest_row(args)) + "\n" for c in batch]
             manifest.write("".join(row for row in rows if row not in known))
             manifest.flush()  # whenever the run is stopped, there is a row for every image
-            bar.update(min(args.batch, args.num - start) * world)
+            bar.update(min(args.num, start + world * args.batch) - bar.n)  # of all processes
     barrier(world)
 
 
@@ -918,12 +915,6 @@ def check_options(models, size, args):
         raise UserError(f"--window {window[0]}x{window[1]}: both must be multiples of {factor}")
     if args.stride not in STRIDES:
         tiles(large, tuple(min(a, b) for a, b in zip(window, large, strict=True)), args.stride)
-
-
-def check_weather(words):
-    known = {*data.WEATHERS, "dusk", "overcast"}  # the last two: of the toy world
-    for word in set(words) - known:
-        raise UserError(f"--weather {word}: choose from {', '.join(sorted(known))}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -991,7 +982,7 @@ def train_dreambooth(args, pairs, classes):
     size = training_size(args, models.multiple, models.size)
     empty = models.encode_prompts([""])[1]
 
-    draw = picture_draw(pairs, size, args)
+    draw = cached(picture_draw(pairs, size, args), models.vae, args)
 
     def loss(batch):
         """[images (B,3,h,w)] -> a number."""
@@ -1005,7 +996,6 @@ def train_dreambooth(args, pairs, classes):
         models.unet.save_pretrained(out / "unet_source", DTYPES[args.save_dtype])
         sample_sheet(models, sheet_prompts(args), None, args, out / "samples" / "dreambooth.png")
 
-    draw = cached(draw, models.vae, args)
     fit("dreambooth", Objective(loss, unet=models.unet), draw, args, save, pairs)
 
 
@@ -1078,7 +1068,8 @@ def sample_sheet(models, prompts, hints, args, path, classes=None):
     precision = choose_precision(args)
     with torch.autocast(models.device.type, DTYPES[precision], precision != "fp32"):
         text = models.encode_prompts(prompts)
-        latents = first_pass(models, models.size, text, hints, Noise(range(len(prompts))),
+        size = models.size if hints is None else hints.shape[2:]
+        latents = first_pass(models, size, text, hints, Noise(range(len(prompts))),
                              steps=args.sample_steps, guidance=args.guidance)
     images = decode(models.vae, latents)
     if hints is not None:
@@ -1099,7 +1090,6 @@ def train(args):
 def train_stage(name, function, args):
     """Settle what a stage needs, check it, and train."""
     args = settle(args, name)
-    check_weather(args.weather)
     classes, pairs = open_training_data(args)
     torch.manual_seed(args.seed)  # the first weights of what is new
     function(args, pairs, classes)

@@ -95,7 +95,8 @@ RCS = {
     "rcs": Flag(True, "choose crops by rare class sampling"),
     "rcs_temperature": Flag(0.01, "T of P(c) = softmax((1 - f_c) / T)", low=1e-6),
     "rcs_min_pixels": Flag(3000, "a label file shows class c if it has more pixels of it"),
-    "weather": Flag(list(data.WEATHERS), "weather words", str, many=True),
+    "weather": Flag(list(data.WEATHERS), "weather words; the last two are of the toy world", str,
+                    (*data.WEATHERS, "dusk", "overcast"), many=True),
 }
 SPEED = {
     "precision": Flag("auto", "auto, fp32, bf16, fp16; auto is half precision on GPUs",

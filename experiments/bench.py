@@ -803,27 +803,13 @@ def check_same_diff(models, prior, image, labels):
     return fault
 
 
-def diff_bench(bench, sd_size):
-    """DIFF's 34 calls: a picture, and an update of IPKL, against the released loop.
+def diff_calls(sets, model, priors, level64, image, labels):
+    """`predict` and `learn`, each (dtype, released) -> one call, by our code or the released loop.
 
-    At SD1.5's size on a CPU the picture is 256 x 256, each side runs once, and ours in bf16 only.
+    sets: {dtype: Models}; priors: {dtype: Prior}, of which `model` gets the dtype's; level64: the
+    bottleneck the released loop also makes, or None; image (1,3,H,W); labels (1,H,W).
     """
-    device, long = bench.device, sd_size and bench.device.type == "cpu"
-    models = sd_models(device, 32 if long else 64) if sd_size else toy_models(device)
-    sets = {torch.float32: models, torch.bfloat16: cast(models, torch.bfloat16)}
-    priors = {kind: Prior.of(m, CLASSES.names) for kind, m in sets.items()}
-    sizes = diff.PRESETS["sd" if sd_size else "tiny"]
-    model = Diff(DiffConfig(**sizes), priors[torch.float32]).to(device)
-    level64 = diff.Bottleneck(27 * 1280, 2048, 16).to(device) if sd_size else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    image, label = streets.toy_street(1, size=models.size if sd_size else (128, 256))
-    image = dginstyle.from_uint8(image[None]).to(device) / 2 + 0.5
-    labels = torch.from_numpy(label.astype(np.int64))[None].to(device)
-    texts = len(diff.texts_and_masks(priors[torch.float32].classes, labels, (8, 8))[0][0])
-    if not long:
-        fault = check_same_diff(models, priors[torch.float32], image, labels)
-        bench.add({"case": "features against the literal loop's, fp32",
-                   "note": f"largest relative difference {fault:.1e}"})
+    device, optimizer = image.device, torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def update(kind, loss):
         with torch.enable_grad(), torch.autocast(device.type, kind, kind != torch.float32):
@@ -858,6 +844,31 @@ def diff_bench(bench, sd_size):
                     + F.mse_loss(a.float(), b.float()))
 
         update(kind, loss)
+
+    return predict, learn
+
+
+def diff_bench(bench, sd_size):
+    """DIFF's 34 calls: a picture, and an update of IPKL, against the released loop.
+
+    At SD1.5's size on a CPU the picture is 256 x 256, each side runs once, and ours in bf16 only.
+    """
+    device, long = bench.device, sd_size and bench.device.type == "cpu"
+    models = sd_models(device, 32 if long else 64) if sd_size else toy_models(device)
+    sets = {torch.float32: models, torch.bfloat16: cast(models, torch.bfloat16)}
+    priors = {kind: Prior.of(m, CLASSES.names) for kind, m in sets.items()}
+    sizes = diff.PRESETS["sd" if sd_size else "tiny"]
+    model = Diff(DiffConfig(**sizes), priors[torch.float32]).to(device)
+    level64 = diff.Bottleneck(27 * 1280, 2048, 16).to(device) if sd_size else None
+    image, label = streets.toy_street(1, size=models.size if sd_size else (128, 256))
+    image = dginstyle.from_uint8(image[None]).to(device) / 2 + 0.5
+    labels = torch.from_numpy(label.astype(np.int64))[None].to(device)
+    texts = len(diff.texts_and_masks(priors[torch.float32].classes, labels, (8, 8))[0][0])
+    if not long:
+        fault = check_same_diff(models, priors[torch.float32], image, labels)
+        bench.add({"case": "features against the literal loop's, fp32",
+                   "note": f"largest relative difference {fault:.1e}"})
+    predict, learn = diff_calls(sets, model, priors, level64, image, labels)
 
     def operations(call, released):
         with FlopCounterMode(display=False) as counter:

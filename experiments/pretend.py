@@ -65,12 +65,9 @@ def on_gpu(value):
 
 
 @contextlib.contextmanager
-def gpu():
-    """Within, there is a device cuda:0, see the head of the file.
-
-    The few places whose way depends on content take a fixed one: no window lies inside the mask,
+def fixed_content():
+    """The few places whose way depends on content take a fixed one: no window lies inside the mask,
     images come back black, HRDA's crop lies in the corner, DIFF's pictures show one listed class.
-    Made or moved here, networks are made and moved as always.
     """
     plan, one_hot, randint = dginstyle.plan_windows, data.one_hot, torch.randint
 
@@ -94,6 +91,19 @@ def gpu():
         masks = torch.ones(2 * len(labels), 1, *size, device=labels.device)
         return [[0, 1]] * len(labels), masks
 
+    patch = mock.patch.object
+    with (patch(dginstyle, "plan_windows", plan_all), patch(dginstyle, "to_uint8", black),
+          patch(data, "one_hot", unchecked), patch(torch, "randint", corner),
+          patch(diff, "texts_and_masks", two_texts)):
+        yield
+
+
+@contextlib.contextmanager
+def gpu():
+    """Within, there is a device cuda:0, see the head of the file; of content, see `fixed_content`.
+
+    Made or moved here, networks are made and moved as always.
+    """
     def attention(q, k, v, is_causal=False):
         """One kernel; without a GPU torch would take the many of its plain version."""
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
@@ -123,12 +133,9 @@ def gpu():
             nodes, seen = [*nodes, *fresh], seen | fresh
 
     patch = mock.patch.object
-    with (patch(torch.Tensor, "backward", backward),
+    with (fixed_content(), patch(torch.Tensor, "backward", backward),
           patch(torch.nn.init, "trunc_normal_", torch.nn.init.normal_),
-          patch(dginstyle, "plan_windows", plan_all), patch(dginstyle, "to_uint8", black),
-          patch(recipes, "choose_device", lambda name: name),
-          patch(data, "one_hot", unchecked), patch(torch, "randint", corner),
-          patch(diff, "texts_and_masks", two_texts), patch(torch.nn.Module, "to", to),
+          patch(recipes, "choose_device", lambda name: name), patch(torch.nn.Module, "to", to),
           patch(torch.nn.functional, "scaled_dot_product_attention", attention),
           patch(FakeTensor, "data", property(torch.Tensor.data.__get__, set_data), create=True),
           patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
