@@ -25,7 +25,7 @@ STEPS=300 IMAGES=64 SIZE=--sd-size
 part() { # part TITLE LIMIT-IN-SECONDS COMMAND...: run it and write down how long and how it went
   local title=$1 limit=$2 start=$SECONDS code; shift 2
   echo "== $title: $*"
-  timeout "$limit" "$@" > "$WORK/log" 2>&1; code=$?
+  timeout -k 20 "$limit" "$@" > "$WORK/log" 2>&1; code=$?
   { echo "## $title"; echo; echo "\`$*\`: exit code $code after $((SECONDS - start)) s"; echo
     echo '```'; tr '\r' '\n' < "$WORK/log" | grep -v 'it/s\|s/it\|image/s\|^$' | tail -n 40
     echo '```'; echo; } >> $OUT
@@ -38,27 +38,30 @@ part() { # part TITLE LIMIT-IN-SECONDS COMMAND...: run it and write down how lon
   echo '```'; echo; } > $OUT
 
 # every stage and both passes, on the pretended GPU and, where there is one, on the real one
-part "tests" 300 python -m pytest -q -k "on_a_gpu or misplaced or waits_for or on_a_real_gpu"
+part "tests" 240 python -m pytest -q -k "on_a_gpu or misplaced or waits_for or on_a_real_gpu"
 # aims: an MRLF image in bf16 >= 15 times the literal loop in fp32, of peak >= 45 %, UNet >= 1.0
 [ -n "$QUICK" ] ||
   part "bench, SD1.5's size" 600 python -m experiments.bench $SIZE --device $DEVICE
-part "bench, toy size" 300 python -m experiments.bench --device $DEVICE $QUICK
+part "bench, toy size" 240 python -m experiments.bench --device $DEVICE $QUICK
 part "torch.compile" 300 python -m experiments.bench --compile $SIZE --device $DEVICE $QUICK
 SD=toy
-[ -n "$QUICK" ] || { SD=$WORK/sd; python test_dginstyle.py "$SD"; }  # SD1.5's size, random weights
-part "updates and their wait for data" 420 python -m experiments.bench --training \
+[ -n "$QUICK" ] || {
+  SD=$WORK/sd
+  part "random weights of SD1.5's size" 120 python test_dginstyle.py "$SD"
+}
+part "updates and their wait for data" 360 python -m experiments.bench --training \
   --sd "$SD" --device $DEVICE $QUICK
 part "a training sample of GTA's size" 120 python -m experiments.bench --data-path
 for stage in vae prior; do
-  part "toy $stage, $STEPS updates" 120 python -m toy.make $stage --steps $STEPS --cache 32 \
+  part "toy $stage, $STEPS updates" 90 python -m toy.make $stage --steps $STEPS --cache 32 \
     --sample-steps 2 --device $DEVICE --out "$WORK/toy"
 done
 for stage in dreambooth controlnet; do
-  part "toy $stage, $STEPS updates" 120 python dginstyle.py train $stage --steps $STEPS \
+  part "toy $stage, $STEPS updates" 90 python dginstyle.py train $stage --steps $STEPS \
     --cache 32 --sample-steps 2 --device $DEVICE --out "$WORK/toy"
 done
-part "toy segmenter, $STEPS updates" 120 python dginstyle.py segment train --steps $STEPS \
+part "toy segmenter, $STEPS updates" 90 python dginstyle.py segment train --steps $STEPS \
   --device $DEVICE --out "$WORK/toy"
-part "toy images" 120 python dginstyle.py generate --num $IMAGES \
+part "toy images" 90 python dginstyle.py generate --num $IMAGES \
   --preset turbo --device $DEVICE --out "$WORK/images"
 echo "$(((SECONDS - START) / 60)) minutes in all" | tee -a $OUT
