@@ -4518,20 +4518,23 @@ def test_measuring_on_a_gpu(head):
             assert logits.is_cuda and logits.shape == (model.config.num_classes, 96, 160)
 
 
-def updates(monkeypatch, words, flags, models):
+def updates(monkeypatch, words, flags, models, toy_stage=None):
     """Run a training stage's own code up to its loop, then an update -> Launches of the update.
 
-    models: what the stage finds in --sd."""
+    models: what the stage finds in --sd; toy_stage: a function of toy.make, run in its place."""
     caught = {}
-    monkeypatch.setattr(dginstyle, "fit", lambda stage, objective, draw, args, save, pairs=None,
-                        groups=None: caught.update(objective=objective, draw=draw, args=args,
-                                                   groups=groups))
+    for module in (dginstyle, make):
+        monkeypatch.setattr(module, "fit", lambda stage, objective, draw, args, save, pairs=None,
+                            groups=None: caught.update(objective=objective, draw=draw, args=args,
+                                                       groups=groups))
     monkeypatch.setattr(Models, "from_pretrained", lambda *a, **k: models)
     monkeypatch.setattr(UNet, "from_pretrained", lambda path: copy.deepcopy(models.unet))
+    monkeypatch.setattr(VAE, "from_pretrained",
+                        lambda path: VAE(VAEConfig(**vae_module.PRESETS["tiny"])))
     args = dginstyle.settings(*words, *flags, "--device", "cuda:0", "--data", "toy:sunny:2",
                               "--batch", "2")
     if args.command == "train":
-        function = getattr(dginstyle, f"train_{args.stage}")
+        function = toy_stage or getattr(dginstyle, f"train_{args.stage}")
         function(args, dginstyle.open_training_data(args)[1], data.CITYSCAPES)
     else:
         dginstyle.train_segmenter(args)
@@ -4550,7 +4553,7 @@ def updates(monkeypatch, words, flags, models):
 
 @pytest.mark.parametrize("stage,precision", [
     ("dreambooth", "fp16"), ("controlnet", "bf16"), ("daformer", "bf16"), ("hrda", "fp16"),
-    ("segformer", "fp16"), ("diff", "bf16")])
+    ("segformer", "fp16"), ("diff", "bf16"), ("vae", "bf16"), ("prior", "fp16")])
 def test_training_on_a_gpu(stage, precision, monkeypatch):
     """An update of every stage, with checkpointing, accumulation, clipping, averaged weights and
     fp16's scaler, lies on the GPU and waits for nothing."""
@@ -4558,15 +4561,16 @@ def test_training_on_a_gpu(stage, precision, monkeypatch):
              "--ema", "0.9", "--clip", "1"]
     with pretend.gpu():
         models = on_pretended()
-        if stage in ("dreambooth", "controlnet"):
-            words = ["train", stage, "--checkpointing", "--size", "32x32", "--source-unet", ".",
-                     "--cache", "0"]
+        if stage in ("dreambooth", "controlnet", *make.STAGES):
+            words = ["train", stage if stage == "controlnet" else "dreambooth", "--checkpointing",
+                     "--size", "32x32", "--source-unet", ".", "--cache", "0"]
         else:
             words = ["segment", "train", "--crop", "64x64", "--arch", stage]
         if stage == "diff":
             words = [*words[:4], "--backbone", "diff", "--diff-steps", "5"]
             models.unet, models.vae = diff_prior().unet.to("cuda:0"), diff_prior().vae.to("cuda:0")
-        assert not updates(monkeypatch, words, flags, models).waits
+        toy_stage = make.STAGES.get(stage)
+        assert not updates(monkeypatch, words, flags, models, toy_stage).waits
 
 
 # ---- the house -----------------------------------------------------------------------------------

@@ -5,6 +5,10 @@
 Every operation of this repository can run on it. One that mixes devices fails, as on a real GPU,
 and so does one that asks for content (`item`, `if tensor`), for which the program would wait.
 `gpu` is that GPU, `Launches` counts what reaches it.
+
+It does not see the backward pass (gradients are zeros, made without autograd's engine, which asks
+the driver for streams), nor values, speed or memory. Nor mps: a PyTorch built without it refuses to
+index a fake mps tensor, so that no network can run there.
 """
 
 import contextlib
