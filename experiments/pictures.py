@@ -78,7 +78,7 @@ def steps_of_method(seed, weather, at=6):
     text, hint = models.encode_prompts([prompt]), data.one_hot(label[None], len(CLASSES))
     how = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
                control_scale=args.control_scale, control_uncond=args.control_uncond,
-               weights=args.window_weights)
+               weights=args.window_weights, prior_tone=args.prior_tone)
     latents = dginstyle.first_pass(models, label.shape, text, hint, noise, **how)
     mask = data.large_segments(label, args.large_segment * label.size / 512**2)
     shown = {"label": data.colourise(label, CLASSES),
