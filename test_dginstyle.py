@@ -4261,7 +4261,7 @@ def test_bench_reports_ratios(tmp_path, monkeypatch):
 def test_main_rows_have_more_seeds():
     """Five seeds are run of the main rows and of the sets they need, three at most of others."""
     claim = pytest.importorskip("experiments.claim")
-    scale = claim.FULL
+    scale = claim.LONG
     planned = [(r.title, s) for s, r in claim.planned(scale, claim.ROWS)]
     assert planned.count((claim.NO_MRLF, 4)) == 1 == planned.count(("swap ratio 0.5", 2))
     assert ("swap ratio 0.5", 3) not in planned
@@ -4348,7 +4348,7 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     rows = [replace(r, quick=True) for r in rows]
     diff_row = next(replace(r, seeds=1) for r in claim.ROWS if r.title == claim.NO_IPKL)
     monkeypatch.setattr(claim, "ROWS", [*rows, diff_row])
-    monkeypatch.setattr(claim, "DIFF_SCALE", claim.QUICK)
+    monkeypatch.setattr(claim, "FULL", claim.QUICK)
     claim.main(["--quick", "--out", str(tmp_path)])
     before = {k: v for k, v in files(tmp_path).items() if "log" not in k}
     runs = json.loads((tmp_path / "claim.json").read_text())
@@ -4364,7 +4364,7 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     near = table.partition("| pictures | within a class |")[2].partition("\n\n")[0]
     assert near.count("\n| ") == 8 and "source: " in (tmp_path / "domains.svg").read_text()
     with pytest.raises(SystemExit, match="choose another --out"):
-        claim.main(["--out", str(tmp_path)])
+        claim.main(["--long", "--out", str(tmp_path)])
     sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
     claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
     filtered, plain = data.Pairs(tmp_path.parent / "filtered"), data.Pairs(sets / "full-0")

@@ -1,8 +1,9 @@
 """The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
 
-    python -m experiments.claim --main     # the main rows, 5 seeds: HOURS
-    python -m experiments.claim            # the full table: the others too, with 3 seeds
-    python -m experiments.claim --quick    # main rows, shorter, with fewer images: under 25 minutes
+    python -m experiments.claim            # the full table, 3 seeds: about two hours of two cores
+    python -m experiments.claim --main     # its main rows: 35 minutes
+    python -m experiments.claim --quick    # the same, shorter, with fewer images: under 25 minutes
+    python -m experiments.claim --long     # 1,500 steps, 5 seeds of the main rows: hours
     python -m experiments.claim --diff     # the second system, DIFF, beside three of them
 
 A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
@@ -69,9 +70,9 @@ class Scale:
     classifier: int = 400  # steps of the style classifier
 
 
-FULL = Scale(source=100, images=100, seeds=5, pretrain=700, steps=1500, test=24)
+FULL = Scale(source=100, images=100, seeds=3, pretrain=700, steps=350, test=24)
+LONG = replace(FULL, seeds=5, steps=1500)
 QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
-DIFF_SCALE = replace(FULL, seeds=3, steps=350)
 # how the toy images are made, in every set; chosen on validation scenes
 SAMPLING = ["--preset", "fast"]
 # how DIFF is trained, in every row of it
@@ -110,7 +111,7 @@ STRONG, BOTH = "source, strong augmentation", "full method, strong augmentation"
 NO_SWAP, NO_MRLF = "without Style Swap", "without MRLF (first pass only)"
 NO_IPKL, DIFF, DIFF_FULL = ("DIFF, source only, without IPKL", "DIFF, source only",
                             "DIFF, source + generated")
-LONG, LONG_FULL = (f"{row}, without IPKL, steps x4" for row in (DIFF, DIFF_FULL))
+DIFF_X4, DIFF_FULL_X4 = (f"{row}, without IPKL, steps x4" for row in (DIFF, DIFF_FULL))
 ROWS = [
     Row(SOURCE, quick=True),
     Row(STRONG, strong=True, quick=True),
@@ -134,8 +135,8 @@ ROWS = [
     Row("DIFF, source, strong augmentation", strong=True, diff=()),
     Row("DIFF, source + generated, strong augmentation", ("full",), strong=True, diff=()),
     # as many crops as SegFormer's rows see
-    Row(LONG, diff=("--no-ipkl",), times=4),
-    Row(LONG_FULL, ("full",), diff=("--no-ipkl",), times=4),
+    Row(DIFF_X4, diff=("--no-ipkl",), times=4),
+    Row(DIFF_FULL_X4, ("full",), diff=("--no-ipkl",), times=4),
     # with one call nothing is stepped, and the label masks of IPKL have no latents to merge
     Row(f"{NO_IPKL}, five calls", diff=("--no-ipkl", "--diff-steps", "5"), seeds=1),
     Row(f"{DIFF}, five calls", diff=("--diff-steps", "5"), seeds=1),
@@ -574,8 +575,8 @@ def verdict(runs):
             (BOTH, STRONG, unseen, "mIoU"), (BOTH, FULL_ROW, unseen, "mIoU"),
             (DIFF, SOURCE, unseen, "mIoU"), (DIFF, NO_IPKL, unseen, "mIoU"),
             (DIFF_FULL, DIFF, unseen, "mIoU"), (DIFF_FULL, FULL_ROW, unseen, "mIoU"),
-            (LONG, SOURCE, unseen, "mIoU"), (LONG_FULL, LONG, unseen, "mIoU"),
-            (LONG_FULL, FULL_ROW, unseen, "mIoU")):
+            (DIFF_X4, SOURCE, unseen, "mIoU"), (DIFF_FULL_X4, DIFF_X4, unseen, "mIoU"),
+            (DIFF_FULL_X4, FULL_ROW, unseen, "mIoU")):
         if {title, other} <= table.keys():
             name = "Full method" if title == FULL_ROW else title
             lines.append(f"- {name} against {other}, {what}: {paired(title, other, table)}.")
@@ -805,11 +806,11 @@ def page(out, names):
 
 def open_experiment(args):
     """-> its Scale, rows and folder; SystemExit where the folder holds another experiment."""
-    scale = QUICK if args.quick else DIFF_SCALE if args.diff else FULL
+    scale = QUICK if args.quick else LONG if args.long else FULL
     rows = [r for r in ROWS if (r.diff is not None or r.title in BESIDE_DIFF if args.diff else
                                 r.diff is None and (r.quick or not (args.quick or args.main)))]
     name = "diff" if args.diff else "claim"
-    out = args.out or Path("runs") / (name + "-quick" * args.quick)
+    out = args.out or Path("runs") / (name + "-quick" * args.quick + "-long" * args.long)
     for folder in ("sets", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     file, mine = out / "scale.json", asdict(scale)
@@ -824,9 +825,11 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="main rows, fewer images, 2 seeds")
     parser.add_argument("--main", action="store_true", help="main rows at full size; without it a "
                         "later run goes on with the others")
+    parser.add_argument("--long", action="store_true", help="1,500 steps in place of 350, and 5 "
+                        "seeds of the main rows")
     parser.add_argument("--diff", action="store_true", help="the rows of DIFF, and SegFormer's to "
-                        "compare, at 350 steps")
-    parser.add_argument("--out", type=Path, help="default: runs/claim, claim-quick, diff")
+                        "compare")
+    parser.add_argument("--out", type=Path, help="default: runs/claim[-quick|-long], runs/diff")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="runs at once, each with its share of the cores (%(default)s)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"),
