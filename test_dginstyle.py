@@ -4492,7 +4492,7 @@ def test_sampling_on_a_real_gpu():
     levels."""
     there, here = (Models.from_pretrained(HERE / "toy", HERE / "toy/controlnet", device=device)
                    for device in ("cuda", "cpu"))
-    z, hint = torch.randn(1, 12, 32, 64), torch.zeros(1, 20, 128, 256)
+    z, hint = torch.randn(1, 6, 32, 64), torch.zeros(1, 20, 128, 256)
     steps = denoise(there, z, there.encode_prompts(["road"]), hint, steps=3, window=(16, 32),
                     stride=(8, 16), keep=(z, torch.zeros(1, 1, 32, 64)), noise=torch.randn)
     next(steps)
