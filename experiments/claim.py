@@ -1,6 +1,6 @@
 """The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
 
-    python -m experiments.claim            # the full table, 3 seeds: about two hours of two cores
+    python -m experiments.claim            # the full table, 3 seeds: 70 to 85 minutes of two cores
     python -m experiments.claim --main     # its main rows: 35 minutes
     python -m experiments.claim --quick    # the same, shorter, with fewer images: under 25 minutes
     python -m experiments.claim --long     # 1,500 steps, 5 seeds of the main rows: hours
@@ -82,12 +82,14 @@ SETS = {
     "full": [],
     "more": ["--seed-shift", "1000"],  # other noise, crops and prompts: the second half of x2
     "swap 0": ["--swap", "0"],
+    "swap 0.25": ["--swap", "0.25"],
     "swap 0.5": ["--swap", "0.5"],
+    "swap 0.75": ["--swap", "0.75"],
     "no fusion": ["--no-mrlf"],
     "official re-noise": ["--renoise", "official"],
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
-    "control tone": ["--prior-tone", "0"],
+    "prior tone": ["--prior-tone", "0.85", "--control-scale", "1", "--control-uncond", "0.5"],
 }
 
 
@@ -118,16 +120,19 @@ ROWS = [
     Row(FULL_ROW, ("full",), quick=True),
     Row(BOTH, ("full",), strong=True, quick=True),
     Row(NO_SWAP, ("swap 0",), quick=True),
+    Row("swap ratio 0.25", ("swap 0.25",)),
     Row("swap ratio 0.5", ("swap 0.5",)),
+    Row("swap ratio 0.75", ("swap 0.75",)),
     Row(NO_MRLF, ("no fusion",), quick=True),
     Row("MRLF with the released re-noise level", ("official re-noise",)),
-    Row("without the prior's tone", ("control tone",)),
     Row("without rare-class crops", ("no rare classes",)),
     Row("without weather prompts", ("no weather",)),
     Row("generated only, without source", ("full",), source=""),
     Row("full method, pixel filter", ("full filtered",)),
+    Row("number of images x1/4", ("full:0.25",)),
     Row("number of images x1/2", ("full:0.5",)),
     Row("number of images x2", ("full", "more")),
+    Row("full method, tone of the prior", ("prior tone",)),
     Row(ORACLE, source="all", quick=True),
     Row(NO_IPKL, diff=("--no-ipkl",)),
     Row(DIFF, diff=()),
@@ -578,7 +583,7 @@ def verdict(runs):
             (DIFF_X4, SOURCE, unseen, "mIoU"), (DIFF_FULL_X4, DIFF_X4, unseen, "mIoU"),
             (DIFF_FULL_X4, FULL_ROW, unseen, "mIoU")):
         if {title, other} <= table.keys():
-            name = "Full method" if title == FULL_ROW else title
+            name = "Full method" if title == FULL_ROW else title[0].upper() + title[1:]
             lines.append(f"- {name} against {other}, {what}: {paired(title, other, table)}.")
     return lines
 
