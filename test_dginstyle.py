@@ -1887,6 +1887,15 @@ def test_data_counts_of_the_authors(tmp_path):
         data.class_counts(pairs)
 
 
+def test_joined_sets_are_all_used():
+    """Concatenation reaches every picture of every set, in order (the released code loses the
+    second)."""
+    sets = streets.ToyStreets(("sunny",), 3), streets.ToyStreets(("night",), 2)
+    joined = data.Joined(sets)
+    assert [joined.name(i) for i in range(len(joined))] == [
+        part.name(i) for part in sets for i in range(len(part))]
+
+
 def test_data_counts_of_other_objects(tmp_path, monkeypatch):
     """Anything with label(i) and a length is counted, joined sets one after the other; a second
     call, in any process, reads no label of folders and label maps."""
