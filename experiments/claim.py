@@ -1,7 +1,7 @@
 """The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
 
-    python -m experiments.claim            # the full table, 3 seeds: 70 to 85 minutes of two cores
-    python -m experiments.claim --main     # its main rows: 35 minutes
+    python -m experiments.claim            # the full table, 3 seeds: about an hour and a half
+    python -m experiments.claim --main     # its main rows; without --main later: the rest
     python -m experiments.claim --quick    # the same, shorter, with fewer images: under 25 minutes
     python -m experiments.claim --long     # 1,500 steps, 5 seeds of the main rows: hours
     python -m experiments.claim --diff     # the second system, DIFF, beside three of them
