@@ -4353,7 +4353,8 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr(claim, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     rows = [r for r in claim.ROWS if r.title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE)]
-    rows += [r for r in claim.ROWS if "full filtered" in r.sets]
+    rows += [r for r in claim.ROWS
+             if {claim.FILTERED, claim.TWINS, claim.DECODED} & set(r.sets)]
     rows = [replace(r, quick=True) for r in rows]
     diff_row = next(replace(r, seeds=1) for r in claim.ROWS if r.title == claim.NO_IPKL)
     monkeypatch.setattr(claim, "ROWS", [*rows, diff_row])
@@ -4380,6 +4381,14 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     gone = [(filtered.label(i), plain.label(i)) for i in range(2)]
     assert any((a != b).any() for a, b in gone)
     assert all((a[a != b] == data.IGNORE).all() for a, b in gone)
+    twins, decoded = (data.Pairs(sets / f"full-{kind}-0") for kind in ("twins", "twins-decoded"))
+    for i, (row, _, label, twin, style) in enumerate(claim.with_twins(sets / "full-0", 4)):
+        scene = streets.toy_street(int(row["image"].split("train")[1][:5]), style)
+        top, left = row["crop"]
+        np.testing.assert_array_equal(scene[1][top : top + 64, left : left + 128], label)
+        np.testing.assert_array_equal(scene[0][top : top + 64, left : left + 128], twin)
+        np.testing.assert_array_equal(twins.image(i), twin)
+        assert 0 < np.abs(decoded.image(i).astype(int) - twin).mean() < 16
     capsys.readouterr()
     claim.main(["--quick", "--out", str(tmp_path)])  # nothing is left to do
     assert "to do" not in capsys.readouterr().out

@@ -91,6 +91,9 @@ SETS = {
     "no weather": ["--weather-prob", "0"],
     "prior tone": ["--prior-tone", "0.85", "--control-scale", "1", "--control-uncond", "0.5"],
 }
+# sets made from the full method's: without the pixels that the image does not show; with real
+# pictures in place of the images, as a perfect generator would make them; the same through the VAE
+FILTERED, TWINS, DECODED = "full filtered", "full twins", "full twins decoded"
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,13 @@ ROWS = [
     Row("without rare-class crops", ("no rare classes",)),
     Row("without weather prompts", ("no weather",)),
     Row("generated only, without source", ("full",), source=""),
-    Row("full method, pixel filter", ("full filtered",)),
+    Row("full method, pixel filter", (FILTERED,)),
     Row("number of images x1/4", ("full:0.25",)),
     Row("number of images x1/2", ("full:0.5",)),
     Row("number of images x2", ("full", "more")),
     Row("full method, tone of the prior", ("prior tone",)),
+    Row("real pictures in place of the generated", (TWINS,)),
+    Row("the same through the VAE", (DECODED,)),
     Row(ORACLE, source="all", quick=True),
     Row(NO_IPKL, diff=("--no-ipkl",)),
     Row(DIFF, diff=()),
@@ -215,7 +220,7 @@ def run_path(out, row, seed):
 
 def generate_jobs(out, scale, rows, precision):
     """One `generate` for every set that a row needs and every seed."""
-    wanted = {(seed, s.partition(":")[0].removesuffix(" filtered"))
+    wanted = {(seed, "full" if s in (FILTERED, TWINS, DECODED) else s.partition(":")[0])
               for seed, r in planned(scale, rows) for s in r.sets}
     jobs = []
     for seed in range(scale.seeds):
@@ -319,18 +324,23 @@ def row_jobs(out, scale, rows, precision):
 
 
 # --------------------------------------------------------------------------------------------
-# The pixel filter (FreeMask, arXiv 2310.15160, section 3.3): beyond the paper
+# Sets made from the full method's
+
+
+def copy_set(folder, target):
+    shutil.copytree(folder, target, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("vis", "grid.png", "gallery.html"))
 
 
 @torch.no_grad()
-def filter_set(source, target, weights, alpha=1.25):
+def filter_set(folder, target, weights, alpha=1.25):
     """Copy a set with the label set to ignore where the image does not show it.
 
     A pixel goes if the loss of a segmenter trained on real source pictures is above `alpha` times
-    the mean loss of its class over the whole set.
+    the mean loss of its class over the whole set: FreeMask, arXiv 2310.15160, section 3.3.
     """
     model = segformer.SegFormer.from_pretrained(weights)
-    pairs = data.open_set(source)
+    pairs = data.open_set(folder)
     total, count, losses = np.zeros(256), np.zeros(256), []
     for i in range(len(pairs)):
         image, label = pairs.pair(i)
@@ -342,19 +352,57 @@ def filter_set(source, target, weights, alpha=1.25):
         total += np.bincount(label.ravel(), loss.ravel(), 256)
         count += np.bincount(label.ravel(), minlength=256)
     bar = alpha * total / np.maximum(count, 1)
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    copy_set(folder, target)
     for i, loss in enumerate(losses):
         label = pairs.label(i).copy()
         label[loss > bar[label]] = data.IGNORE
         data.save_label(Path(target) / "labels" / f"{pairs.name(i)}_labelTrainIds.png", label)
-    (Path(target) / "filtered").write_text(f"alpha {alpha}\n")
+    (Path(target) / "done").write_text(f"alpha {alpha}\n")
 
 
-def filter_jobs(out, scale, rows):
-    return [Job(f"pixel filter, seed {s}", set_path(out, "full filtered", s) / "filtered",
-                (filter_set, set_path(out, "full", s), set_path(out, "full filtered", s),
-                 encoder_path(out, s) / "segformer"), 0.05 * scale.images)
-            for s, row in planned(scale, rows) if "full filtered" in row.sets]
+def with_twins(folder, source):
+    """Every image of a set and its real twin: the same crop of the same scene, drawn in the style
+    of the prompt (a style in turn where the prompt names none).
+
+    -> (row of the manifest, image, label, twin, style of the twin), …
+    """
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    scenes = streets.ToyStreets(("sunny",), source, "train")
+    seeds = {scenes.name(i): scenes.SPLITS["train"] + i for i in range(source)}
+    for k, row in enumerate(rows):
+        image, label = (np.asarray(Image.open(folder / row[key])) for key in ("image", "label"))
+        (top, left), (h, w) = row["crop"], label.shape
+        seed = seeds[Path(row["image"]).stem.partition("_")[2]]
+        style = row["weather"] or streets.STYLES[k % len(streets.STYLES)]
+        twin = streets.toy_street(seed, style)[0][top : top + h, left : left + w]
+        yield row, image, label, twin, style
+
+
+@torch.no_grad()
+def twin_set(folder, target, source, through_vae):
+    """Copy a set with every image's real twin in its place: the most that a generator can do, or
+    with `through_vae` a generator in the pack's latents."""
+    copy_set(folder, target)
+    vae = VAE.from_pretrained(recipes.TOY / "vae")
+    for row, _, _, twin, _ in with_twins(folder, source):
+        if through_vae:
+            twin = dginstyle.to_uint8(vae.decode(vae.encode(dginstyle.from_uint8(twin[None]))))[0]
+        Image.fromarray(twin).save(target / row["image"])
+    (target / "done").write_text("")
+
+
+def derived_jobs(out, scale, rows):
+    jobs = []
+    for seed, row in planned(scale, rows):
+        full = set_path(out, "full", seed)
+        for name, call in ((FILTERED, (filter_set, encoder_path(out, seed) / "segformer")),
+                           (TWINS, (twin_set, scale.source, False)),
+                           (DECODED, (twin_set, scale.source, True))):
+            target = set_path(out, name, seed)
+            if name in row.sets:
+                jobs.append(Job(f"{name}, seed {seed}", target / "done",
+                                (call[0], full, target, *call[1:]), 0.05 * scale.images))
+    return jobs
 
 
 # --------------------------------------------------------------------------------------------
@@ -398,24 +446,13 @@ def fidelity(folder, judge, classifier, source):
     """How well generated images show what they were asked for.
 
     judge: a segmenter trained on real pictures of all styles; its mIoU against the labels, on the
-    generated images and on their real twins: the same label crops of the same scenes, drawn in the
-    style of the prompt (a style in turn where the prompt names none). classifier: share of images
-    with a weather sentence that look like it, of all and of each weather, with that of their twins.
+    generated images and on their real twins (`with_twins`). classifier: share of images with a
+    weather sentence that look like it, of all and of each weather, with that of their twins.
     -> dict of fractions
     """
-    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    scenes = streets.ToyStreets(("sunny",), source, "train")
-    seeds = {scenes.name(i): scenes.SPLITS["train"] + i for i in range(source)}
     counts = torch.zeros(2, 19, 19, dtype=torch.int64)
     seen = {}  # weather: (image, twin) recognised, for every image
-    for k, row in enumerate(rows):
-        image = np.asarray(Image.open(folder / row["image"]))
-        label = np.asarray(Image.open(folder / row["label"]))
-        top, left = row["crop"]
-        seed = seeds[Path(row["image"]).stem.partition("_")[2]]
-        style = row["weather"] or streets.STYLES[k % len(streets.STYLES)]
-        real = streets.toy_street(seed, style)[0]
-        real = real[top : top + label.shape[0], left : left + label.shape[1]]
+    for n, (row, image, label, real, style) in enumerate(with_twins(folder, source), 1):
         x = dginstyle.from_uint8(np.stack([image, real]))
         logits = F.interpolate(judge((x + 1) / 2), label.shape, mode="bilinear")
         for count, prediction in zip(counts, logits.argmax(1), strict=True):
@@ -429,7 +466,7 @@ def fidelity(folder, judge, classifier, source):
             "mIoU real": real["mIoU"], "small real": float(real["IoU"][small].nanmean()),
             "style": float(np.concatenate([*seen.values()])[:, 0].mean()) if seen else None,
             "weathers": {w: np.mean(v, axis=0).tolist() for w, v in sorted(seen.items())},
-            "images": len(rows)}
+            "images": n}
 
 
 @torch.no_grad()
@@ -847,7 +884,7 @@ def main(argv=None):
     run_all([*generate_jobs(out, scale, rows, args.precision), *encoder_jobs(out, scale)],
             out, args.jobs)
     sets = [n for n in SETS if set_path(out, n, 0).exists()]
-    run_all(filter_jobs(out, scale, rows), out, args.jobs)
+    run_all(derived_jobs(out, scale, rows), out, args.jobs)
     run_all([*([] if args.diff else fidelity_jobs(out, scale, sets)),
              *row_jobs(out, scale, rows, args.precision)], out, args.jobs)
     if args.diff:
