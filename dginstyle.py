@@ -1335,7 +1335,15 @@ def open_training_data(args, labels_only=False):
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are one sentence too."""
+    """One whose errors are one sentence too, and where pictures may also follow the flags."""
+
+    def parse_args(self, words=None):
+        args, rest = self.parse_known_args(words)
+        pictures = getattr(args, "images", []) + rest
+        if pictures and args.stage != "predict" or any(word.startswith("-") for word in rest):
+            self.error(f"unrecognized arguments: {' '.join(rest or pictures)}")
+        args.images = pictures
+        return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")

@@ -3066,6 +3066,17 @@ def test_generate_writes_all_it_promises(generated):
     assert len(pairs) == 2 and pairs.layout == "generated"
 
 
+def test_pictures_stand_before_or_after_the_flags_of_predict(capsys):
+    """And nowhere else: a folder that another command would not read is refused."""
+    for words in (("a.png", "b.png", "--batch", "2"), ("a.png", "--batch", "2", "b.png"),
+                  ("--batch", "2", "a.png", "b.png")):
+        args = dginstyle.build_parser().parse_args(["segment", "predict", *words])
+        assert args.images == ["a.png", "b.png"] and args.batch == 2
+    for words in ("segment train runs/night", "segment eval --batch 2 runs/night",
+                  "generate runs/night"):
+        refuses(capsys, words.split(), "runs/night")
+
+
 def test_generate_again_finishes_what_is_missing(generated, tmp_path):
     """A picture that lost its end, a label or a preview that is gone come back with the same bytes;
     a run that is complete is left alone."""
