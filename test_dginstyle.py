@@ -4383,7 +4383,7 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     sized = table.partition("smallest quarter")[2].partition("\n\n")[0]
     assert all(title in sized for title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE))
     near = table.partition("| pictures | within a class |")[2].partition("\n\n")[0]
-    assert near.count("\n| ") == 8 and "source: " in (tmp_path / "domains.svg").read_text()
+    assert near.count("\n| ") == 10 and "source: " in (tmp_path / "domains.svg").read_text()
     with pytest.raises(SystemExit, match="choose another --out"):
         claim.main(["--long", "--out", str(tmp_path)])
     sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"

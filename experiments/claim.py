@@ -21,8 +21,8 @@ level (t = 100).
 
 Writes into --out (a stopped run goes on where it was): sets/ and runs/; claim.json, every run with
 its settings and IoU of each class and style; claim.md, tables of mean +- standard deviation;
-claim.svg; domains.svg; gallery.html; with --diff diff.json, .md and .svg. `--install` copies tables
-and figures to experiments/.
+claim.svg; domains.svg; gallery.html. With --long or --diff the first three are long.* or diff.*.
+`--install` copies tables and figures to experiments/.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def set_path(out, name, seed):
 def set_paths(out, scale, name):
     """The folders of a set that are there, seed after seed."""
     folders = [set_path(out, name, seed) for seed in range(scale.seeds)]
-    return [f for f in folders if (f / "gallery.html").exists()]
+    return [f for f in folders if (f / "gallery.html").exists() or (f / "done").exists()]
 
 
 def run_path(out, row, seed):
@@ -851,8 +851,8 @@ def open_experiment(args):
     scale = QUICK if args.quick else LONG if args.long else FULL
     rows = [r for r in ROWS if (r.diff is not None or r.title in BESIDE_DIFF if args.diff else
                                 r.diff is None and (r.quick or not (args.quick or args.main)))]
-    name = "diff" if args.diff else "claim"
-    out = args.out or Path("runs") / (name + "-quick" * args.quick + "-long" * args.long)
+    name = "diff" if args.diff else "long" if args.long else "claim"
+    out = args.out or Path("runs") / (name + "-quick" * args.quick)
     for folder in ("sets", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     file, mine = out / "scale.json", asdict(scale)
@@ -871,7 +871,7 @@ def main(argv=None):
                         "seeds of the main rows")
     parser.add_argument("--diff", action="store_true", help="the rows of DIFF, and SegFormer's to "
                         "compare")
-    parser.add_argument("--out", type=Path, help="default: runs/claim[-quick|-long], runs/diff")
+    parser.add_argument("--out", type=Path, help="default: runs/claim[-quick], long or diff")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="runs at once, each with its share of the cores (%(default)s)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"),
@@ -883,8 +883,8 @@ def main(argv=None):
     start = time.time()
     run_all([*generate_jobs(out, scale, rows, args.precision), *encoder_jobs(out, scale)],
             out, args.jobs)
-    sets = [n for n in SETS if set_path(out, n, 0).exists()]
     run_all(derived_jobs(out, scale, rows), out, args.jobs)
+    sets = [n for n in (*SETS, TWINS, DECODED) if set_path(out, n, 0).exists()]
     run_all([*([] if args.diff else fidelity_jobs(out, scale, sets)),
              *row_jobs(out, scale, rows, args.precision)], out, args.jobs)
     if args.diff:
