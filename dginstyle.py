@@ -1335,9 +1335,10 @@ def open_training_data(args, labels_only=False):
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are one sentence too, and where pictures may also follow the flags."""
+    """One whose errors are one sentence too."""
 
     def parse_args(self, words=None):
+        """Words -> settings. Pictures may also follow the flags; only `predict` takes them."""
         args, rest = self.parse_known_args(words)
         pictures = getattr(args, "images", []) + rest
         if pictures and args.stage != "predict" or any(word.startswith("-") for word in rest):

@@ -392,16 +392,17 @@ def twin_set(folder, target, source, through_vae):
 
 
 def derived_jobs(out, scale, rows):
+    """One copy of the full method's set for every row and seed that needs it."""
     jobs = []
     for seed, row in planned(scale, rows):
-        full = set_path(out, "full", seed)
-        for name, call in ((FILTERED, (filter_set, encoder_path(out, seed) / "segformer")),
-                           (TWINS, (twin_set, scale.source, False)),
-                           (DECODED, (twin_set, scale.source, True))):
+        full, encoder = set_path(out, "full", seed), encoder_path(out, seed) / "segformer"
+        for name, make, *more in ((FILTERED, filter_set, encoder),
+                                  (TWINS, twin_set, scale.source, False),
+                                  (DECODED, twin_set, scale.source, True)):
             target = set_path(out, name, seed)
             if name in row.sets:
                 jobs.append(Job(f"{name}, seed {seed}", target / "done",
-                                (call[0], full, target, *call[1:]), 0.05 * scale.images))
+                                (make, full, target, *more), 0.05 * scale.images))
     return jobs
 
 
