@@ -4281,12 +4281,12 @@ def test_bench_reports_ratios(tmp_path, monkeypatch):
 def test_main_rows_have_more_seeds():
     """Five seeds are run of the main rows and of the sets they need, three at most of others."""
     claim = pytest.importorskip("experiments.claim")
-    scale = claim.LONG
+    scale = claim.FULL
     planned = [(r.title, s) for s, r in claim.planned(scale, claim.ROWS)]
-    assert planned.count((claim.NO_MRLF, 4)) == 1 == planned.count(("swap ratio 0.5", 2))
-    assert ("swap ratio 0.5", 3) not in planned
+    assert planned.count((claim.NO_MRLF, 4)) == 1 == planned.count(("without weather prompts", 2))
+    assert ("without weather prompts", 3) not in planned
     sets = [j.name for j in claim.generate_jobs(Path("x"), scale, claim.ROWS, "fp32")]
-    assert "no fusion, seed 4" in sets and "swap 0.5, seed 3" not in sets
+    assert "no fusion, seed 4" in sets and "no weather, seed 3" not in sets
 
 
 def test_objects_by_size():
@@ -4365,11 +4365,11 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     rows = [r for r in claim.ROWS if r.title in (claim.SOURCE, claim.FULL_ROW, claim.ORACLE)]
     rows += [r for r in claim.ROWS
-             if {claim.FILTERED, claim.TWINS, claim.DECODED} & set(r.sets)]
+             if {claim.TWINS, claim.DECODED} & set(r.sets)]
     rows = [replace(r, quick=True) for r in rows]
     diff_row = next(replace(r, seeds=1) for r in claim.ROWS if r.title == claim.NO_IPKL)
     monkeypatch.setattr(claim, "ROWS", [*rows, diff_row])
-    monkeypatch.setattr(claim, "FULL", claim.QUICK)
+    monkeypatch.setattr(claim, "BRIEF", claim.QUICK)
     claim.main(["--quick", "--out", str(tmp_path)])
     before = {k: v for k, v in files(tmp_path).items() if "log" not in k}
     runs = json.loads((tmp_path / "claim.json").read_text())
@@ -4385,13 +4385,8 @@ def test_claim_runs_resumes_and_reports(tmp_path_factory, monkeypatch, capsys):
     near = table.partition("| pictures | within a class |")[2].partition("\n\n")[0]
     assert near.count("\n| ") == 10 and "source: " in (tmp_path / "domains.svg").read_text()
     with pytest.raises(SystemExit, match="choose another --out"):
-        claim.main(["--long", "--out", str(tmp_path)])
-    sets, encoder = tmp_path / "sets", tmp_path / "runs" / "encoder-0" / "segformer"
-    claim.filter_set(sets / "full-0", tmp_path.parent / "filtered", encoder, alpha=1.0)
-    filtered, plain = data.Pairs(tmp_path.parent / "filtered"), data.Pairs(sets / "full-0")
-    gone = [(filtered.label(i), plain.label(i)) for i in range(2)]
-    assert any((a != b).any() for a, b in gone)
-    assert all((a[a != b] == data.IGNORE).all() for a, b in gone)
+        claim.main(["--out", str(tmp_path)])
+    sets = tmp_path / "sets"
     twins, decoded = (data.Pairs(sets / f"full-{kind}-0") for kind in ("twins", "twins-decoded"))
     for i, (row, _, label, twin, style) in enumerate(claim.with_twins(sets / "full-0", 4)):
         scene = streets.toy_street(int(row["image"].split("train")[1][:5]), style)
@@ -4521,7 +4516,7 @@ def test_sampling_on_a_real_gpu():
     levels."""
     there, here = (Models.from_pretrained(HERE / "toy", HERE / "toy/controlnet", device=device)
                    for device in ("cuda", "cpu"))
-    z, hint = torch.randn(1, 6, 32, 64), torch.zeros(1, 20, 128, 256)
+    z, hint = torch.randn(1, 12, 32, 64), torch.zeros(1, 20, 128, 256)
     steps = denoise(there, z, there.encode_prompts(["road"]), hint, steps=3, window=(16, 32),
                     stride=(8, 16), keep=(z, torch.zeros(1, 1, 32, 64)), noise=torch.randn)
     next(steps)

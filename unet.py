@@ -72,7 +72,7 @@ PRESETS = {
     "sd1": {},
     "sd2": dict(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
                 use_linear_projection=True),
-    "tiny": dict(sample_size=(16, 32), in_channels=6, out_channels=6, layers_per_block=1,
+    "tiny": dict(sample_size=(16, 32), in_channels=12, out_channels=12, layers_per_block=1,
                  block_out_channels=(64, 64, 72), attention_head_dim=4, norm_num_groups=8,
                  down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
                  cross_attention_dim=96, use_linear_projection=True),

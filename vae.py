@@ -51,7 +51,7 @@ class VAEConfig:
 
 PRESETS = {
     "sd": {},
-    "tiny": dict(block_out_channels=(24, 48, 64), latent_channels=6, layers_per_block=1,
+    "tiny": dict(block_out_channels=(24, 48, 64), latent_channels=12, layers_per_block=1,
                  norm_num_groups=8, scaling_factor=1.0),
 }
 

@@ -730,16 +730,10 @@ def toy_bench(bench):
 # ways to sample, flags of `generate`; the first is the published one, to which the rest compare
 SAMPLINGS = {
     "preset paper": ["--preset", "paper"],
-    "paper, windows half their size apart": ["--preset", "paper", "--stride", "half"],
     "preset fast": ["--preset", "fast"],
     "preset turbo": ["--preset", "turbo"],
-    "turbo, from 0.4": ["--preset", "turbo", "--start", "0.4"],
-    "turbo, dpm++ from 0.4": ["--preset", "turbo", "--sampler", "dpm++", "--start", "0.4"],
-    "turbo, control-uncond 0.8": ["--preset", "turbo", "--control-uncond", "0.8"],
-    "turbo, windows side by side": ["--preset", "turbo", "--stride", "16x32"],
-    "turbo, one window": ["--preset", "turbo", "--window", "32x64"],
     "fast, ddim": ["--preset", "fast", "--sampler", "ddim"],
-    "fast, control in the guided half only": ["--preset", "fast", "--control-uncond", "0"],
+    "fast, the released re-noise level": ["--preset", "fast", "--renoise", "official"],
     "fast, first pass only": ["--preset", "fast", "--no-mrlf"],
 }
 

@@ -1,10 +1,9 @@
 """The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
 
-    python -m experiments.claim            # the full table, 3 seeds: about an hour and a half
-    python -m experiments.claim --main     # its main rows; without --main later: the rest
-    python -m experiments.claim --quick    # the same, shorter, with fewer images: under 25 minutes
-    python -m experiments.claim --long     # 1,500 steps, 5 seeds of the main rows: hours
-    python -m experiments.claim --diff     # the second system, DIFF, beside three of them
+    python -m experiments.claim --quick    # main rows, shorter, with fewer images: under 25 minutes
+    python -m experiments.claim --main     # main rows, 5 seeds: an hour and a half on two cores
+    python -m experiments.claim            # the other rows too: an hour and a half more
+    python -m experiments.claim --diff     # the second system, DIFF, beside two of them
 
 A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
 overcast, which it never saw; then again with images added that `dginstyle.py generate` made from
@@ -15,14 +14,14 @@ Protocol, the same for every row: per seed one encoder is pre-trained on the sun
 every row trains with the same number of steps, and its last weights are measured, no step or model
 being chosen. The seed decides label crops, prompts, generator noise, first weights and data order.
 The test scenes are used for nothing else. The rows of DIFF (diff.py) see the same pictures for as
-many steps as those beside them; in place of that encoder they have the frozen prior, which has seen
-every style, as pictures without labels. They are made cheap: 4 crops a step, not 16, and one noise
-level (t = 100).
+many steps as those beside them, 350; in place of that encoder they have the frozen prior, which has
+seen every style, as pictures without labels. They are made cheap: 4 crops a step, not 16, and one
+noise level (t = 100).
 
 Writes into --out (a stopped run goes on where it was): sets/ and runs/; claim.json, every run with
 its settings and IoU of each class and style; claim.md, tables of mean +- standard deviation;
-claim.svg; domains.svg; gallery.html. With --long or --diff the first three are long.* or diff.*.
-`--install` copies tables and figures to experiments/.
+claim.svg; domains.svg; gallery.html. With --diff the first three are diff.*. `--install` copies
+tables and figures to experiments/.
 """
 
 import argparse
@@ -62,7 +61,7 @@ class Scale:
     """The size of an experiment."""
 
     source: int  # labelled sunny pictures
-    images: int  # generated images in a set: x1
+    images: int  # generated images in a set
     seeds: int
     pretrain: int  # steps of each seed's encoder on the sunny pictures
     steps: int  # steps of every row
@@ -70,8 +69,8 @@ class Scale:
     classifier: int = 400  # steps of the style classifier
 
 
-FULL = Scale(source=100, images=100, seeds=3, pretrain=700, steps=350, test=24)
-LONG = replace(FULL, seeds=5, steps=1500)
+FULL = Scale(source=100, images=100, seeds=5, pretrain=700, steps=1500, test=24)
+BRIEF = replace(FULL, seeds=3, steps=350)  # of DIFF's table
 QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
 # how the toy images are made, in every set; chosen on validation scenes
 SAMPLING = ["--preset", "fast"]
@@ -82,23 +81,19 @@ SETS = {
     "full": [],
     "more": ["--seed-shift", "1000"],  # other noise, crops and prompts: the second half of x2
     "swap 0": ["--swap", "0"],
-    "swap 0.25": ["--swap", "0.25"],
-    "swap 0.5": ["--swap", "0.5"],
-    "swap 0.75": ["--swap", "0.75"],
     "no fusion": ["--no-mrlf"],
-    "official re-noise": ["--renoise", "official"],
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
-    "prior tone": ["--prior-tone", "0.85", "--control-scale", "1", "--control-uncond", "0.5"],
+    "control's tone": ["--prior-tone", "0"],
 }
-# sets made from the full method's: without the pixels that the image does not show; with real
-# pictures in place of the images, as a perfect generator would make them; the same through the VAE
-FILTERED, TWINS, DECODED = "full filtered", "full twins", "full twins decoded"
+# sets made from the full method's: with real pictures in place of the images, as a perfect
+# generator would make them; the same through the VAE
+TWINS, DECODED = "full twins", "full twins decoded"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: source pictures (or not), sets as NAME or NAME:share."""
+    """One line of the table: source pictures (or not), sets."""
 
     title: str
     sets: tuple = ()
@@ -123,36 +118,25 @@ ROWS = [
     Row(FULL_ROW, ("full",), quick=True),
     Row(BOTH, ("full",), strong=True, quick=True),
     Row(NO_SWAP, ("swap 0",), quick=True),
-    Row("swap ratio 0.25", ("swap 0.25",)),
-    Row("swap ratio 0.5", ("swap 0.5",)),
-    Row("swap ratio 0.75", ("swap 0.75",)),
     Row(NO_MRLF, ("no fusion",), quick=True),
-    Row("MRLF with the released re-noise level", ("official re-noise",)),
     Row("without rare-class crops", ("no rare classes",)),
     Row("without weather prompts", ("no weather",)),
     Row("generated only, without source", ("full",), source=""),
-    Row("full method, pixel filter", (FILTERED,)),
-    Row("number of images x1/4", ("full:0.25",)),
-    Row("number of images x1/2", ("full:0.5",)),
-    Row("number of images x2", ("full", "more")),
-    Row("full method, tone of the prior", ("prior tone",)),
+    Row("without the tone of the prior", ("control's tone",)),
+    Row("twice as many images", ("full", "more")),
     Row("real pictures in place of the generated", (TWINS,)),
     Row("the same through the VAE", (DECODED,)),
+    Row("the real pictures, strong augmentation", (TWINS,), strong=True),
     Row(ORACLE, source="all", quick=True),
     Row(NO_IPKL, diff=("--no-ipkl",)),
     Row(DIFF, diff=()),
     Row(DIFF_FULL, ("full",), diff=()),
-    Row("DIFF, source, strong augmentation", strong=True, diff=()),
-    Row("DIFF, source + generated, strong augmentation", ("full",), strong=True, diff=()),
     # as many crops as SegFormer's rows see
-    Row(DIFF_X4, diff=("--no-ipkl",), times=4),
-    Row(DIFF_FULL_X4, ("full",), diff=("--no-ipkl",), times=4),
-    # with one call nothing is stepped, and the label masks of IPKL have no latents to merge
-    Row(f"{NO_IPKL}, five calls", diff=("--no-ipkl", "--diff-steps", "5"), seeds=1),
-    Row(f"{DIFF}, five calls", diff=("--diff-steps", "5"), seeds=1),
+    Row(DIFF_X4, diff=("--no-ipkl",), times=4, seeds=1),
+    Row(DIFF_FULL_X4, ("full",), diff=("--no-ipkl",), times=4, seeds=1),
 ]
 SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart by size
-BESIDE_DIFF = (SOURCE, FULL_ROW, STRONG)  # SegFormer's rows in the table of DIFF
+BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
 
 
 # --------------------------------------------------------------------------------------------
@@ -220,7 +204,7 @@ def run_path(out, row, seed):
 
 def generate_jobs(out, scale, rows, precision):
     """One `generate` for every set that a row needs and every seed."""
-    wanted = {(seed, "full" if s in (FILTERED, TWINS, DECODED) else s.partition(":")[0])
+    wanted = {(seed, "full" if s in (TWINS, DECODED) else s)
               for seed, r in planned(scale, rows) for s in r.sets}
     jobs = []
     for seed in range(scale.seeds):
@@ -248,7 +232,7 @@ def encoder_path(out, seed):
 
 
 def encoder_jobs(out, scale):
-    """The encoder of each seed, and the segmenter that the pixel filter asks."""
+    """The encoder of each seed."""
     jobs = []
     for seed in range(scale.seeds):
         path = encoder_path(out, seed)
@@ -305,10 +289,7 @@ def row_jobs(out, scale, rows, precision):
         total = scale.source + scale.images
         specs = {"sunny": [f"toy:sunny:{scale.source}"], "all": [f"toy:all:{total}"],
                  "": []}[row.source]
-        for name in row.sets:
-            name, _, share = name.partition(":")
-            folder = str(set_path(out, name, seed))
-            specs.append(f"{folder}:{int(scale.images * float(share))}" if share else folder)
+        specs += [set_path(out, name, seed) for name in row.sets]
         if row.diff is None:
             flags = ["--pretrained", encoder_path(out, seed) / "segformer", "--fd", 0]
         else:
@@ -318,7 +299,7 @@ def row_jobs(out, scale, rows, precision):
         argv = (strongly, *argv) if row.strong else argv
         cost = 0.2 * scale.steps + 0.05 * scale.test * len(streets.STYLES)
         if row.diff is not None:
-            cost *= 2 * row.times * (5 if "5" in row.diff else 1)
+            cost *= 2 * row.times
         jobs.append(Job(f"{row.title}, seed {seed}", result, argv, cost))
     return jobs
 
@@ -330,34 +311,6 @@ def row_jobs(out, scale, rows, precision):
 def copy_set(folder, target):
     shutil.copytree(folder, target, dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("vis", "grid.png", "gallery.html"))
-
-
-@torch.no_grad()
-def filter_set(folder, target, weights, alpha=1.25):
-    """Copy a set with the label set to ignore where the image does not show it.
-
-    A pixel goes if the loss of a segmenter trained on real source pictures is above `alpha` times
-    the mean loss of its class over the whole set: FreeMask, arXiv 2310.15160, section 3.3.
-    """
-    model = segformer.SegFormer.from_pretrained(weights)
-    pairs = data.open_set(folder)
-    total, count, losses = np.zeros(256), np.zeros(256), []
-    for i in range(len(pairs)):
-        image, label = pairs.pair(i)
-        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-        logits = F.interpolate(model(x), label.shape, mode="bilinear")
-        truth = torch.from_numpy(label.astype(np.int64))[None]
-        loss = F.cross_entropy(logits, truth, ignore_index=data.IGNORE, reduction="none")[0].numpy()
-        losses.append(loss)
-        total += np.bincount(label.ravel(), loss.ravel(), 256)
-        count += np.bincount(label.ravel(), minlength=256)
-    bar = alpha * total / np.maximum(count, 1)
-    copy_set(folder, target)
-    for i, loss in enumerate(losses):
-        label = pairs.label(i).copy()
-        label[loss > bar[label]] = data.IGNORE
-        data.save_label(Path(target) / "labels" / f"{pairs.name(i)}_labelTrainIds.png", label)
-    (Path(target) / "done").write_text(f"alpha {alpha}\n")
 
 
 def with_twins(folder, source):
@@ -392,18 +345,12 @@ def twin_set(folder, target, source, through_vae):
 
 
 def derived_jobs(out, scale, rows):
-    """One copy of the full method's set for every row and seed that needs it."""
-    jobs = []
-    for seed, row in planned(scale, rows):
-        full, encoder = set_path(out, "full", seed), encoder_path(out, seed) / "segformer"
-        for name, make, *more in ((FILTERED, filter_set, encoder),
-                                  (TWINS, twin_set, scale.source, False),
-                                  (DECODED, twin_set, scale.source, True)):
-            target = set_path(out, name, seed)
-            if name in row.sets:
-                jobs.append(Job(f"{name}, seed {seed}", target / "done",
-                                (make, full, target, *more), 0.05 * scale.images))
-    return jobs
+    """One copy of the full method's set of every seed, for all rows that need it."""
+    wanted = {(seed, name) for seed, row in planned(scale, rows) for name in row.sets
+              if name in (TWINS, DECODED)}
+    return [Job(f"{name}, seed {seed}", set_path(out, name, seed) / "done",
+                (twin_set, set_path(out, "full", seed), set_path(out, name, seed), scale.source,
+                 name == DECODED), 0.05 * scale.images) for seed, name in sorted(wanted)]
 
 
 # --------------------------------------------------------------------------------------------
@@ -654,7 +601,7 @@ def tables(out, scale, runs):
     """The text of claim.md."""
     unseen, small = by_row(runs, "unseen"), by_row(runs, "small")
     seen = {t: np.array([100 * r["mIoU"]["sunny"] for r in runs if r["row"] == t]) for t in unseen}
-    lines = [f"{scale.source} sunny label maps, {scale.images} generated images (×1), "
+    lines = [f"{scale.source} sunny label maps, {scale.images} generated images, "
              f"{scale.steps} steps, {scale.seeds} seeds; mIoU in percent, mean ± standard "
              f"deviation over seeds, on {scale.test} test streets of each style.", "",
              "| trained on | six unseen styles | small classes there | sunny |",
@@ -850,10 +797,10 @@ def page(out, names):
 
 def open_experiment(args):
     """-> its Scale, rows and folder; SystemExit where the folder holds another experiment."""
-    scale = QUICK if args.quick else LONG if args.long else FULL
+    scale = QUICK if args.quick else BRIEF if args.diff else FULL
     rows = [r for r in ROWS if (r.diff is not None or r.title in BESIDE_DIFF if args.diff else
                                 r.diff is None and (r.quick or not (args.quick or args.main)))]
-    name = "diff" if args.diff else "long" if args.long else "claim"
+    name = "diff" if args.diff else "claim"
     out = args.out or Path("runs") / (name + "-quick" * args.quick)
     for folder in ("sets", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -869,11 +816,9 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="main rows, fewer images, 2 seeds")
     parser.add_argument("--main", action="store_true", help="main rows at full size; without it a "
                         "later run goes on with the others")
-    parser.add_argument("--long", action="store_true", help="1,500 steps in place of 350, and 5 "
-                        "seeds of the main rows")
     parser.add_argument("--diff", action="store_true", help="the rows of DIFF, and SegFormer's to "
                         "compare")
-    parser.add_argument("--out", type=Path, help="default: runs/claim[-quick], long or diff")
+    parser.add_argument("--out", type=Path, help="default: runs/claim[-quick] or diff")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="runs at once, each with its share of the cores (%(default)s)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"),

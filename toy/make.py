@@ -59,7 +59,7 @@ def train_vae(args, pairs, classes):
         crops = crops.to(args.device)
         final = normalise_latents(vae, crops)
         final.save_pretrained(args.out / "vae", DTYPES[args.save_dtype])
-        sheet = torch.cat([crops[:12], final.decode(final.encode(crops[:12]))], dim=3)
+        sheet = torch.cat([crops[:9], final.decode(final.encode(crops[:9]))], dim=3)
         gallery.write_image(args.out / "samples" / "vae.png", gallery.contact_sheet(
             dginstyle.to_uint8(sheet), columns=3, scale=1))
 
