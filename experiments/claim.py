@@ -79,7 +79,6 @@ DIFF_FLAGS = ["--backbone", "diff", "--diff-steps", "1", "--batch", "4"]
 # set of generated images: flags of `generate` on top of the full method
 SETS = {
     "full": [],
-    "more": ["--seed-shift", "1000"],  # other noise, crops and prompts: the second half of x2
     "swap 0": ["--swap", "0"],
     "no fusion": ["--no-mrlf"],
     "no rare classes": ["--no-rcs"],
@@ -97,12 +96,11 @@ class Row:
 
     title: str
     sets: tuple = ()
-    source: str = "sunny"  # "", or "all": real pictures of every style
+    source: str = "sunny"  # or "all": real pictures of every style
     strong: bool = False  # `strong_distortion` in place of the photometric one
-    quick: bool = False
+    quick: bool = False  # a main row: for every seed; others for three
     diff: tuple = None  # DIFF's features under the head, with these flags; None: SegFormer
     times: int = 1  # so many times the steps
-    seeds: int = 0  # at most; 0: any number for the main rows, which are the quick ones, 3 else
 
 
 SOURCE, FULL_ROW, ORACLE = ("source only", "source + generated (full method)",
@@ -121,9 +119,7 @@ ROWS = [
     Row(NO_MRLF, ("no fusion",), quick=True),
     Row("without rare-class crops", ("no rare classes",)),
     Row("without weather prompts", ("no weather",)),
-    Row("generated only, without source", ("full",), source=""),
     Row("without the tone of the prior", ("control's tone",)),
-    Row("twice as many images", ("full", "more")),
     Row("real pictures in place of the generated", (TWINS,)),
     Row("the same through the VAE", (DECODED,)),
     Row("the real pictures, strong augmentation", (TWINS,), strong=True),
@@ -132,8 +128,8 @@ ROWS = [
     Row(DIFF, diff=()),
     Row(DIFF_FULL, ("full",), diff=()),
     # as many crops as SegFormer's rows see
-    Row(DIFF_X4, diff=("--no-ipkl",), times=4, seeds=1),
-    Row(DIFF_FULL_X4, ("full",), diff=("--no-ipkl",), times=4, seeds=1),
+    Row(DIFF_X4, diff=("--no-ipkl",), times=4),
+    Row(DIFF_FULL_X4, ("full",), diff=("--no-ipkl",), times=4),
 ]
 SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart by size
 BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
@@ -210,12 +206,9 @@ def generate_jobs(out, scale, rows, precision):
     for seed in range(scale.seeds):
         for name, flags in SETS.items():
             if (seed, name) in wanted:
-                path, flags, run_seed = set_path(out, name, seed), list(flags), seed
-                if "--seed-shift" in flags:
-                    run_seed, flags = seed + int(flags[1]), []
+                path = set_path(out, name, seed)
                 argv = ["generate", "--data", f"toy:sunny:{scale.source}", "--num", scale.images,
-                        "--seed", run_seed, "--out", path, "--precision", precision, *SAMPLING,
-                        *flags]
+                        "--seed", seed, "--out", path, "--precision", precision, *SAMPLING, *flags]
                 cost = scale.images * (0.2 if name == "no fusion" else 1.0)
                 jobs.append(Job(f"{name}, seed {seed}", path / "gallery.html", tuple(argv), cost))
     return jobs
@@ -274,8 +267,7 @@ def strongly(*argv):
 
 def planned(scale, rows):
     """-> [(seed, row), …], seed after seed: main rows have all of them, others a few."""
-    return [(seed, row) for seed in range(scale.seeds) for row in rows
-            if seed < (row.seeds or (scale.seeds if row.quick else 3))]
+    return [(seed, row) for seed in range(scale.seeds) for row in rows if row.quick or seed < 3]
 
 
 def row_jobs(out, scale, rows, precision):
@@ -287,9 +279,8 @@ def row_jobs(out, scale, rows, precision):
         if result.exists() and len(json.loads(result.read_text())) < len(streets.STYLES):
             result.unlink()
         total = scale.source + scale.images
-        specs = {"sunny": [f"toy:sunny:{scale.source}"], "all": [f"toy:all:{total}"],
-                 "": []}[row.source]
-        specs += [set_path(out, name, seed) for name in row.sets]
+        real = f"toy:all:{total}" if row.source == "all" else f"toy:sunny:{scale.source}"
+        specs = [real, *(set_path(out, name, seed) for name in row.sets)]
         if row.diff is None:
             flags = ["--pretrained", encoder_path(out, seed) / "segformer", "--fd", 0]
         else:
@@ -540,18 +531,21 @@ def spread(values):
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
+def difference(d):
+    """Mean of paired differences, one a seed, and its standard error."""
+    if len(d) == 1:
+        return f"{d[0]:+.1f} (one seed)"
+    return f"{d.mean():+.1f} (standard error {d.std(ddof=1) / len(d)**0.5:.1f})"
+
+
 def verdict(runs):
-    """What the aims of the experiment are, and what came out, as lines of text."""
+    """The differences that the experiment is about, seed by seed, as lines of text."""
     unseen, small = by_row(runs, "unseen"), by_row(runs, "small")
     lines = []
 
     def paired(a, b, table):
         n = min(len(table[a]), len(table[b]))  # seeds that both have
-        d = table[a][:n] - table[b][:n]
-        if n == 1:
-            return f"{d[0]:+.1f} (one seed)"
-        error = d.std(ddof=1) / n**0.5
-        return f"{d.mean():+.1f} (standard error of the paired difference {error:.1f})"
+        return difference(table[a][:n] - table[b][:n])
 
     if {SOURCE, FULL_ROW, ORACLE} <= unseen.keys():
         n = min(len(unseen[t]) for t in (SOURCE, FULL_ROW, ORACLE))  # seeds that all have
@@ -635,17 +629,23 @@ def cost_lines(out):
 def size_table(out, scale):
     """IoU of the small classes by the size of the object, rows of SIZED; [] before it is known."""
     small = [data.CITYSCAPES.names.index(c) for c in SMALL]
-    lines = []
+    iou, lines = {}, []  # title: percent (seeds, quarters)
     for row in (r for r in ROWS if r.title in SIZED):
         files = [run_path(out, row, s) / "sizes.json" for s in range(scale.seeds)]
         found = [json.loads(f.read_text()) for f in files if f.exists()]
-        iou = np.array([np.nanmean(measures.iou_by_size(np.array(r["counts"]))[small], axis=0)
-                        for r in found])
         if found:
             edges = np.array(found[0]["edges"])[small]
-            lines.append(f"| {row.title} | " + " | ".join(spread(100 * v) for v in iou.T) + " |")
+            iou[row.title] = 100 * np.array([np.nanmean(measures.iou_by_size(
+                np.array(r["counts"]))[small], axis=0) for r in found])
+            lines.append(f"| {row.title} | " + " | ".join(map(spread, iou[row.title].T)) + " |")
     if not lines:
         return []
+    if {FULL_ROW, NO_MRLF} <= iou.keys():
+        n = min(len(iou[FULL_ROW]), len(iou[NO_MRLF]))
+        d = iou[FULL_ROW][:n] - iou[NO_MRLF][:n]
+        quarters = ", ".join(map(difference, d.T))
+        lines += ["", f"Full method against {NO_MRLF}: {quarters}; the three smaller quarters "
+                  f"together {difference(d[:, :3].mean(axis=1))}."]
     bounds = "; ".join(f"{c} {', '.join(f'{e:.0f}' for e in row)}"
                        for c, row in zip(SMALL, edges, strict=True))
     return ["", "Small classes on the unseen styles by the size of the object: mean IoU over the "
@@ -774,10 +774,13 @@ def scatter(runs, domains):
              '<text x="430" y="428" text-anchor="middle">squared distance to the unseen styles, '
              'mean of six</text>', '<text transform="translate(18 205) rotate(-90)" '
              'text-anchor="middle">mIoU on the unseen styles</text>']
-    for x, y, name in points:
+    at = 0.0
+    for x, y, name in sorted(points, key=lambda p: -p[1]):
         a, b = 90 + (x - low[0]) * scale[0], 370 - (y - low[1]) * scale[1]
-        parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="#1d4ed8"/><text '
-                     f'x="{a + 8:.1f}" y="{b + 4:.1f}">{name}: {x:.2f}, {y:.1f}</text>')
+        at = max(b, at + 16)  # words under words
+        parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="#1d4ed8"/>'
+                     f'<path d="M{a:.1f} {b:.1f}L{a + 14:.1f} {at:.1f}" stroke="#1d4ed8"/>'
+                     f'<text x="{a + 17:.1f}" y="{at + 4:.1f}">{name}: {x:.2f}, {y:.1f}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
