@@ -107,7 +107,7 @@ PRESETS = {  # what --preset of generate sets: the published sampling, and cheap
     "paper": dict(sampler="ddim", steps=20, stride="quarter", window_weights="uniform", start=1.0),
     "fast": dict(sampler="dpm++", steps=8, stride="half", window_weights="cosine", start=1.0),
     "turbo": dict(sampler="ddim", steps=6, stride="half", window_weights="cosine", start=0.3,
-                  control_uncond=0.7),
+                  control_uncond=0.4),
 }
 PRESET_HELP = "flags not given: " + "; ".join(
     f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items()

@@ -2401,7 +2401,7 @@ def test_diff_inversion_and_sampling_return():
         for t, s in steps:
             _, eps = schedule.split(models.unet(x, t, context), x, t)
             x = invert(x, eps, abar[t], abar[s])
-        assert relative(x, z) > 0.1
+        assert relative(x, z) > 0.05
         for t, s in reversed(steps):
             x = schedule.step(models.unet(x, s, context), x, s, t)
     assert relative(x, z) < 0.01

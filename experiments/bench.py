@@ -3,7 +3,7 @@
     python -m experiments.bench                     toy size, minutes on two cores
     python -m experiments.bench --sd-size           the SD1.5 configuration with random weights
     python -m experiments.bench --device cuda       either of them on a GPU
-    python -m experiments.bench --sampling 128      label fidelity of faster sampling, 128 images
+    python -m experiments.bench --sampling 64       label fidelity of faster sampling, 64 images
     python -m experiments.bench --data-path         a training sample of GTA's size, on one core
     python -m experiments.bench --diff              DIFF's features and training; with --sd-size too
     python -m experiments.bench --compile           torch.compile: graphs, first and tenth step
@@ -732,6 +732,7 @@ SAMPLINGS = {
     "preset paper": ["--preset", "paper"],
     "preset fast": ["--preset", "fast"],
     "preset turbo": ["--preset", "turbo"],
+    "turbo, control-uncond 0.7": ["--preset", "turbo", "--control-uncond", "0.7"],
     "fast, ddim": ["--preset", "fast", "--sampler", "ddim"],
     "fast, the released re-noise level": ["--preset", "fast", "--renoise", "official"],
     "fast, first pass only": ["--preset", "fast", "--no-mrlf"],
