@@ -82,7 +82,7 @@ def tiny_models(seed=0, window=8, **options):
     control = randomise(ControlNet.from_unet(net, 20, factor=4), seed + 1)
     auto = randomise(VAE(VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1,
                                    norm_num_groups=4, scaling_factor=1.0)), seed + 2, 0.2)
-    tokenizer = Tokenizer.train(["a city street scene with road building sky car weather"], 40)
+    tokenizer = make.train_tokenizer(["a city street scene with road building sky car weather"], 40)
     text = randomise(TextEncoder(TextEncoderConfig(
         vocab_size=len(tokenizer.vocab), hidden_size=24, intermediate_size=48,
         num_hidden_layers=1, num_attention_heads=2)), seed + 3)
@@ -114,24 +114,23 @@ SD_LIKE = {
 }
 
 
-@pytest.fixture(scope="module", params=SD_LIKE)
-def oracle_pair(request):
-    """diffusers' UNet and ControlNet of one small architecture, random weights in every layer."""
+@pytest.mark.parametrize("kind", SD_LIKE)
+def test_unet_and_controlnet_equal_diffusers(kind, tmp_path):
+    """Each loads the other's folders; same inputs give the same residuals and output, with and
+    without control, with a hint or an encoded one."""
     diffusers = pytest.importorskip("diffusers")
-    net = diffusers.UNet2DConditionModel(
+    net = randomise(diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64, 64, 64), norm_num_groups=8, cross_attention_dim=24,
-        **SD_LIKE[request.param])
-    control = diffusers.ControlNetModel.from_unet(net, conditioning_channels=20)
-    return randomise(net, 0), randomise(control, 1)
-
-
-def test_unet_and_controlnet_equal_diffusers(oracle_pair, tmp_path):
-    """Same folders, same inputs, same residuals and same output, with and without control."""
-    net, control = oracle_pair
+        **SD_LIKE[kind]), 0)
+    control = randomise(diffusers.ControlNetModel.from_unet(net, conditioning_channels=20), 1)
     net.save_pretrained(tmp_path / "unet")
     control.save_pretrained(tmp_path / "controlnet", variant="fp16")
-    ours, our_control = (UNet.from_pretrained(tmp_path / "unet"),
-                         ControlNet.from_pretrained(tmp_path / "controlnet"))
+    ours = UNet.from_pretrained(tmp_path / "unet")
+    our_control = ControlNet.from_pretrained(tmp_path / "controlnet")
+    ours.save_pretrained(tmp_path / "our unet")
+    our_control.save_pretrained(tmp_path / "our controlnet")
+    net = type(net).from_pretrained(tmp_path / "our unet")
+    control = type(control).from_pretrained(tmp_path / "our controlnet")
     g = torch.Generator().manual_seed(2)
     x, context = torch.randn(2, 4, 16, 24, generator=g), torch.randn(2, 7, 24, generator=g)
     hint, t = torch.rand(2, 20, 128, 192, generator=g).round(), torch.tensor([3, 901])
@@ -144,28 +143,17 @@ def test_unet_and_controlnet_equal_diffusers(oracle_pair, tmp_path):
         full = net(x, t, context, down_block_additional_residuals=want,
                    mid_block_additional_residual=want_mid).sample
         assert relative(ours(x, t, context, (have, have_mid)), full) < 1e-5
-        encoded = our_control.encode_hint(hint)
-        again, _ = our_control(x, t, context, encoded, scale=0.7)
-        assert torch.equal(again[3], have[3])  # an encoded hint is as good as the hint itself
+        again, _ = our_control(x, t, context, our_control.encode_hint(hint), 0.7, encoded=True)
+        assert torch.equal(again[3], have[3])
 
 
-def test_saved_models_load_in_diffusers(tmp_path):
-    """What we write, diffusers reads: same output from its UNet, ControlNet and AutoencoderKL."""
-    diffusers = pytest.importorskip("diffusers")
-    models = tiny_models()
-    write_sd_folder(tmp_path, models)
-    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
-    hint = torch.rand(1, 20, 32, 32).round()
-    net = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
-    control = diffusers.ControlNetModel.from_pretrained(tmp_path / "controlnet")
-    auto = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+def test_one_text_serves_several_samples():
+    """A context of P rows gives what it gives repeated, B/P times each row."""
+    net, g = tiny_models().unet, torch.Generator().manual_seed(0)
+    x, context = torch.randn(6, 4, 8, 8, generator=g), torch.randn(2, 5, 24, generator=g)
     with torch.no_grad():
-        residuals, mid = control(x, 5, context, hint, return_dict=False)
-        want = net(x, 5, context, down_block_additional_residuals=residuals,
-                   mid_block_additional_residual=mid).sample
-        have = models.unet(x, 5, context, models.controlnet(x, 5, context, hint))
-        assert relative(have, want) < 1e-5
-        assert relative(models.vae.decode(x), auto.decode(x).sample) < 1e-5
+        want = net(x, 7, context.repeat_interleave(3, 0))
+        assert relative(net(x, 7, context), want) < 1e-5
 
 
 def test_published_sizes():
@@ -178,11 +166,9 @@ def test_published_sizes():
     with torch.device("meta"):
         for preset, total in (("sd1", 859_520_964), ("sd2", 865_910_724)):
             config = UNetConfig(**unet_module.PRESETS[preset])
-            options = {k: list(v) if isinstance(v, tuple) else v
-                       for k, v in unet_module.PRESETS[preset].items()}
             theirs = diffusers.UNet2DConditionModel(
-                cross_attention_dim=options.pop("cross_attention_dim", 768), sample_size=64,
-                **{"attention_head_dim": 8, **options})
+                cross_attention_dim=config.cross_attention_dim, attention_head_dim=config.heads,
+                use_linear_projection=config.use_linear_projection)
             assert shapes(UNet(config)) == shapes(theirs)
             assert sum(p.numel() for p in UNet(config).parameters()) == total
             control = diffusers.ControlNetModel.from_unet(theirs, conditioning_channels=20)
@@ -194,28 +180,18 @@ def test_published_sizes():
         assert shapes(VAE()) == shapes(theirs)
 
 
-def test_vae_in_bands_is_the_whole(monkeypatch):
-    """Large pictures are worked on in bands of rows, small ones whole: the same numbers."""
-    auto = tiny_models().vae.to(memory_format=torch.channels_last)
-    images = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad():
-        z = auto.encode(images)
-        want = auto.decode(z)
-        for band in (2500, 7 * 8 * 32, 1):  # bands of several rows, cut unevenly, of one row
-            monkeypatch.setattr(vae_module, "BAND", band)
-            assert relative(auto.encode(images), z) < 1e-5
-            assert relative(auto.decode(z), want) < 1e-5
-
-
 def test_vae_equals_diffusers(tmp_path):
-    """Encode (mean, and a sample with the same noise) and decode at a size that is not square."""
+    """Each loads the other's folder; encode (mean, and a sample with the same noise) and decode
+    agree at a size that is not square."""
     diffusers = pytest.importorskip("diffusers")
     theirs = randomise(diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=(16, 32, 32), layers_per_block=2, latent_channels=4,
         norm_num_groups=8, scaling_factor=0.18215), 0, 0.1)
-    theirs.save_pretrained(tmp_path)
-    ours = VAE.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = VAE.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = type(theirs).from_pretrained(tmp_path / "ours")
     x = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         posterior = theirs.encode(x).latent_dist
@@ -225,37 +201,25 @@ def test_vae_equals_diffusers(tmp_path):
         assert relative(ours.decode(sample), theirs.decode(sample / 0.18215).sample) < 1e-5
 
 
-def ldm_resnet(prefix, emb=True):
-    parts = ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"]
-    return [f"{prefix}.{p}" for p in parts + ["emb_layers.1"] * emb + ["skip_connection"]]
-
-
-def ldm_transformer(prefix):
-    block = f"{prefix}.transformer_blocks.0"
-    attention = [f"{block}.attn{n}.{p}" for n in (1, 2) for p in ("to_q", "to_k", "to_v",
-                                                                  "to_out.0")]
-    rest = ["norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"]
-    return attention + [f"{block}.{p}" for p in rest] + [
-        f"{prefix}.{p}" for p in ("norm", "proj_in", "proj_out")]
-
-
 def ldm_unet_keys(decoder=True):
     """The layer names of SD's UNet in an LDM checkpoint, written down from its numbering."""
-    keys = ["time_embed.0", "time_embed.2", "input_blocks.0.0"]
+    resnet = ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3", "emb_layers.1",
+              "skip_connection"]
+    transformer = [f"transformer_blocks.0.attn{n}.{p}" for n in (1, 2)
+                   for p in ("to_q", "to_k", "to_v", "to_out.0")]
+    transformer += [f"transformer_blocks.0.{p}" for p in (
+        "norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2")] + ["norm", "proj_in", "proj_out"]
+    layers = {"middle_block.0": resnet, "middle_block.1": transformer, "middle_block.2": resnet}
     for n in range(1, 12):
-        if n % 3 == 0:
-            keys.append(f"input_blocks.{n}.0.op")
-        else:
-            keys += ldm_resnet(f"input_blocks.{n}.0")
-            keys += ldm_transformer(f"input_blocks.{n}.1") if n < 9 else []
-    keys += ldm_resnet("middle_block.0") + ldm_transformer("middle_block.1")
-    keys += ldm_resnet("middle_block.2")
+        layers[f"input_blocks.{n}.0"] = resnet if n % 3 else ["op"]
+        layers[f"input_blocks.{n}.1"] = transformer if n % 3 and n < 9 else []
     for n in range(12 * decoder):
-        keys += ldm_resnet(f"output_blocks.{n}.0")
-        keys += ldm_transformer(f"output_blocks.{n}.1") if n > 2 else []
-        if n in (2, 5, 8):
-            keys.append(f"output_blocks.{n}.{1 if n == 2 else 2}.conv")
-    return keys + ["out.0", "out.2"] * decoder
+        layers[f"output_blocks.{n}.0"] = resnet
+        layers[f"output_blocks.{n}.1"] = transformer if n > 2 else ["conv"] if n == 2 else []
+        layers[f"output_blocks.{n}.2"] = ["conv"] if n in (5, 8) else []
+    keys = [f"{layer}.{name}" for layer, names in layers.items() for name in names]
+    outer = ["time_embed.0", "time_embed.2", "input_blocks.0.0"] + ["out.0", "out.2"] * decoder
+    return outer + keys
 
 
 def made_up(names):
@@ -269,70 +233,54 @@ def same(ours, theirs):
     assert all(torch.equal(ours[k].squeeze(), theirs[k].squeeze()) for k in ours)
 
 
-def test_ldm_unet_and_controlnet_names():
-    """An LDM checkpoint goes through diffusers' converter and ours to the same tensors."""
-    pytest.importorskip("diffusers")
-    from diffusers.loaders import single_file_utils as oracle
-
+def test_ldm_names_equal_diffusers():
+    """The UNet, ControlNet and autoencoder of an LDM checkpoint go through diffusers' converters
+    and ours to the same tensors: numbered blocks, reversed decoder levels, squeezed attention."""
+    oracle = pytest.importorskip("diffusers.loaders.single_file_utils")
     config = {"layers_per_block": 2, "down_block_types": [1] * 4, "up_block_types": [1] * 4,
-              "class_embed_type": None, "addition_embed_type": None, "use_linear_projection": False}
+              "class_embed_type": None, "addition_embed_type": None, "use_linear_projection": False,
+              "conditioning_embedding_out_channels": (16, 32, 96, 256)}
     state = made_up(ldm_unet_keys())
-    theirs = oracle.convert_ldm_unet_checkpoint(
-        {f"model.diffusion_model.{k}": v for k, v in state.items()}, config)
-    same(unet_module.from_ldm(state), theirs)
+    same(unet_module.from_ldm(state), oracle.convert_ldm_unet_checkpoint(
+        {f"model.diffusion_model.{k}": v for k, v in state.items()}, config))
 
-    names = ldm_unet_keys(decoder=False) + [f"input_hint_block.{i}" for i in range(0, 16, 2)]
-    names += [f"zero_convs.{i}.0" for i in range(12)] + ["middle_block_out.0"]
-    state = made_up(names)
-    theirs = oracle.convert_controlnet_checkpoint(
-        {f"control_model.{k}": v for k, v in state.items()},
-        {**config, "conditioning_embedding_out_channels": (16, 32, 96, 256)})
-    same(from_ldm_control(state), theirs)
+    names = [f"input_hint_block.{i}" for i in range(0, 16, 2)] + ["middle_block_out.0"]
+    names += [f"zero_convs.{i}.0" for i in range(12)]
+    state = made_up(ldm_unet_keys(decoder=False) + names)
+    same(from_ldm_control(state), oracle.convert_controlnet_checkpoint(
+        {f"control_model.{k}": v for k, v in state.items()}, config))
 
-
-def test_ldm_vae_names():
-    """The autoencoder of an LDM checkpoint: reversed decoder levels, squeezed attention."""
-    pytest.importorskip("diffusers")
-    from diffusers.loaders import single_file_utils as oracle
-
-    names = []
-    for half, layers in (("encoder", 2), ("decoder", 3)):
+    names = ["quant_conv", "post_quant_conv"]
+    parts = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
+    for half, layers, side in (("encoder", 2, "down"), ("decoder", 3, "up")):
         names += [f"{half}.conv_in", f"{half}.conv_out", f"{half}.norm_out"]
         names += [f"{half}.mid.attn_1.{p}" for p in ("norm", "q", "k", "v", "proj_out")]
-        parts = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
         names += [f"{half}.mid.block_{i}.{p}" for i in (1, 2) for p in parts]
-        side, step = ("down", "downsample") if half == "encoder" else ("up", "upsample")
-        for i in range(4):
-            names += [f"{half}.{side}.{i}.block.{j}.{p}" for j in range(layers) for p in parts]
-            if i < 3 if half == "encoder" else i > 0:
-                names.append(f"{half}.{side}.{i}.{step}.conv")
-    state = made_up(names + ["quant_conv", "post_quant_conv"])
-    state = {k: v[:, :, None, None] if "attn_1" in k and "norm" not in k and "weight" in k else v
+        names += [f"{half}.{side}.{i}.block.{j}.{p}"
+                  for i in range(4) for j in range(layers) for p in parts]
+        names += [f"{half}.{side}.{i + (side == 'up')}.{side}sample.conv" for i in range(3)]
+    state = {"first_stage_model." + k: v for k, v in made_up(names).items()}
+    state = {k: v[:, :, None, None] if re.search("attn_1.[^n].*weight", k) else v
              for k, v in state.items()}
-    theirs = oracle.convert_ldm_vae_checkpoint(
-        {f"first_stage_model.{k}": v for k, v in state.items()},
-        {"down_block_types": [1] * 4, "up_block_types": [1] * 4, "layers_per_block": 2})
-    same(vae_module.from_ldm({**state, "loss.logvar": torch.zeros(1)}), theirs)
+    same(vae_module.public_keys({**state, "first_stage_model.loss.logvar": torch.zeros(1)}),
+         oracle.convert_ldm_vae_checkpoint(state, config))
 
 
 def test_single_files_load_like_folders(tmp_path):
-    """A file without config.json, in old and LDM-like spelling, gives the folder's model."""
+    """A file without config.json, in today's or an old spelling, gives the folder's model."""
     config = UNetConfig(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24,
                         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
     net = randomise(UNet(config), 0)
     for cls, model in ((UNet, net), (ControlNet, ControlNet.from_unet(net, 7))):
         model.save_pretrained(tmp_path / "net")
-        folder = cls.from_pretrained(tmp_path / "net")
         single = cls.from_pretrained(tmp_path / "net" / "diffusion_pytorch_model.safetensors")
-        assert folder.config == single.config == config
-        same(folder.state_dict(), single.state_dict())
+        assert cls.from_pretrained(tmp_path / "net").config == single.config == config
+        same(model.state_dict(), single.state_dict())
     auto = VAE(VAEConfig(block_out_channels=(32, 64), layers_per_block=1))
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = dict(auto.state_dict())
-    for new, legacy in names.items():
-        old = {k.replace(f".{new}.", f".{legacy}."): v for k, v in old.items()}
-    save_file({f"first_stage_model.{k}": v.contiguous() for k, v in old.items()},
-              tmp_path / "old.safetensors")
+    for pair in ("to_q query", "to_k key", "to_v value", "to_out.0 proj_attn"):
+        old = {k.replace(*pair.split()): v for k, v in old.items()}
+    save_file({f"first_stage_model.{k}": v for k, v in old.items()}, tmp_path / "old.safetensors")
     torch.save({"state_dict": auto.state_dict()}, tmp_path / "plain.bin")
     for file in ("old.safetensors", "plain.bin"):
         loaded = VAE.from_pretrained(tmp_path / file)
@@ -347,8 +295,8 @@ def test_untrained_controlnet_changes_nothing():
     x, context, hint = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.rand(1, 20, 64, 64)
     with torch.no_grad():
         assert torch.equal(net(x, 7, context), net(x, 7, context, control(x, 7, context, hint)))
-    assert torch.equal(control.mid_block.resnets[0].conv1.weight,
-                       net.mid_block.resnets[0].conv1.weight)
+    half, whole = control.state_dict(), net.state_dict()
+    assert all(torch.equal(half[k], whole[k]) for k in half.keys() & whole.keys())
 
 
 def test_checkpointing_keeps_gradients():
@@ -364,37 +312,49 @@ def test_checkpointing_keeps_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_killed_while_saving_leaves_whole_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module, net", [
+    (unet_module, "unet"), (vae_module, "vae"), (clip_text, "text_encoder")])
+def test_killed_while_saving_leaves_whole_weights(module, net, tmp_path, monkeypatch):
     """Weights are written beside and renamed: a stop in between leaves those that were there."""
-    nets = {unet_module: tiny_models().unet, vae_module: tiny_models().vae,
-            clip_text: tiny_models().text_encoder, segformer: seg_model()}
-    for module, net in nets.items():
-        folder = tmp_path / module.__name__
-        net.save_pretrained(folder)
-        before = files(folder)
+    model = getattr(tiny_models(), net)
+    model.save_pretrained(tmp_path)
+    before = files(tmp_path)
 
-        def half(state, path, metadata):
-            Path(path).write_bytes(b"half")
-            raise KeyboardInterrupt
+    def half(state, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
 
-        monkeypatch.setattr(module, "save_file", half)
-        with pytest.raises(KeyboardInterrupt):
-            net.save_pretrained(folder)
-        assert before.items() <= files(folder).items()
+    monkeypatch.setattr(module, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert before.items() <= files(tmp_path).items()
 
 
-def test_numbers_that_are_not_finite(tmp_path):
-    """Weights with NaN are refused by name."""
-    models = tiny_models()
-    nets = {name: getattr(models, name) for name in ("unet", "controlnet", "vae", "text_encoder")}
-    for name, net in {**nets, "segformer": SegFormer(segformer.preset("tiny"))}.items():
-        key, p = next(iter(net.named_parameters()))
-        p.data.flatten()[0] = math.nan
-        net.save_pretrained(tmp_path / name)
-        with pytest.raises(ValueError, match=f"{key} holds numbers that are not finite"):
-            type(net).from_pretrained(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{key.removeprefix('backbone.')} holds numbers"):
-        net.load_backbone(tmp_path / name)
+@pytest.mark.parametrize("net", ["unet", "controlnet", "vae", "text_encoder"])
+def test_weights_load_strictly(net, tmp_path):
+    """A missing, unknown, wrongly shaped or NaN tensor, a cut file and a config.json with more
+    layers than the file has tensors are refused by name, with the file."""
+    model = getattr(tiny_models(), net)
+    model.save_pretrained(tmp_path)
+    file, config = next(tmp_path.glob("*.safetensors")), tmp_path / "config.json"
+    good, (key, value) = load_file(file), list(model.named_parameters())[-1]
+    settings = json.loads(config.read_text())
+    layers = {k: 10**6 for k in ("layers_per_block", "num_hidden_layers") if k in settings}
+
+    def refuses(words, state, changes):
+        save_file(state, file)
+        config.write_text(json.dumps(settings | changes))
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*{words}"):
+            type(model).from_pretrained(tmp_path)
+
+    refuses(f"Missing key.*{key}", {k: v for k, v in good.items() if k != key}, {})
+    refuses("Unexpected key.*novel", {**good, "novel.weight": torch.ones(2)}, {})
+    refuses(f"size mismatch for {key}", {**good, key: torch.ones(3, 3)}, {})
+    refuses(f"{key} holds NaN", {**good, key: value.detach() * math.nan}, {})
+    refuses("more layers than the file has tensors", good, layers)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} cannot be read"):
+        type(model).from_pretrained(tmp_path)
 
 
 # ---- clip_text.py --------------------------------------------------------------------------------
@@ -408,7 +368,7 @@ CLIP_TEXTS = [
 
 
 def clip_tokenizer(merges=300):
-    return Tokenizer.train(CLIP_TEXTS, merges)
+    return make.train_tokenizer(CLIP_TEXTS, merges)
 
 
 def clip_random_strings(count, seed=0):
@@ -549,9 +509,10 @@ def test_clip_tokenizer_layout():
 
 def test_clip_tokenizer_training():
     """Training joins the most frequent pair first, is repeatable and stops when all is joined."""
-    t = Tokenizer.train(["abc abc abd", "ab"], 100)
+    t = make.train_tokenizer(["abc abc abd", "ab"], 100)
     assert t.merges[0] == ("a", "b") and t.merges[1] == ("ab", "c</w>")
-    assert t.merges == Tokenizer.train(["abc abc abd", "ab"], 100).merges and len(t.merges) == 4
+    assert t.merges == make.train_tokenizer(["abc abc abd", "ab"], 100).merges
+    assert len(t.merges) == 4
     assert len(t.vocab) == 512 + 4 + 2
     assert t.encode("abc") == [t.vocab["abc</w>"]]
     assert [t.vocab[s] for s in ("!", "~", "¡", "Ā", "!</w>")] == [0, 93, 94, 188, 256]
@@ -4058,30 +4019,6 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | NUMBERS |
                     st.text(max_size=5),
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
                         st.text(max_size=3), inner, max_size=3), max_leaves=6)
-NETS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "segformer": SegFormer,
-        "controlnet": ControlNet}
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_config_values_fuzz(net, monkeypatch):
-    """Whatever stands in one field of a config.json, the network loads or a FileError names the
-    file; nothing is built that the file's tensors could not fill."""
-    module = sys.modules[NETS[net].__module__]
-    config, state, _ = module.read_weights(HERE / "toy" / net)
-    names = [key for key in config if "class" not in key and key != "architecture"]
-
-    @FUZZ
-    @hypothesis.given(st.sampled_from(names), JSON | st.sampled_from(
-        [10**9, 2**62, [10**9] * 3, [1] * 10_000, [[1]], math.nan, 0, -1, 1, 2]))
-    def check(name, value):
-        monkeypatch.setattr(module, "read_weights",
-                            lambda path: ({**config, name: value}, dict(state), "the file"))
-        try:
-            NETS[net].from_pretrained("anywhere")
-        except ValueError as error:
-            assert type(error).__name__ == "FileError" and "the file" in str(error), error
-
-    check()
 
 
 def attempts(function, *arguments):
@@ -4106,7 +4043,6 @@ def test_json_readers_fuzz(tmp_path):
                       st.sampled_from(sorted(toy)), JSON)
     def check(content, key, value):
         file.write_bytes(content)
-        assert isinstance(attempts(unet_module.read_json, file), (dict, type(None)))
         assert isinstance(attempts(data._read_json, file, list), (list, type(None)))
         attempts(data.Classes.from_json, file)
         attempts(recipes.pack_settings, tmp_path)
@@ -4168,47 +4104,6 @@ def test_label_files_fuzz(tmp_path):
             fits = ((array < 19) | (array == 255)).all()
             assert (label is not None) == fits and (not fits or np.array_equal(label, array))
         attempts(data.read_image, file)
-
-    check()
-
-
-def test_safetensors_headers_fuzz(tmp_path):
-    """Any header before any numbers: tensors that are as large as they say, or a FileError."""
-    file = tmp_path / "a.safetensors"
-    entry = st.fixed_dictionaries({
-        "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F7"]),
-        "shape": st.lists(st.integers(-1, 9) | st.just(2**62), max_size=3),
-        "data_offsets": st.lists(st.integers(-1, 40), min_size=1, max_size=3)})
-
-    @FUZZ
-    @hypothesis.given(st.dictionaries(st.text(max_size=3), entry | JSON, max_size=3) | JSON,
-                      st.integers(-9, 9), st.binary(max_size=40))
-    def check(header, off, numbers):
-        text = json.dumps(header).encode()
-        file.write_bytes(struct.pack("<Q", max(0, len(text) + off)) + text + numbers)
-        for tensor in (attempts(unet_module.read_weights, file) or ((), {}, ""))[1].values():
-            assert 0 < tensor.nbytes <= len(numbers)
-
-    check()
-
-
-def test_tokenizer_files_fuzz(tmp_path):
-    """Any merges and any changed ids: prompts get ids of the vocabulary, or a FileError."""
-    shutil.copytree(HERE / "toy" / "tokenizer", tmp_path, dirs_exist_ok=True)
-    text = (tmp_path / "merges.txt").read_text()
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-
-    @FUZZ
-    @hypothesis.given(st.integers(0, len(text)),
-                      st.text("ab \n#", max_size=8) | st.text(max_size=3),
-                      st.dictionaries(st.sampled_from(sorted(vocab)) | st.text(max_size=3),
-                                      JSON | st.integers(0, 700), max_size=2))
-    def check(cut, more, ids):
-        (tmp_path / "merges.txt").write_text(text[:cut] + more + text[cut:], "utf-8",
-                                             errors="surrogatepass")
-        (tmp_path / "vocab.json").write_text(json.dumps({**vocab, **ids}))
-        if tokenizer := attempts(Tokenizer.from_pretrained, tmp_path):
-            assert set(tokenizer.encode("a rainy street, ab")) <= {*tokenizer.vocab.values()}
 
     check()
 
@@ -4676,5 +4571,5 @@ if __name__ == "__main__":
     torch.set_default_dtype(torch.bfloat16)  # 2.5 GB instead of 5
     base = UNet(UNetConfig())
     full = Models(base, ControlNet.from_unet(base, 20), VAE(), TextEncoder(),
-                  Tokenizer.train(["a city street scene"], 10), Schedule())
+                  make.train_tokenizer(["a city street scene"], 10), Schedule())
     print("written to", write_sd_folder(Path(sys.argv[1]), full))

@@ -12,7 +12,11 @@ Shapes: B batch, H W pixels, Z latent channels. Images in [-1, 1].
 
 import json
 import sys
+import json
+import sys
+from collections import Counter
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,7 +29,7 @@ import gallery
 import recipes
 import unet
 import vae as vae_module
-from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
+from clip_text import ALPHABET, BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
 from dginstyle import Models, Schedule
 from toy.streets import STYLES
 from training import DTYPES, optimise
@@ -85,6 +89,22 @@ def normalise_latents(vae, images):
     return copy
 
 
+def train_tokenizer(texts: list[str], merges: int) -> Tokenizer:
+    """Learn up to `merges` merges: join the most frequent pair of neighbours, repeat.
+
+    The vocabulary is, in CLIP's order, 512 byte symbols, the joined ones, start and end.
+    """
+    words, learned = [word for text in texts for word in clip_text.split_words(text)], []
+    while len(learned) < merges:
+        counts = Counter(pair for word in words for pair in pairwise(word))
+        if not counts:
+            break
+        learned.append(max(counts, key=lambda pair: (counts[pair], pair)))  # pair breaks ties
+        words = [clip_text.merge(word, learned[-1]) for word in words]
+    symbols = dict.fromkeys([*ALPHABET, *(a + b for a, b in learned), BOS, EOS])
+    return Tokenizer({symbol: i for i, symbol in enumerate(symbols)}, learned)
+
+
 def train_prior(args, pairs, classes):
     """The toy prior U^P with its text encoder, on captioned pictures of all styles.
 
@@ -92,7 +112,7 @@ def train_prior(args, pairs, classes):
     the prior answers to every form of prompt the generator uses, the empty one included.
     """
     words = [data.weather_prompt(" ".join(classes.names), w) for w in STYLES]
-    tokenizer = Tokenizer.train(words, merges=240)  # enough for one token a word
+    tokenizer = train_tokenizer(words, merges=240)  # enough for one token a word
     schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
     text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
                                        "vocab_size": len(tokenizer.vocab)})
