@@ -160,9 +160,9 @@ def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
     """
     with _open(path) as image:
         # never convert a label to "L": it would turn palette indices into luminance
-        if image.mode not in ("L", "P", "I", "I;16", "I;16B"):
+        if image.mode not in ("L", "P", "I", "I;16", "I;16B") or image.tile[0][3] in ("L;2", "L;4"):
             raise ValueError(f"its mode is {image.mode}: a label must be one channel of class "
-                             "indices, not colours")
+                             "indices of 8 or 16 bits, not colours")
         ImageOps.exif_transpose(image, in_place=True)
         raw = np.array(image)
     table = {c: c for c in range(len(classes))} if ids is None else ids
