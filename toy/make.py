@@ -12,8 +12,6 @@ Shapes: B batch, H W pixels, Z latent channels. Images in [-1, 1].
 
 import json
 import sys
-import json
-import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import pairwise
