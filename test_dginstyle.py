@@ -350,6 +350,28 @@ def test_weights_load_strictly(net, tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "a.ckpt",
+                                  "vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_git_lfs_pointers(name, tmp_path):
+    """A clone without LFS leaves pointers: the sentence says so and what to do."""
+    models = tiny_models()
+    models.unet.save_pretrained(tmp_path)
+    models.tokenizer.save(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid a:0\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git-LFS pointer; run `git lfs pull`"):
+        Tokenizer.from_pretrained(tmp_path)
+        UNet.from_pretrained(tmp_path / name if name == "a.ckpt" else tmp_path)
+
+
+def test_pickles_of_other_objects(tmp_path):
+    """A healthy pickle that holds more than tensors: advice to convert, and none of torch's."""
+    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": np.float64(3)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="a.ckpt holds other objects .* safetensors.torch.save_file"
+                       ) as error:
+        unet_module.read_weights(tmp_path / "a.ckpt")
+    assert "\033" not in str(error.value)
+
+
 # ---- clip_text.py --------------------------------------------------------------------------------
 
 CLIP_TEXTS = [
