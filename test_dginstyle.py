@@ -372,6 +372,25 @@ def test_pickles_of_other_objects(tmp_path):
     assert "\033" not in str(error.value)
 
 
+def test_relatives_of_stable_diffusion_are_named(tmp_path):
+    """UNets with more channels in than out, SDXL and autoencoders that shift their latents are
+    refused by what they are."""
+    models, file = tiny_models(), tmp_path / "diffusion_pytorch_model.safetensors"
+    state = models.unet.state_dict()
+    for words, more in (
+            ("inpainting .9 channels", {"conv_in.weight": torch.zeros(16, 9, 3, 3)}),
+            ("SDXL", {"add_embedding.linear_1.bias": torch.zeros(1)}),
+            ("SDXL", {"label_emb.0.0.bias": torch.zeros(1)})):
+        save_file({**state, **more}, file)
+        with pytest.raises(ValueError, match=f"{file}: .*{words}"):
+            UNet.from_pretrained(file)
+    models.vae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "latents_std": [1.0] * 4}))
+    with pytest.raises(ValueError, match=f"{file}: .*latents_std"):
+        VAE.from_pretrained(tmp_path)
+
+
 # ---- clip_text.py --------------------------------------------------------------------------------
 
 CLIP_TEXTS = [
