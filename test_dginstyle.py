@@ -22,16 +22,12 @@ import random
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import unicodedata
-import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -51,11 +47,11 @@ import segment
 import training
 import unet as unet_module
 import vae as vae_module
-from clip_text import ALPHABET, BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
+from clip_text import BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from diff import Diff, DiffConfig, Prior, diffusion_features, invert
-from experiments import badinput, bench, measures, pretend, rehearse
+from experiments import bench, measures, pretend, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
 from unet import UNet, UNetConfig
@@ -117,7 +113,7 @@ SD_LIKE = {
 @pytest.mark.parametrize("kind", SD_LIKE)
 def test_unet_and_controlnet_equal_diffusers(kind, tmp_path):
     """Each loads the other's folders; same inputs give the same residuals and output, with and
-    without control, with a hint or an encoded one."""
+    without control, with a hint or an encoded one, with one text for all samples or one each."""
     diffusers = pytest.importorskip("diffusers")
     net = randomise(diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64, 64, 64), norm_num_groups=8, cross_attention_dim=24,
@@ -145,15 +141,8 @@ def test_unet_and_controlnet_equal_diffusers(kind, tmp_path):
         assert relative(ours(x, t, context, (have, have_mid)), full) < 1e-5
         again, _ = our_control(x, t, context, our_control.encode_hint(hint), 0.7, encoded=True)
         assert torch.equal(again[3], have[3])
-
-
-def test_one_text_serves_several_samples():
-    """A context of P rows gives what it gives repeated, B/P times each row."""
-    net, g = tiny_models().unet, torch.Generator().manual_seed(0)
-    x, context = torch.randn(6, 4, 8, 8, generator=g), torch.randn(2, 5, 24, generator=g)
-    with torch.no_grad():
-        want = net(x, 7, context.repeat_interleave(3, 0))
-        assert relative(net(x, 7, context), want) < 1e-5
+        shared = net(x, t, context[:1].expand(2, -1, -1)).sample
+        assert relative(ours(x, t, context[:1]), shared) < 1e-5
 
 
 def test_published_sizes():
@@ -312,21 +301,19 @@ def test_checkpointing_keeps_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("module, net", [
-    (unet_module, "unet"), (vae_module, "vae"), (clip_text, "text_encoder")])
-def test_killed_while_saving_leaves_whole_weights(module, net, tmp_path, monkeypatch):
+def test_killed_while_saving_leaves_whole_weights(tmp_path, monkeypatch):
     """Weights are written beside and renamed: a stop in between leaves those that were there."""
-    model = getattr(tiny_models(), net)
-    model.save_pretrained(tmp_path)
+    net = tiny_models().unet
+    net.save_pretrained(tmp_path)
     before = files(tmp_path)
 
     def half(state, path, metadata):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_file", half)
+    monkeypatch.setattr(unet_module, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(tmp_path)
+        net.save_pretrained(tmp_path)
     assert before.items() <= files(tmp_path).items()
 
 
@@ -357,6 +344,47 @@ def test_weights_load_strictly(net, tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "a.ckpt",
+                                  "vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_git_lfs_pointers(name, tmp_path):
+    """A clone without LFS leaves pointers: the sentence says so and what to do."""
+    models = tiny_models()
+    models.unet.save_pretrained(tmp_path)
+    models.tokenizer.save(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid a:0\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git-LFS pointer; run `git lfs pull`"):
+        Tokenizer.from_pretrained(tmp_path)
+        UNet.from_pretrained(tmp_path / name if name == "a.ckpt" else tmp_path)
+
+
+def test_pickles_of_other_objects(tmp_path):
+    """A healthy pickle that holds more than tensors: advice to convert, and none of torch's."""
+    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": np.float64(3)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="a.ckpt holds other objects .* safetensors.torch.save_file"
+                       ) as error:
+        unet_module.read_weights(tmp_path / "a.ckpt")
+    assert "\033" not in str(error.value)
+
+
+def test_relatives_of_stable_diffusion_are_named(tmp_path):
+    """UNets with more channels in than out, SDXL and autoencoders that shift their latents are
+    refused by what they are."""
+    models, file = tiny_models(), tmp_path / "diffusion_pytorch_model.safetensors"
+    state = models.unet.state_dict()
+    for words, more in (
+            ("inpainting .9 channels", {"conv_in.weight": torch.zeros(16, 9, 3, 3)}),
+            ("SDXL", {"add_embedding.linear_1.bias": torch.zeros(1)}),
+            ("SDXL", {"label_emb.0.0.bias": torch.zeros(1)})):
+        save_file({**state, **more}, file)
+        with pytest.raises(ValueError, match=f"{file}: .*{words}"):
+            UNet.from_pretrained(file)
+    models.vae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "latents_std": [1.0] * 4}))
+    with pytest.raises(ValueError, match=f"{file}: .*latents_std"):
+        VAE.from_pretrained(tmp_path)
+
+
 # ---- clip_text.py --------------------------------------------------------------------------------
 
 CLIP_TEXTS = [
@@ -371,21 +399,23 @@ def clip_tokenizer(merges=300):
     return make.train_tokenizer(CLIP_TEXTS, merges)
 
 
-def clip_random_strings(count, seed=0):
-    """Strings that mix prompt words, contractions, specials, white space and all of Unicode."""
+def clip_strings(count, seed=0):
+    """Strings that mix prompt words, contractions, specials, white space and all of Unicode, and
+    every character that is no letter of other scripts between letters and digits."""
     rng = random.Random(seed)
     # The tokenizers library and Python may know different Unicode versions, but both know 3.2 and
     # the properties of its characters.
     known = [chr(c) for c in range(0x110000)
-             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs")]
+             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")]
     spaces = [c for c in known if unicodedata.category(c)[0] == "Z"] + list("\t\n\v\f\r\x85\x1c")
     words = "road car's we're it'll I'd 'tis they've I'm '' ' '; <| |> _ 12 ½ 3² ... a1b2".split()
     words += [BOS, EOS, "İ", "ΑΣ ΟΔΟΣ", "e\u0301", "\u212a", "'\u017f", "\u1e9e", "<|start", "!"]
-    words += ["!<|\u017ftartoftext|>!"]
+    words += ["!<|\u017ftartoftext|>!", "a!b ! c"]
     draws = [lambda: rng.choice(known), lambda: chr(rng.randrange(32, 127)),
              lambda: rng.choice(words), lambda: rng.choice(spaces), lambda: " ",
              lambda: rng.choice("ROADroadcarskythe"), lambda: known[rng.randrange(128, 1200)]]
-    return ["".join(rng.choice(draws)() for _ in range(rng.randrange(30))) for _ in range(count)]
+    texts = ["".join(rng.choice(draws)() for _ in range(rng.randrange(30))) for _ in range(count)]
+    return texts + [f"a{c}1{c}!{c}" for c in known if unicodedata.category(c) != "Lo"]
 
 
 def clip_state(config, seed=0):
@@ -412,25 +442,15 @@ def clip_open_clip(config, seed=0):
     return {f"cond_stage_model.model.{k}": torch.randn(s, generator=g) for k, s in shapes.items()}
 
 
-def clip_rest_of_checkpoint():
-    """Some other tensors of an LDM checkpoint."""
-    keys = ("model.diffusion_model.input_blocks.0.0.weight", "betas", "model_ema.num_updates",
-            "first_stage_model.encoder.conv_in.weight", "first_stage_model.quant_conv.bias")
-    return {key: torch.zeros(3) for key in keys}
-
-
 def clip_prefixed(state):
     """Keys with the text_model. prefix, which transformers 5 drops in memory."""
     return {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
 
 
-# ---------------------------------------------------------------------------------------- tokenizer
-
-
 @pytest.mark.parametrize("pad, count", [(EOS, 4000), ("!", 300)])
 def test_clip_tokenizer_equals_transformers(tmp_path, pad, count):
     """Ids of random Unicode strings, padded by either token, equal those of transformers' fast
-    CLIPTokenizer (and the slow one's, of ASCII), which reads our folder as we do."""
+    CLIPTokenizer, which reads our folder as we do."""
     transformers = pytest.importorskip("transformers")
     ours = clip_tokenizer()
     ours = Tokenizer(ours.vocab, ours.merges, pad)
@@ -439,101 +459,60 @@ def test_clip_tokenizer_equals_transformers(tmp_path, pad, count):
     assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, pad)
     assert (ours("")[0, -1] == 0).item() is (pad == "!")
     oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path))
-    texts = clip_random_strings(count) + ["a!b ! c"]
+    texts = clip_strings(count)
     assert [ours.encode(t) for t in texts] == oracle(texts, add_special_tokens=False)["input_ids"]
     padded = dict(padding="max_length", max_length=77, truncation=True)
     assert again(texts).tolist() == oracle(texts, **padded)["input_ids"]
-    if transformers.CLIPTokenizer is not transformers.CLIPTokenizerFast:
-        slow = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
-        texts = [t for t in texts if t.isascii() and (t.isprintable() or not t)] + CLIP_TEXTS[:3]
-        assert again(texts).tolist() == slow(texts, **padded)["input_ids"]
 
 
-def test_clip_tokenizer_classes_of_every_character(tmp_path):
-    """Each character of Unicode 3.2 alone between letters and digits gets transformers' ids."""
-    transformers = pytest.importorskip("transformers")
-    ours = clip_tokenizer(0)
-    ours.save(tmp_path)
-    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path))
-    known = [chr(c) for c in range(0x110000)
-             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")]
-    known = [c for c in known if unicodedata.category(c) != "Lo"] + known[::37]
-    texts = [f"a{c}1{c}!{c}" for c in known]
-    got = [ours.encode(text) for text in texts]
-    assert got == oracle(texts, add_special_tokens=False)["input_ids"]
-
-
-@pytest.mark.parametrize("pad, in_config", [(EOS, EOS), ("!", EOS), ({"content": "!"}, None)])
-def test_clip_tokenizer_reads_public_folders(tmp_path, pad, in_config):
+def test_clip_tokenizer_reads_public_folders(tmp_path):
     """The pad token of special_tokens_map.json decides, and the root folder of SD is enough."""
-    ours = clip_tokenizer(20)
-    ours.save(tmp_path / "tokenizer")
-    config = {"pad_token": in_config, "tokenizer_class": "CLIPTokenizer"}
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer/special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
-    row = Tokenizer.from_pretrained(tmp_path)("a")[0].tolist()
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    assert row[3:] == [ours.vocab[pad]] * 74
     transformers = pytest.importorskip("transformers")
-    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path / "tokenizer"))
-    assert row == oracle("a", padding="max_length", max_length=77)["input_ids"]
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", []),
-    (" \t\n\u3000", []),
-    ("road, sky", ["road", ",", "sky"]),
-    ("12th 3", ["1", "2", "th", "3"]),
-    ("It's DON'T we'll", ["it", "'s", "don", "'t", "we", "'ll"]),
-    ("snake_case!?", ["snake", "_", "case", "!?"]),
-    ("!'s", ["!'", "s"]),
-])
-def test_clip_words_of_prompts(text, words):
-    """Prompts with comma, digit and apostrophe split as CLIP's pattern says."""
-    assert ["".join(word).removesuffix("</w>") for word in clip_text.split_words(text)] == words
+    folder = tmp_path / "tokenizer"
+    clip_tokenizer(20).save(folder)
+    (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
+    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(folder))
+    want = oracle("a", padding="max_length", max_length=77)["input_ids"]
+    assert Tokenizer.from_pretrained(tmp_path)("a").tolist() == [want] and want[-1] == 0
 
 
 def test_clip_tokenizer_layout():
-    """Rows are start, ids, end, padding; long prompts keep the end; one text is a batch of one."""
+    """One text is a batch of one; long prompts keep the end; specials count in capitals too."""
     t = clip_tokenizer()
-    bos, eos = t.vocab[BOS], t.vocab[EOS]
-    assert t.vocab.keys() >= set(ALPHABET) and (bos, eos) == (len(t.vocab) - 2, len(t.vocab) - 1)
-    empty, long = t(["", "car " * 200])
-    assert empty.tolist() == [bos] + [eos] * 76
-    assert long.tolist() == [bos, *t.encode("car") * 75, eos]
-    assert t("car").shape == (1, 77) and t([]).shape == (0, 77) and t("car").dtype == torch.int64
-    assert t("car", length=3).tolist() == [[bos, *t.encode("car"), eos]]
-    assert t.encode(f"a {EOS}b") == [*t.encode("a"), eos, *t.encode("b")]
+    bos, eos, car = t.vocab[BOS], t.vocab[EOS], t.encode("car")
+    assert t("car " * 200).tolist() == [[bos, *car * 75, eos]]
+    assert t("car", length=3).tolist() == [[bos, *car, eos]] and t([]).shape == (0, 77)
     assert t.encode("a<|ENDOFTEXT|>") == [*t.encode("a"), eos]
 
 
-def test_clip_tokenizer_training():
-    """Training joins the most frequent pair first, is repeatable and stops when all is joined."""
-    t = make.train_tokenizer(["abc abc abd", "ab"], 100)
-    assert t.merges[0] == ("a", "b") and t.merges[1] == ("ab", "c</w>")
-    assert t.merges == make.train_tokenizer(["abc abc abd", "ab"], 100).merges
-    assert len(t.merges) == 4
-    assert len(t.vocab) == 512 + 4 + 2
-    assert t.encode("abc") == [t.vocab["abc</w>"]]
-    assert [t.vocab[s] for s in ("!", "~", "¡", "Ā", "!</w>")] == [0, 93, 94, 188, 256]
+def test_clip_tokenizer_of_transformers_5(tmp_path):
+    """tokenizer.json alone, with merges as lists or as texts, is the tokenizer it was made of."""
+    transformers = pytest.importorskip("transformers")
+    ours, file = clip_tokenizer(), tmp_path / "new/tokenizer.json"
+    Tokenizer(ours.vocab, ours.merges, "!").save(tmp_path / "old")
+    transformers.CLIPTokenizerFast.from_pretrained(tmp_path / "old").save_pretrained(file.parent)
+    content = json.loads(file.read_text())
+    for merges in (list(ours.merges), [" ".join(pair) for pair in ours.merges]):
+        content["model"]["merges"] = merges
+        file.write_text(json.dumps(content))
+        for name in ("vocab.json", "merges.txt"):
+            (file.parent / name).unlink(missing_ok=True)
+        again = Tokenizer.from_pretrained(file.parent)
+        assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, "!")
 
 
 def test_clip_tokenizer_errors(tmp_path):
     """Missing files, malformed merges and foreign vocabularies are ValueErrors that name them."""
-    with pytest.raises(ValueError, match="vocab.json"):
+    with pytest.raises(ValueError, match="vocab.json cannot be read"):
         Tokenizer.from_pretrained(tmp_path)
     t = clip_tokenizer(5)
-    with pytest.raises(ValueError, match="lacks 1 symbols such as 'xy'"):
-        Tokenizer(t.vocab, [("x", "y")])
-    with pytest.raises(ValueError, match="'<pad>'"):
-        Tokenizer(t.vocab, t.merges, "<pad>")
+    for merges, pad in ([("x", "y")], EOS), (t.merges, "<pad>"), (t.merges[:-1], EOS):
+        with pytest.raises(ValueError, match="lacks 1 symbols such as"):
+            Tokenizer(t.vocab, merges, pad)
     t.save(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
-    with pytest.raises(ValueError, match="merges.txt"):
+    with pytest.raises(ValueError, match="merges.txt cannot be read"):
         Tokenizer.from_pretrained(tmp_path)
-
-
-# ------------------------------------------------------------------------------------- text encoder
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -560,46 +539,41 @@ def test_clip_encoder_equals_transformers(tmp_path, act):
             assert (ours(tokens[:, :9]) - want[:, :9]).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("preset, tensors, parameters", [
-    ("sd1", 196, 123_060_480), ("sd2", 372, 340_387_840)])
-def test_clip_published_keys(preset, tensors, parameters):
-    """At the published sizes, keys and shapes are exactly those of transformers."""
+@pytest.mark.parametrize("preset, total", [("sd1", 123_060_480), ("sd2", 340_387_840)])
+def test_clip_published_keys(preset, total):
+    """At the published sizes, keys and shapes of the text encoder are those of transformers."""
+    transformers = pytest.importorskip("transformers")
     config = TextEncoderConfig(**clip_text.PRESETS[preset])
     with torch.device("meta"):
         ours = {k: v.shape for k, v in TextEncoder(config).state_dict().items()}
-    assert len(ours) == tensors and sum(s.numel() for s in ours.values()) == parameters
-    transformers = pytest.importorskip("transformers")
-    names = {k: getattr(config, k) for k in config.__dataclass_fields__}
-    with torch.device("meta"):
-        oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
-    theirs = {k: v.shape for k, v in clip_prefixed(oracle.state_dict()).items()}
-    assert ours == theirs
+        oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**asdict(config)))
+    assert ours == {k: v.shape for k, v in clip_prefixed(oracle.state_dict()).items()}
+    assert sum(shape.numel() for shape in ours.values()) == total
 
 
 def test_clip_ldm_sd1_equals_diffusers(tmp_path):
     """An SD1.x checkpoint gives the tensors of diffusers' converter, and loads."""
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     config = TextEncoderConfig(64, 128, 512, 2, 2)
-    prefix = "cond_stage_model.transformer."
-    ldm = {prefix + k: v for k, v in clip_state(config).items()} | clip_rest_of_checkpoint()
-    ldm[prefix + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    ldm = {f"cond_stage_model.transformer.{k}": v for k, v in clip_state(config).items()}
+    ldm["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    ldm["first_stage_model.quant_conv.bias"] = torch.zeros(3)
     theirs = clip_prefixed(single_file.convert_ldm_clip_checkpoint(dict(ldm)))
     theirs.pop("text_model.embeddings.position_ids")
-    ours = clip_text.public_keys(ldm)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     torch.save({"state_dict": ldm, "global_step": 1}, tmp_path / "sd1.ckpt")
     model = TextEncoder.from_pretrained(tmp_path / "sd1.ckpt")
     assert model.config == config
-    assert all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items())
+    same(model.state_dict(), theirs)
 
 
-def test_clip_ldm_sd2_equals_diffusers():
-    """An SD2.x checkpoint gives, without its 24th layer, the tensors of diffusers' converter."""
+@pytest.mark.parametrize("blocks", [24, 23])
+def test_clip_ldm_sd2_equals_diffusers(blocks):
+    """An SD2.x checkpoint gives, with 24 blocks or the 23 that are used, the tensors of diffusers'
+    converter."""
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     transformers = pytest.importorskip("transformers")
-    config = TextEncoderConfig(64, 64, 256, 24, 1, hidden_act="gelu")
-    ldm = clip_open_clip(config) | clip_rest_of_checkpoint()
+    config = TextEncoderConfig(64, 64, 256, blocks, 1, hidden_act="gelu")
+    ldm = clip_open_clip(config) | {"first_stage_model.quant_conv.bias": torch.zeros(3)}
     names = {k: getattr(config, k) for k in config.__dataclass_fields__}
     names |= {"num_hidden_layers": 23, "bos_token_id": 62, "eos_token_id": 63}
     oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
@@ -607,94 +581,49 @@ def test_clip_ldm_sd2_equals_diffusers():
     theirs = clip_prefixed({k: v for k, v in theirs.items() if "text_projection" not in k})
     theirs.pop("text_model.embeddings.position_ids", None)
     ours = clip_text.public_keys(ldm)
-    assert len(ours) == 372 and ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert len(ours) == 372
+    same(ours, theirs)
 
 
 def test_clip_ldm_sd2_file(tmp_path):
-    """An OpenCLIP file of width 1024 has heads of 64 and exact GELU, and loses its last layer."""
-    ldm = clip_open_clip(TextEncoderConfig(8, 1024, 4096, 2, 16))
-    ldm = {k: v.half() for k, v in (ldm | clip_rest_of_checkpoint()).items()}
-    save_file(ldm, tmp_path / "sd2.safetensors")
+    """An OpenCLIP file of width 1024 has heads of 64 and exact GELU."""
+    ldm = clip_open_clip(TextEncoderConfig(8, 1024, 4096, 1, 16))
+    save_file({k: v.half() for k, v in ldm.items()}, tmp_path / "sd2.safetensors")
     model = TextEncoder.from_pretrained(tmp_path / "sd2.safetensors", torch.float16)
     assert model.config == TextEncoderConfig(8, 1024, 4096, 1, 16, hidden_act="gelu")
-    rows = ldm["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
-    q, k, v = (model.text_model.encoder.layers[0].self_attn[f"{n}_proj"].weight for n in "qkv")
-    assert torch.equal(torch.cat([q, k, v]), rows) and q.dtype == torch.float16
-    model.save_pretrained(tmp_path / "folder")
-    assert TextEncoder.from_pretrained(tmp_path / "folder").config == model.config
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
-@pytest.mark.parametrize("spelling", ["public", "no_prefix", "position_ids", "projection", "bin"])
+@pytest.mark.parametrize("spelling", ["public", "no_prefix", "position_ids", "projection"])
 def test_clip_single_files(tmp_path, spelling):
     """A bare weight file in any Hugging Face spelling loads, its config inferred from shapes."""
     config = TextEncoderConfig(64, 128, 512, 2, 2)
     want = clip_state(config)
-    state, file = dict(want), tmp_path / "model.safetensors"
-    if spelling == "no_prefix":
-        state = {k.removeprefix("text_model."): v for k, v in want.items()}
-    elif spelling == "position_ids":
-        state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    elif spelling == "projection":
-        state["text_projection.weight"] = torch.zeros(128, 128)
-    if spelling == "bin":
-        file = tmp_path / "pytorch_model.bin"
-        torch.save(state, file)
-    else:
-        save_file(state, file)
-    model = TextEncoder.from_pretrained(file)
-    assert model.config == config and not model.training
-    assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
+    state = {"public": want,
+             "no_prefix": {k.removeprefix("text_model."): v for k, v in want.items()},
+             "position_ids": {**want, "text_model.embeddings.position_ids": torch.arange(77)[None]},
+             "projection": {**want, "text_projection.weight": torch.zeros(128, 128)}}[spelling]
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for file in tmp_path.iterdir():
+        model = TextEncoder.from_pretrained(file)
+        assert model.config == config and not model.training
+        same(model.state_dict(), want)
 
 
 def test_clip_round_trip(tmp_path):
-    """Saving and loading changes nothing; `dtype` casts the file; all tensors stay trainable."""
-    torch.manual_seed(0)
-    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"])).eval()
-    model.save_pretrained(tmp_path / "a")
-    again = TextEncoder.from_pretrained(tmp_path / "a")
-    assert again.config == model.config and all(p.requires_grad for p in again.parameters())
-    tokens = clip_tokenizer()(CLIP_TEXTS)
-    assert torch.equal(again(tokens), model(tokens))
-    assert torch.isfinite(model(tokens)).all()
-    model.save_pretrained(tmp_path / "b", torch.bfloat16)
-    kinds = {v.dtype for v in load_file(tmp_path / "b/model.safetensors").values()}
-    assert kinds == {torch.bfloat16}
-    assert TextEncoder.from_pretrained(tmp_path / "b").text_model.final_layer_norm.bias.dtype == (
-        torch.float32)
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config["architectures"] == ["CLIPTextModel"]
-
-
-def test_clip_encoder_errors(tmp_path):
-    """Truncated files, other architectures and odd configs are ValueErrors in one sentence."""
-    def refuses(path, match):
-        with pytest.raises(ValueError, match=match):
-            TextEncoder.from_pretrained(tmp_path / path)
-
-    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"]))
-    model.save_pretrained(tmp_path / "cut")
-    file = tmp_path / "cut/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    refuses("cut", "model.safetensors: no readable tensor file")
-    save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "vae.safetensors")
-    refuses("vae.safetensors", "vae.safetensors: not the weights of this TextEncoder")
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "vae.safetensors").rename(tmp_path / "unet/model.safetensors")
-    (tmp_path / "unet/config.json").write_text('{"layer_norm_eps": 1e-5}')
-    refuses("unet", "unet: config.json .* has no vocab_size, hidden_size")
-    save_file(clip_state(TextEncoderConfig(64, 96, 384, 1, 3)), tmp_path / "odd.safetensors")
-    refuses("odd.safetensors", "odd.safetensors: width 96 is no multiple of 64")
-    state = clip_state(TextEncoderConfig(64, 64, 256, 2, 1))
-    state["text_model.extra"] = state.pop("text_model.encoder.layers.1.mlp.fc1.bias")
-    save_file(state, tmp_path / "torn.safetensors")
-    refuses("torn.safetensors", "2 faults: missing .*fc1.bias; unknown text_model.extra")
-    for odd, match in (({"hidden_act": "swish"}, "swish"),
-                       ({"num_attention_heads": 7}, "num_attention_heads=7")):
-        with pytest.raises(ValueError, match=match):
-            TextEncoderConfig(**odd)
-    with pytest.raises(AssertionError, match="78 tokens"):
-        model(torch.zeros(1, 78, dtype=torch.long))
+    """`dtype` casts the file and the loaded tensors, which stay trainable; odd sizes are refused
+    where they do not tell the number of heads."""
+    model = randomise(TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"])), 0)
+    model.save_pretrained(tmp_path, torch.bfloat16)
+    file = tmp_path / "model.safetensors"
+    assert {v.dtype for v in load_file(file).values()} == {torch.bfloat16}
+    again = TextEncoder.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in again.parameters())
+    same(again.state_dict(), {k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    with pytest.raises(ValueError, match=f"{file}: width 96 is no multiple of 64"):
+        TextEncoder.from_pretrained(file)
 
 
 # ---- segformer.py --------------------------------------------------------------------------------
