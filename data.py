@@ -152,19 +152,24 @@ def read_image(path):
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
-    """Label file → (H, W) uint8, 0..K-1 and 255, upright by its EXIF.
-
-    `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 and the values
-    `also_ignore` are ignored. UserError for colour labels and for any other value.
-    """
+def _read_raw(path):
+    """Label file → its values as they are stored, upright by its EXIF."""
     with _open(path) as image:
         # never convert a label to "L": it would turn palette indices into luminance
         if image.mode not in ("L", "P", "I", "I;16", "I;16B") or image.tile[0][3] in ("L;2", "L;4"):
             raise ValueError(f"its mode is {image.mode}: a label must be one channel of class "
                              "indices of 8 or 16 bits, not colours")
         ImageOps.exif_transpose(image, in_place=True)
-        raw = np.array(image)
+        return np.array(image)
+
+
+def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
+    """Label file → (H, W) uint8, 0..K-1 and 255, upright by its EXIF.
+
+    `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 and the values
+    `also_ignore` are ignored. UserError for colour labels and for any other value.
+    """
+    raw = _read_raw(path)
     table = {c: c for c in range(len(classes))} if ids is None else ids
     unknown = len(classes)  # no trainId
     lut = np.full(65537, unknown, np.uint8)  # the last entry is for values beyond 16 bits
@@ -361,11 +366,8 @@ class Pairs:
         K, names = len(self.classes), [path.stem for path in self.images]
         raw = [path for path, end in zip(self.labels, ends, strict=True) if end == ""]
         if raw and not self.classes.own_ids:
-            values = set()
-            for path in raw[::max(1, len(raw) // 8)]:
-                with _open(path) as image:
-                    values |= set(np.unique(image).tolist()) - {IGNORE}
-            if max(values, default=0) > 19:
+            some = (np.unique(_read_raw(path)).tolist() for path in raw[::max(1, len(raw) // 8)])
+            if max(set().union(*some) - {IGNORE}, default=0) > 19:
                 self.layout = "gta"
             else:
                 tables[""] = None
@@ -544,11 +546,11 @@ def class_counts(data, workers=4, on_error="stop"):
     fresh = {keys[i]: rows[i] for i in todo if isinstance(rows[i], dict)}
     if fresh:
         _save_cache(file, cache | fresh)
-    for i, row in enumerate(rows):
-        if isinstance(row, str) and on_error == "stop":
-            raise UserError(row)
-        if isinstance(row, str):
-            data.skipped.append((data.labels[i], row))
+    for i in todo:
+        if isinstance(rows[i], str):
+            if on_error == "stop":
+                raise UserError(rows[i])
+            data.skipped.append((data.labels[i], rows[i]))
             rows[i] = {}
     with reading(file, "class counts (it can be deleted)"):
         return np.array([[row.get(str(c), 0) for c in range(len(classes))] for row in rows],

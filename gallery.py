@@ -7,7 +7,7 @@ Pictures are loaded when their card comes near the screen, so a page can hold th
 Shapes: H W pixels. Pictures are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore.
 
 Use alone, beside data.py:
-    write_gallery("runs/night", rows)    # rows: dicts with image, label (paths in the folder), …
+    write_gallery("runs/night", rows, (512, 512))    # rows of runs/night/manifest.jsonl
 """
 
 import json
