@@ -323,6 +323,11 @@ class Pairs:
             if folders and (self.layout == "acdc" or not self.condition):
                 break
         else:
+            for layout in LAYOUTS.values() if not self.condition else ():
+                wanted, *others = (layout.images.format(split=name, condition="*")
+                                   for name in (split or layout.split, "train", "val"))
+                if there := [other for other in others if any(self.root.glob(other))]:
+                    raise UserError(f"{self.root} holds {there[0]} only: {wanted} is missing")
             asked = " and ".join(filter(None, (split, self.condition)))
             raise UserError(f"{self.root} is no data set folder{asked and f' with {asked}'}: it "
                             "needs images/ and labels/, or one of the published layouts")

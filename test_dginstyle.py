@@ -1608,10 +1608,12 @@ def test_data_split_and_condition(tmp_path):
     night = data.open_set(f"{tmp_path}/acdc:night")
     assert (len(night), night.condition) == (2, "night") and "acdc val night" in night.report()
     assert len(data.open_set(f"{tmp_path}/acdc:night:1")) == 1
-    for word, split in (("flat:fog", None), ("plain:night", None), ("acdc:rain", None),
-                        ("cs", "none"), ("absent", None)):
+    for word in ("flat:fog", "plain:night", "acdc:rain", "absent"):
         with pytest.raises(data.UserError, match=f"{word.split(':')[0]} is no data set folder"):
-            data.open_set(f"{tmp_path}/{word}", split=split)
+            data.open_set(f"{tmp_path}/{word}")
+    shutil.rmtree(tmp_path / "cs/leftImg8bit/train")
+    with pytest.raises(data.UserError, match="cs holds leftImg8bit/val only: leftImg8bit/train is"):
+        data.open_set(tmp_path / "cs", split="train")
     data_plain(tmp_path / "plain:night", ["a"])
     assert len(data.open_set(f"{tmp_path}/plain:night")) == 1
 
