@@ -293,7 +293,7 @@ class Pairs:
 
     def __init__(self, root, classes=CITYSCAPES, split=None, condition=None):
         self.root, self.classes, self.condition = Path(root), classes, condition
-        self.also_ignore, self.skipped, found = (), [], []
+        self.also_ignore, self.skipped, self.doubt, found = (), [], "", []
         folders = self._find_folders(split)
         tables = self._tables()
         files = (Path(file) for folder in folders for file in glob.iglob(
@@ -371,11 +371,12 @@ class Pairs:
         K, names = len(self.classes), [path.stem for path in self.images]
         raw = [path for path, end in zip(self.labels, ends, strict=True) if end == ""]
         if raw and not self.classes.own_ids:
-            some = (np.unique(_read_raw(path)).tolist() for path in raw[::max(1, len(raw) // 8)])
-            if max(set().union(*some) - {IGNORE}, default=0) > 19:
+            some = [_read_raw(path).ravel() for path in raw[::max(1, len(raw) // 8)]]
+            if max(label[label != IGNORE].max(initial=0) for label in some) > 19:
                 self.layout = "gta"
             else:
                 tables[""] = None
+            self._doubt_ids(some, tables[""] or {c: c for c in range(K)})
         if all(re.match(r"\d\d?_", name) and int(name.split("_")[0]) < K for name in names):
             self.layout = "rcs_subset"
         # dginstyle.py generate leaves a manifest, and settings and previews if it was cut short
@@ -384,6 +385,23 @@ class Pairs:
             self.layout = "generated"
         elif not raw and any(re.search(r"^[an]_|_genid\d", name) for name in names):
             self.layout, self.also_ignore = "generated", (K,)  # the authors' set: K means ignore
+
+    def _doubt_ids(self, labels, table):
+        """Set `doubt`, for the report, where some labels look as if they held ids of another set.
+
+        That is, where more than half of their pixels are ignored, or where 15 % are of a class that
+        never fills streets: GTA, Cityscapes, CamVid and the toy world stay below 5 %.
+        """
+        share = Counter()
+        for values, counts in (np.unique(label, return_counts=True) for label in labels):
+            for value, n in zip(values.tolist(), counts / counts.sum() / len(labels), strict=True):
+                share[table.get(value)] += n
+        thin = ("wall", "fence", "pole", "traffic light", "traffic sign", "rider", "motorcycle",
+                "bicycle")
+        odd = [name for c, name in enumerate(CITYSCAPES.names) if name in thin and share[c] > 0.15]
+        odd += ["ignore"] if share[None] > 0.5 else []
+        if odd:
+            self.doubt = f"; many pixels are {' or '.join(odd)}: do the labels need --classes?"
 
     def keep(self, indices):
         """Leave only the pairs `indices`, in this order."""
@@ -417,7 +435,8 @@ class Pairs:
         text += " of the class file" if mapped and self.classes.own_ids else ""
         text += f"; {self.also_ignore[0]} read as ignore" if self.also_ignore else ""
         left_out = Counter(reason for _, reason in self.skipped).items()
-        return text + "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
+        text += "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
+        return text + self.doubt
 
 
 class LabelMaps(Pairs):

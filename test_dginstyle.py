@@ -1632,6 +1632,20 @@ def test_data_generated_by_us(tmp_path, left):
         pairs.label(0)
 
 
+def test_data_ids_of_another_set(tmp_path):
+    """Labels that hold other ids than Cityscapes' get a warning in the report, streets get none."""
+    label = streets.toy_street(1)[1]
+    camvid = np.array([3, 4, 1, 7, 7, 2, 6, 6, 5, 5, 0, 9, 10, 8, 8, 8, 8, 10, 10], np.uint8)
+    others, corner = np.pad(camvid, (0, 237), constant_values=11)[label], np.zeros_like(label)
+    corner[0, 0] = 31  # above trainIds
+    ids = np.array([next(i for i, t in data.CITYSCAPES_IDS.items() if t == c) for c in range(19)])
+    for name, raw, warned in (
+            ("trainIds", label, ""), ("ids", np.pad(ids, (0, 237))[label].astype(np.uint8), ""),
+            ("camvid", others, "are wall"), ("low", np.maximum(others % 7, corner), "are ignore")):
+        pairs = data.Pairs(data_plain(tmp_path / name, ["a", "b"], raw, ""))
+        assert ("--classes?" in pairs.report()) == bool(warned) and warned in pairs.report(), name
+
+
 @pytest.mark.parametrize("kind", ["gta", "cityscapes", "acdc original", "mapillary"])
 def test_data_own_classes(tmp_path, kind):
     """A class file's ids read the raw labels of public folders; with other names trainIds on disk
