@@ -53,7 +53,19 @@ def reading(path, kind="a file"):
     except UserError:
         raise
     except Exception as error:  # of Pillow, json and our own checks: any kind
+        if is_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` "
+                            "where it was cloned") from error
         raise UserError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def is_pointer(path):
+    """Whether a file is the few lines that a clone without Git LFS has in place of a large file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(23) == b"version https://git-lfs"
+    except (OSError, ValueError):
+        return False
 
 
 def read_json(path, kind=dict):
@@ -357,6 +369,8 @@ class Pairs:
                 try:
                     same = _upright_size(image) == _upright_size(label)
                 except UserError:
+                    if is_pointer(image) or is_pointer(label):
+                        return label, end, "a Git LFS pointer: run `git lfs pull` in its clone"
                     return label, end, "contents or a label that cannot be read"
                 return label, end, None if same else "a label of another size"
         wanted = " or ".join(f"NAME{end}.png" for end in tables)

@@ -1491,6 +1491,19 @@ def test_data_bad_labels(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_data_git_lfs_pointers(tmp_path):
+    """What a clone without Git LFS holds in place of pictures, labels and JSON is named as such."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    root = data_plain(tmp_path / "set", ["a", "b", "c"])
+    files = root / "images/a.png", root / "labels/b_labelTrainIds.png", tmp_path / "classes.json"
+    for file, read in zip(files, (data.read_image, data.read_label, data.Classes.from_json),
+                          strict=True):
+        file.write_text(pointer)
+        with pytest.raises(data.UserError, match=f"{file} is a Git LFS pointer, .*git lfs pull"):
+            read(file)
+    assert "2 images left out: a Git LFS pointer: run `git lfs" in data.Pairs(root).report()
+
+
 def test_data_colours():
     """Colours are those of the classes, ignore is black, an overlay is between the two."""
     colour = data.colourise(TRAIN)
