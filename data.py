@@ -750,6 +750,29 @@ def weather_prompt(names, weather):
     return f"A city street scene with {names}, in {weather} weather."
 
 
+def read_prompts(path):
+    """File of prompt templates, one a line, with {classes} and, if wanted, {weather} → list of str.
+
+    Blank lines and lines that begin with # are left out. UserError for other braces or no template.
+    """
+    with reading(path, "prompt templates"):
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+        templates = [line for line in lines if line and not line.startswith("#")]
+        if not templates:
+            raise ValueError("it has no line that is a template")
+        for template in templates:
+            words = template.replace("{classes}", "").replace("{weather}", "")
+            if "{classes}" not in template or "{" in words or "}" in words:
+                raise ValueError(f"a template has {{classes}} and perhaps {{weather}} in it, and no "
+                                 f"other braces, unlike {template!r}")
+    return templates
+
+
+def fill_prompt(template, names, weather):
+    """The prompt of a template of `read_prompts`; `names` is a caption."""
+    return template.replace("{weather}", weather).replace("{classes}", names)
+
+
 def connected_components(label):
     """(H, W) label or mask → (int32 (H, W) numbers 1..n in reading order, n).
 

@@ -1933,6 +1933,20 @@ def test_data_prompts():
         "A city street scene with road sky, in night weather.")
 
 
+def test_data_prompt_templates(tmp_path):
+    """A file of templates gives its lines without comments; other braces are refused."""
+    file, asked = tmp_path / "prompts.txt", "A photo of {classes} at {weather}."
+    file.write_text(f"# of a port\n\n{asked}\n  {{classes}}, from a drone \n")
+    templates = data.read_prompts(file)
+    assert templates == [asked, "{classes}, from a drone"]
+    assert data.fill_prompt(asked, "sea ship", "dawn") == "A photo of sea ship at dawn."
+    assert data.fill_prompt(templates[1], "sea ship", "dawn") == "sea ship, from a drone"
+    for text in ("", "# only\n", "no classes", "{classes} {wether}", "{classes} {"):
+        file.write_text(text)
+        with pytest.raises(data.UserError, match="prompts.txt cannot be read as prompt templates"):
+            data.read_prompts(file)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3, 19])
 def test_data_components(classes):
     """Components equal those of a flood fill, in reading order, on blocks, noise and a comb."""
