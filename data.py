@@ -763,7 +763,7 @@ def read_prompts(path):
         for template in templates:
             words = template.replace("{classes}", "").replace("{weather}", "")
             if "{classes}" not in template or "{" in words or "}" in words:
-                raise ValueError(f"a template has {{classes}} and perhaps {{weather}} in it, and no "
+                raise ValueError("a template has {classes} and perhaps {weather} in it, and no "
                                  f"other braces, unlike {template!r}")
     return templates
 
