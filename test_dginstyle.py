@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -1225,108 +1226,90 @@ def test_data_bad_labels(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_data_colours():
-    """Colours are those of the classes, ignore is black, an overlay is between the two."""
-    colour = data.colourise(TRAIN)
-    assert tuple(colour[1, 0]) == (0, 0, 142) and tuple(colour[1, 1]) == (0, 0, 0)
-    image = np.random.default_rng(0).integers(0, 256, (3, 4, 3)).astype(np.uint8)
-    assert np.array_equal(data.overlay(image, TRAIN, alpha=0), image)
-    middle = data.overlay(image, TRAIN).astype(float)
-    assert np.abs(middle - (image / 2 + colour / 2)).max() <= 0.5
+def test_data_git_lfs_pointers(tmp_path):
+    """What a clone without Git LFS holds in place of pictures, labels and JSON is named as such."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    root = data_plain(tmp_path / "set", ["a", "b", "c"])
+    files = root / "images/a.png", root / "labels/b_labelTrainIds.png", tmp_path / "classes.json"
+    for file, read in zip(files, (data.read_image, data.read_label, data.Classes.from_json),
+                          strict=True):
+        file.write_text(pointer)
+        with pytest.raises(data.UserError, match=f"{file} is a Git LFS pointer, .*git lfs pull"):
+            read(file)
+    assert "2 images left out: a Git LFS pointer: run `git lfs" in data.Pairs(root).report()
 
 
 # --------------------------------------------------- data set folders: a small fake of every layout
 
 
+DATA_SETS = {  # kind: options, layout, labels mapped, [(image, label, array)], the first two wanted
+    "plain": ({}, "plain", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", TRAIN) for n in ("s0", "s1")]),
+    "plain names": ({}, "plain", 0, [
+        (f"images/{n}.png", f"labels/{n}.png", TRAIN) for n in ("s0", "s1")]),
+    "gta": ({}, "gta", 2, [
+        (f"images/{n}.png", f"labels/{n}.png", CITY) for n in ("00001", "00002")]),
+    "gta converted": ({}, "plain", 0, [  # the ids lie beside the converted files
+        (f"images/{n}.png", f"labels/{n}{end}.png", array) for end, array in (
+            ("_labelTrainIds", TRAIN), ("", CITY)) for n in ("00001", "00002")]),
+    "generated": ({}, "generated", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", np.where(TRAIN == 255, 19, TRAIN))
+        for n in ("a_00001", "n_00002")]),
+    "generated ids": ({}, "generated", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", np.where(TRAIN == 255, 19, TRAIN))
+        for n in ("5_genid3", "7_genid3")]),
+    "rcs subset": ({}, "rcs_subset", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", TRAIN) for n in ("16_02", "6_01")]),
+    "cityscapes": ({}, "cityscapes", 2, [
+        (f"leftImg8bit/{s}/{n}/{n}_1_2_leftImg8bit.png", f"gtFine/{s}/{n}/{n}_1_2_gtFine{end}.png",
+         CITY) for end, s in (("_labelIds", "train"), ("_labelIds", "val"), ("_color", "train"))
+        for n in ("aachen", "bonn")]),
+    "cityscapes train ids": ({}, "cityscapes", 0, [
+        (f"leftImg8bit/train/{n}/{n}_1_2_leftImg8bit.png",
+         f"gtFine/train/{n}/{n}_1_2_gtFine_labelTrainIds.png", TRAIN) for n in ("aachen", "bonn")]),
+    "bdd100k": ({}, "bdd100k", 0, [
+        (f"images/10k/{s}/{s}{n}.jpg", f"labels/sem_seg/masks/{s}/{s}{n}.png", TRAIN)
+        for s in ("val", "train") for n in "ab"]),
+    "mapillary": ({}, "mapillary", 2, [
+        (f"{s}/images/{s}{n}.jpg", f"{s}/labels/{s}{n}.png", VISTAS)
+        for s in ("validation", "training") for n in "xy"]),
+    "mapillary training": ({"split": "train"}, "mapillary", 2, [  # as the archive of v2.0 has it
+        (f"{s}/images/{s}{n}.jpg", f"{s}/v1.2/labels/{s}{n}.png", VISTAS)
+        for s in ("training", "validation") for n in "xy"]),
+    "acdc": ({}, "acdc", 0, [
+        (f"rgb_anon/val/{n}_rgb_anon.png", f"gt/val/{n}_gt_labelTrainIds.png", TRAIN)
+        for n in "pq"]),
+    "acdc original": ({}, "acdc", 2, [
+        (f"rgb_anon/{c}/{s}/G1/{c}{s}_rgb_anon.png", f"gt/{c}/{s}/G1/{c}{s}_gt_labelIds.png", CITY)
+        for s in ("val", "train", "val_ref") for c in ("fog", "night")]),
+    "dark zurich": ({}, "dark_zurich", 0, [
+        (f"rgb_anon/{s}/night/G/{n}_rgb_anon.png", f"gt/{s}/night/G/{n}_gt_labelTrainIds.png",
+         TRAIN) for s in ("val", "val_ref") for n in "gh"]),
+}
+
+
 def data_fake(root, kind):
-    """Write two pairs in the layout `kind` → keyword arguments for Pairs, layout, first name."""
-    def both(image, label, array, palette=True):
-        data_photo(root / image)
-        data_png(root / label, array, palette)
-
-    if kind.startswith("cityscapes"):
-        end, array = ("TrainIds", TRAIN) if kind.endswith("train ids") else ("Ids", CITY)
-        for city in ("bonn", "aachen"):
-            both(f"leftImg8bit/train/{city}/{city}_1_2_leftImg8bit.png",
-                 f"gtFine/train/{city}/{city}_1_2_gtFine_label{end}.png", array, False)
-            both(f"leftImg8bit/val/{city}/v_leftImg8bit.png",
-                 f"gtFine/val/{city}/v_gtFine_label{end}.png", np.zeros((3, 4), np.uint8), False)
-            data_png(root / f"gtFine/train/{city}/{city}_1_2_gtFine_instanceIds.png", CITY)
-        return {}, "cityscapes", "aachen_1_2"
-    if kind == "bdd100k":
-        for split in ("val", "train"):
-            for name in ("b", "a"):
-                both(f"images/10k/{split}/{split}{name}.jpg",
-                     f"labels/sem_seg/masks/{split}/{split}{name}.png", TRAIN, False)
-        return {}, "bdd100k", "vala"
-    if kind.startswith("mapillary"):
-        labels = "v1.2/labels" if kind.endswith("archive") else "labels"  # of Vistas 2.0
-        for split in ("training", "validation"):
-            for name in ("y", "x"):
-                both(f"{split}/images/{split}{name}.jpg", f"{split}/{labels}/{split}{name}.png",
-                     VISTAS)
-                if kind.endswith("converted"):
-                    data_png(root / f"{split}/labels/{split}{name}_labelTrainIds.png", TRAIN)
-        split = {"split": "training"} if kind.endswith("training") else {}
-        return split, "mapillary", f"{split.get('split', 'validation')}x"
-    if kind == "acdc":
-        for name in ("q", "p"):
-            both(f"rgb_anon/val/{name}_rgb_anon.png", f"gt/val/{name}_gt_labelTrainIds.png", TRAIN)
-        return {}, "acdc", "p"
-    if kind.startswith("acdc original"):
-        for c in ("fog", "night"):
-            for split in ("train", "val"):
-                both(f"rgb_anon/{c}/{split}/G1/{c}{split}_rgb_anon.png",
-                     f"gt/{c}/{split}/G1/{c}{split}_gt_labelIds.png", CITY, False)
-            data_photo(root / f"rgb_anon/{c}/val_ref/G1/{c}_rgb_ref_anon.png")
-        if kind.endswith("night"):
-            both("rgb_anon/night/val/G2/z_rgb_anon.png", "gt/night/val/G2/z_gt_labelTrainIds.png",
-                 TRAIN)
-            return {"condition": "night"}, "acdc", "nightval"
-        return {}, "acdc", "fogval"
-    if kind == "dark zurich":
-        for name in ("h", "g"):
-            both(f"rgb_anon/val/night/G/{name}_rgb_anon.png",
-                 f"gt/val/night/G/{name}_gt_labelTrainIds.png", TRAIN)
-        data_photo(root / "rgb_anon/val_ref/day/G_ref/r_rgb_anon.png")
-        return {}, "dark_zurich", "g"
-    names, layout, label, end = {
-        "plain": (["s1", "s0"], "plain", TRAIN, "_labelTrainIds"),
-        "plain names": (["s1", "s0"], "plain", TRAIN, ""),
-        "gta": (["00002", "00001"], "gta", CITY, ""),
-        "gta converted": (["00002", "00001"], "plain", TRAIN, "_labelTrainIds"),
-        "generated": (["n_00002", "a_00001"], "generated", TRAIN, "_labelTrainIds"),
-        "generated ids": (["7_genid3", "5_genid3"], "generated", TRAIN, "_labelTrainIds"),
-        "rcs subset": (["16_00002", "6_00001"], "rcs_subset", TRAIN, "_labelTrainIds"),
-        "rcs subset ids": (["16_00002", "16_00001"], "rcs_subset", CITY, "")}[kind]
-    if layout == "generated":
-        label = np.where(label == 255, 19, label).astype(np.uint8)
-    data_plain(root, names, label, end)
-    if kind == "gta converted":  # the palette ids lie beside the converted files
-        data_plain(root, names, CITY, "")
-    return {}, layout, min(names)
+    """Write the pairs of a layout → keyword arguments for Pairs."""
+    for seed, (image, label, array) in enumerate(DATA_SETS[kind][3]):
+        data_photo(root / image, seed)
+        data_png(root / label, array.astype(np.uint8))
+    return DATA_SETS[kind][0]
 
 
-@pytest.mark.parametrize("kind", [
-    "plain", "plain names", "gta", "gta converted", "cityscapes", "cityscapes train ids",
-    "bdd100k", "mapillary", "mapillary training", "mapillary archive", "mapillary converted",
-    "acdc", "acdc original", "acdc original night", "dark zurich", "generated", "generated ids",
-    "rcs subset", "rcs subset ids"])
+@pytest.mark.parametrize("kind", DATA_SETS)
 def test_data_layouts(tmp_path, kind):
     """Every published folder is recognised and delivers the same trainIds without conversion."""
-    options, layout, first = data_fake(tmp_path / "set", kind)
-    pairs = data.Pairs(tmp_path / "set", **options)
-    assert (len(pairs), pairs.layout, pairs.name(0), pairs.skipped) == (2, layout, first, [])
-    assert pairs.images == sorted(pairs.images) and len(pairs.labels) == 2
-    for i in range(2):
+    _, layout, mapped, files = DATA_SETS[kind]
+    pairs = data.Pairs(tmp_path, **data_fake(tmp_path, kind))
+    assert pairs.layout == layout and pairs.skipped == []
+    assert pairs.images == [tmp_path / image for image, _, _ in files[:2]]
+    for i, (image, _, _) in enumerate(files[:2]):
         image, label = pairs.pair(i)
-        assert np.array_equal(label, TRAIN) and label.dtype == np.uint8, pairs.labels[i]
+        assert np.array_equal(label, TRAIN) and label.dtype == np.uint8
         assert image.shape == (3, 4, 3) and image.dtype == np.uint8
-    mapped = {"acdc original night": 1}.get(kind, 2 * (kind in (
-        "gta", "cityscapes", "mapillary", "mapillary training", "mapillary archive",
-        "rcs subset ids", "acdc original")))
+        assert pairs.images[i].stem.startswith(pairs.name(i)) and "anon" not in pairs.name(i)
     text = pairs.report()
-    assert "\n" not in text and layout in text
+    assert "\n" not in text and f"({layout}" in text
     assert f"2 pairs, {mapped} with labels mapped from raw ids" in text
     assert ("19 read as ignore" in text) == (layout == "generated")
 
@@ -1334,20 +1317,20 @@ def test_data_layouts(tmp_path, kind):
 def test_data_split_and_condition(tmp_path):
     """Split and condition (FOLDER:night[:N]) choose sub-folders; where there are none they are
     refused. Plain folders have no splits, flattened ones no conditions."""
-    data_fake(tmp_path / "cs", "cityscapes")
-    data_fake(tmp_path / "acdc", "acdc original night")
-    data_fake(tmp_path / "flat", "acdc")
-    data_plain(tmp_path / "plain", ["a"])
-    assert len(data.Pairs(tmp_path / "plain", split="val")) == 1
-    night = data.open_set(f"{tmp_path}/acdc:night")
-    assert (len(night), night.condition) == (2, "night") and "acdc val night" in night.report()
-    assert len(data.open_set(f"{tmp_path}/acdc:night:1")) == 1
-    for word, split in (("flat:fog", None), ("plain:night", None), ("acdc:rain", None),
-                        ("cs", "none"), ("absent", None)):
+    for name, kind in (("cs", "cityscapes"), ("acdc", "acdc original"), ("flat", "acdc"),
+                       ("plain", "plain")):
+        data_fake(tmp_path / name, kind)
+    assert len(data.Pairs(tmp_path / "plain", split="val")) == 2
+    night = data.open_set(f"{tmp_path}/acdc:night:1")
+    assert night.name(0) == "nightval" and "acdc val night" in night.report()
+    for word in ("flat:fog", "plain:night", "acdc:rain", "absent"):
         with pytest.raises(data.UserError, match=f"{word.split(':')[0]} is no data set folder"):
-            data.open_set(f"{tmp_path}/{word}", split=split)
-    data_plain(tmp_path / "plain:night", ["a"])
-    assert len(data.open_set(f"{tmp_path}/plain:night")) == 1
+            data.open_set(f"{tmp_path}/{word}")
+    shutil.rmtree(tmp_path / "cs/leftImg8bit/train")
+    with pytest.raises(data.UserError, match="cs holds leftImg8bit/val only: leftImg8bit/train is"):
+        data.open_set(tmp_path / "cs", split="train")
+    data_fake(tmp_path / "plain:night", "plain")
+    assert len(data.open_set(f"{tmp_path}/plain:night")) == 2
 
 
 @pytest.mark.parametrize("left", ["manifest.jsonl", "settings.json", "manifest.0.part"])
@@ -1364,11 +1347,25 @@ def test_data_generated_by_us(tmp_path, left):
         pairs.label(0)
 
 
+def test_data_ids_of_another_set(tmp_path):
+    """Labels that hold other ids than Cityscapes' get a warning in the report, streets get none."""
+    label = streets.toy_street(1)[1]
+    camvid = np.array([3, 4, 1, 7, 7, 2, 6, 6, 5, 5, 0, 9, 10, 8, 8, 8, 8, 10, 10], np.uint8)
+    others, corner = np.pad(camvid, (0, 237), constant_values=11)[label], np.zeros_like(label)
+    corner[0, 0] = 31  # above trainIds
+    ids = np.array([next(i for i, t in data.CITYSCAPES_IDS.items() if t == c) for c in range(19)])
+    for name, raw, warned in (
+            ("trainIds", label, ""), ("ids", np.pad(ids, (0, 237))[label].astype(np.uint8), ""),
+            ("camvid", others, "are wall"), ("low", np.maximum(others % 7, corner), "are ignore")):
+        pairs = data.Pairs(data_plain(tmp_path / name, ["a", "b"], raw, ""))
+        assert ("--classes?" in pairs.report()) == bool(warned) and warned in pairs.report(), name
+
+
 @pytest.mark.parametrize("kind", ["gta", "cityscapes", "acdc original", "mapillary"])
 def test_data_own_classes(tmp_path, kind):
     """A class file's ids read the raw labels of public folders; with other names trainIds on disk
     are not used, with Cityscapes' names they stay what they are."""
-    options, _, _ = data_fake(tmp_path, kind)
+    options = data_fake(tmp_path, kind)
     raw = VISTAS if kind == "mapillary" else CITY
     ids = {value: (value + 5) % 19 for value in range(66)}
     own = replace(data.CITYSCAPES, ids=ids)
@@ -1390,8 +1387,8 @@ def test_data_own_classes(tmp_path, kind):
 
 def test_data_linked_folders(tmp_path):
     """City folders that are links are entered, hidden folders are left alone."""
-    data_fake(tmp_path / "elsewhere", "cityscapes")
-    data_fake(tmp_path / "set", "cityscapes")
+    for folder in ("elsewhere", "set"):
+        data_fake(tmp_path / folder, "cityscapes")
     for folder in ("leftImg8bit", "gtFine"):
         (tmp_path / "set" / folder / "train/zurich").symlink_to(
             tmp_path / "elsewhere" / folder / "train/bonn")
@@ -1564,18 +1561,14 @@ def test_data_rcs_distinct():
         while len(first) < 3:
             c, i = sampler.draw(rng)
             first.setdefault(i, c)
-        return tuple((c, i) for i, c in first.items())
+        return [(c, i) for i, c in first.items()]
 
-    n, freq = 1500, [{}, {}]
-    for _ in range(n):
-        for table, chosen in zip(freq, (rejected(), sampler.draw_distinct(3, rng)), strict=True):
-            for pair in chosen:
-                table[pair] = table.get(pair, 0) + 1 / n
-    assert max(abs(freq[0].get(k, 0) - freq[1].get(k, 0)) for k in {**freq[0], **freq[1]}) < 0.06
-    reach = len({i for files in sampler.files.values() for i in files})
-    assert len({i for _, i in sampler.draw_distinct(reach, rng)}) == reach
-    with pytest.raises(ValueError, match=f"{reach + 1} files were asked for: only {reach}"):
-        sampler.draw_distinct(reach + 1, rng)
+    n = 1500
+    law, ours = (Counter(pair for _ in range(n) for pair in draw()) for draw in (
+        rejected, lambda: sampler.draw_distinct(3, rng)))
+    assert max(abs(law[pair] - ours[pair]) for pair in law | ours) < 0.06 * n
+    with pytest.raises(data.UserError, match="7 files were asked for: only "):
+        sampler.draw_distinct(7, rng)
 
 
 # --------------------------------------------------------------- crop, one-hot, prompts, components
@@ -1636,6 +1629,20 @@ def test_data_prompts():
     assert data.caption(np.full((2, 2), 255, np.uint8)) == ""
     assert data.weather_prompt("road sky", data.WEATHERS[4]) == (
         "A city street scene with road sky, in night weather.")
+
+
+def test_data_prompt_templates(tmp_path):
+    """A file of templates gives its lines without comments; other braces are refused."""
+    file, asked = tmp_path / "prompts.txt", "A photo of {classes} at {weather}."
+    file.write_text(f"# of a port\n\n{asked}\n  {{classes}}, from a drone \n")
+    templates = data.read_prompts(file)
+    assert templates == [asked, "{classes}, from a drone"]
+    assert data.fill_prompt(asked, "sea ship", "dawn") == "A photo of sea ship at dawn."
+    assert data.fill_prompt(templates[1], "sea ship", "dawn") == "sea ship, from a drone"
+    for text in ("", "# only\n", "no classes", "{classes} {wether}", "{classes} {"):
+        file.write_text(text)
+        with pytest.raises(data.UserError, match="prompts.txt cannot be read as prompt templates"):
+            data.read_prompts(file)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 19])
@@ -1779,17 +1786,9 @@ def test_data_resize_to_fit(size, fit, expected):
 # ------------------------------------------------------------------------------------- command line
 
 
-def test_data_stats_command(tmp_path, capsys):
-    """stats prints one row per class with its pixels and files."""
-    data_plain(tmp_path, ["a", "b"])
-    assert data.main(["stats", str(tmp_path)]) == 0
-    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    assert rows["road"][0] == "6" and rows["road"][1] == "27.273%" and rows["road"][3] == "2"
-    assert rows["train"] == ["0", "0.000%", "0.0000", "0"]
-
-
 def test_data_rcs_subset_command(tmp_path, capsys):
-    """rcs-subset copies distinct pairs with the class in the name, and reads back as a subset."""
+    """rcs-subset copies distinct pairs with the class in the name, and reads back as a subset;
+    stats prints pixels, share, P(c) and files of each class."""
     root = data_plain(tmp_path / "gta", [f"{i:05}" for i in range(8)], CITY, "")
     command = ["rcs-subset", str(root), str(tmp_path / "o"), "--num", "5", "--seed", "3"]
     assert data.main(command) == 0
@@ -1801,6 +1800,9 @@ def test_data_rcs_subset_command(tmp_path, capsys):
         assert np.array_equal(pairs.label(i), TRAIN) and int(cls) in TRAIN
         assert pairs.images[i].read_bytes() == (root / f"images/{name}.png").read_bytes()
     capsys.readouterr()
+    assert data.main(["stats", str(root)]) == 0
+    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["road"][:2] == ["24", "27.273%"] and rows["train"] == ["0", "0.000%", "0.0000", "0"]
     for bad, sentence in ((command, "is not empty"),
                           ([*command[:2], str(tmp_path / "n"), "--num", "9"], "9 files were asked"),
                           (["stats", str(tmp_path / "none")], "none is no data set folder")):
