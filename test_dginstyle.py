@@ -2218,7 +2218,7 @@ def test_diff_step_by_hand():
 def test_diff_recorded_noise_reproduces():
     """One source makes all noise: played back it gives the same features, another other ones."""
     prior, (images, labels) = diff_prior(), diff_pictures()
-    for steps, draws in {"full": 22, "5": 3, "1": 1, "direct": 9}.items():
+    for steps, draws in {"full": 22, "5": 2, "1": 1, "direct": 9}.items():
         model = diff_model(prior, steps=steps)  # in training, where noise is drawn
         noise, tape = recorded(torch.randn)
         want = model.extract(images, labels, noise)
@@ -2229,6 +2229,23 @@ def test_diff_recorded_noise_reproduces():
     model.eval()
     for a, b in zip(model.extract(images), model.extract(images[1:]), strict=True):
         assert relative(a[1:], b) < 1e-5  # fixed noise, any place in a batch
+
+
+def test_diff_few_steps_are_the_releases():
+    """Five: calls at 0, 1, 20, 40, 60, read backwards; one: noised to t = 100 at once."""
+    prior, calls, g = diff_prior(), [], torch.Generator().manual_seed(0)
+    z, n = torch.randn(2, 1, 4, 8, 8, generator=g)
+    prior.unet.register_forward_pre_hook(lambda net, args: calls.append(args[:2]))
+    for steps, visited, x in (("5", [0, 1, 20, 40, 60], z),
+                              ("1", [100], prior.abar[100] ** 0.5 * z
+                               + (1 - prior.abar[100]) ** 0.5 * n)):
+        calls.clear()
+        maps = diffusion_features(prior, z, noise=lambda shape: n, steps=steps)
+        assert [t for _, t in calls] == visited
+        with torch.no_grad(), diff.decoder_maps(prior.unet) as levels:
+            prior.unet(x, visited[0], prior.texts[:1])
+        first = maps[2].unflatten(1, (2, len(visited), -1))[:, :, -1]  # two resnets, no attention
+        assert relative(first, torch.stack(levels[2][0], 1)) < 1e-5
 
 
 def test_diff_published_sizes():
@@ -2260,6 +2277,39 @@ def test_diff_prior_is_frozen():
         assert all(p.grad is None and not p.requires_grad for p in net.parameters())
         assert not {id(p) for p in net.parameters()} & {id(p) for p in model.parameters()}
     assert {k.split(".")[0] for k in model.state_dict()} == {"fusion", "decoder", "decode_head"}
+
+
+def test_diff_is_initialised_and_optimised_as_released():
+    """Fine decoder: Kaiming fan-out, no biases; AdamW decays all, with the head at ten times."""
+    model = diff_model(diff_prior())
+    for m in model.decoder.modules():
+        if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            fan_out = m.weight.shape[0] * m.weight[0, 0].numel()
+            assert m.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)
+            assert not m.bias.any()
+    rest, head = diff.parameter_groups(model, 6e-5, 0.01)
+    assert (rest["lr"], rest["weight_decay"]) == (6e-5, 0.01)
+    assert (head["lr"], head["weight_decay"]) == (pytest.approx(6e-4), 0.01)
+    assert set(head["params"]) == set(model.decode_head.parameters())
+    assert {*rest["params"], *head["params"]} == set(model.parameters())
+
+
+def test_diff_told_branch_runs_first():
+    """BatchNorm's running means after a loss: 0.1 (0.9 of the told branch + 1 of the other)."""
+    prior, (images, labels) = diff_prior(), diff_pictures()
+    model = diff_model(prior, steps="5")
+    noise, tape = recorded(torch.randn)
+    model.loss(images, labels, noise)
+    maps = model.extract(images, torch.cat([torch.full_like(labels, 255), labels]), playback(tape))
+    plain, told = zip(*(m.chunk(2) for m in maps), strict=True)
+    branch = model.decode_head.fuse_layer.aspp_modules[0]
+    pyramids = [model.pyramid(half) for half in (told, plain)]
+    size = pyramids[0][0].shape[2:]
+    means = [branch.conv(torch.cat([embed(x, size) for embed, x in zip(
+        model.decode_head.embed_layers, pyramid, strict=True)], 1)).mean((0, 2, 3))
+        for pyramid in pyramids]
+    assert relative(means[0], means[1]) > 1e-2
+    assert relative(branch.bn.running_mean, 0.1 * (0.9 * means[0] + means[1])) < 1e-4
 
 
 def test_diff_branches_agree_where_texts_do():
