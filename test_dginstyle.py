@@ -994,6 +994,22 @@ def test_segformer_own_folder_and_file_round_trip(tmp_path, head):
     assert {p.dtype for p in SegFormer.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
+def test_segformer_folder_loads_in_transformers(tmp_path):
+    """transformers reads a saved SegFormer: the same logits, and to 1e-4 for NVlabs' eps."""
+    transformers = pytest.importorskip("transformers")
+    images = seg_images(1, 3, 64, 128)
+    for model, tolerance in ((seg_model(head="segformer", norm_eps=1e-5), 1e-5),
+                             (SegFormer.from_pretrained(HERE / "toy" / "segformer"), 1e-4)):
+        model.save_pretrained(tmp_path)
+        theirs, report = transformers.SegformerForSemanticSegmentation.from_pretrained(
+            tmp_path, output_loading_info=True)
+        assert not any(report.values()), report
+        with torch.no_grad():
+            seg_close(theirs.eval()((images * 255 - SEG_MEAN) / SEG_STD).logits, model(images),
+                      tolerance)
+        assert SegFormer.from_pretrained(tmp_path).config == model.config
+
+
 @pytest.mark.parametrize("head", SEG_HEADS)
 @pytest.mark.parametrize("prefix", ("model.", "module.", "module.model.", ""))
 def test_segformer_uda_checkpoints_load_the_student(tmp_path, head, prefix):
@@ -1063,7 +1079,8 @@ def test_segformer_errors_name_the_fault(tmp_path):
              ({**state, "backbone.extra": torch.ones(1)}, "backbone.extra"),
              ({**state, "backbone.norm2.bias": torch.ones(33)}, "backbone.norm2.bias"),
              ({**state, "backbone.norm2.bias": torch.full((32,), torch.nan)}, "holds NaN"),
-             (encoder, "no whole segmenter.*load_backbone"), (head, "no whole segmenter"),
+             (encoder, "no whole segmenter.*--pretrained"), (head, "another kind"),
+             ({**encoder, "decode_head.convs.0.conv.weight": torch.ones(1)}, "another kind.*MiT"),
              ({"unet.conv_in.weight": torch.ones(1)}, "no whole segmenter")]
     for wrong, match in cases:
         save_file(wrong, file)
@@ -1073,7 +1090,7 @@ def test_segformer_errors_name_the_fault(tmp_path):
         seg_model().load_backbone(file)
     save_file(state, file)
     for other, match in (({"architectures": ["SegformerForImageClassification"],
-                           "depths": [1, 1, 2, 1]}, "SegformerForImageClassification.*load_back"),
+                           "depths": [1, 1, 2, 1]}, "SegformerForImageClassification.*--pretrained"),
                          ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
         (tmp_path / "config.json").write_text(json.dumps(other))
         with pytest.raises(segformer.FileError, match=match):
