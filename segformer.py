@@ -374,7 +374,7 @@ class SegFormer(nn.Module):
 
         With SegFormer's head, transformers' SegformerForSemanticSegmentation reads the folder, too.
         It takes images normalised as in `features`, and the eps of all its norms is 1e-5, so that
-        its logits are not quite ours of another `norm_eps` (toy/segformer: to 1e-4 of the largest).
+        its logits are not quite ours of another `norm_eps` (toy/segformer: off by 1e-5).
         """
         c, state = self.config, self.state_dict()
         config = {"architecture": "SegFormer", **asdict(c)}
