@@ -597,7 +597,8 @@ def reading(file):
         raise
     except Exception as error:
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        fault = f"cannot be read ({type(error).__name__}: {reason}); get it again"
+        reason = f"{type(error).__name__}: {reason}"
+        fault = f"cannot be read ({reason}): check that it is whole and the right one"
         if "Unsupported global" in reason:
             fault = ("holds other objects than tensors; if you trust it, torch.load it with "
                      "weights_only=False and write its tensors with safetensors.torch.save_file")
