@@ -678,16 +678,6 @@ def seg_hf(name, c, **fields):
         num_attention_heads=list(c.num_heads), decoder_hidden_size=c.decoder_dim, **fields))
 
 
-def seg_hf_file_keys(model):
-    """{key in a file saved by transformers: tensor}; version 5 has other names in memory."""
-    state = model.state_dict()
-    if any(k.startswith("segformer.encoder.") for k in state):
-        return state
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, state)
-
-
 def seg_fork(state):
     """Rewrite a SegFormer-head state the way DGInStyle's fork writes it: linear_c.0-3, c1..c4."""
     out = {}
@@ -704,16 +694,15 @@ def seg_fork(state):
     ("b0", 3_319_392, 3_719_027, 256), ("b1", 13_151_424, 13_682_131, 256),
     ("b2", 24_196_288, 27_361_235, 768), ("b3", 44_072_128, 47_237_075, 768),
     ("b4", 60_842_688, 64_007_635, 768), ("b5", 81_443_008, 84_607_955, 768)])
-def test_segformer_presets_have_the_published_keys_and_sizes(name, encoder, total, dim):
-    """B0 to B5 count the published parameters, and HF's keys and shapes convert to ours exactly."""
+def test_segformer_presets_have_the_published_sizes(name, encoder, total, dim):
+    """B0 to B5 count the published parameters, as do transformers' models of the same config."""
     with torch.device("meta"):
         model = SegFormer(segformer.preset(name, "segformer"))
         theirs = seg_hf("SegformerForSemanticSegmentation", model.config)
     assert model.config.decoder_dim == dim
     assert sum(p.numel() for p in model.backbone.parameters()) == encoder
-    assert sum(p.numel() for p in model.parameters()) == total
-    theirs = {k: tuple(v.shape) for k, v in segformer.public_keys(seg_hf_file_keys(theirs)).items()}
-    assert theirs == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    for net in (model, theirs):
+        assert sum(p.numel() for p in net.parameters()) == total
 
 
 def test_segformer_daformer_and_hrda_have_the_published_sizes():
@@ -727,22 +716,6 @@ def test_segformer_daformer_and_hrda_have_the_published_sizes():
         if isinstance(m, torch.nn.LayerNorm):
             assert m.eps == (1e-5 if name.startswith("patch_embed") or name.endswith("attn.norm")
                              else 1e-6), name
-
-
-def test_segformer_init_follows_the_recipe():
-    """Linears start at std .02, depthwise convs sqrt(2/9), ConvBN sqrt(2/fan_out), logits .01."""
-    torch.manual_seed(0)
-    state = SegFormer(seg_config(num_classes=19)).state_dict()
-    for key, std in {
-        "backbone.block4.0.attn.kv.weight": 0.02,
-        "backbone.block4.0.mlp.dwconv.dwconv.weight": math.sqrt(2 / 9),
-        "backbone.patch_embed4.proj.weight": math.sqrt(2 / (9 * 96)),
-        "decode_head.fuse_layer.bottleneck.conv.weight": math.sqrt(2 / (9 * 32)),
-        "decode_head.conv_seg.weight": 0.01,
-    }.items():
-        assert state[key].std().item() == pytest.approx(std, rel=0.1), key
-    zero = ("q.bias", "kv.bias", "dwconv.bias", "fc1.bias", "conv_seg.bias", "sr.bias")
-    assert all(not v.any() for k, v in state.items() if k.endswith(zero))
 
 
 @pytest.mark.parametrize("single_file, stem", ((False, 4), (True, 4), (False, 2)))
@@ -809,9 +782,9 @@ def test_segformer_drop_path_drops_whole_samples():
     dropped = change.abs().amax((1, 2)) == 0
     assert 60 <= dropped.sum() <= 140
     seg_close(change[~dropped], branch[~dropped] / 0.75)
-    model = SegFormer(seg_config(drop_path=0.4))
-    blocks = [b for k in "1234" for b in getattr(model.backbone, f"block{k}")]
-    assert [b.drop_path.p for b in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    rates = [m.drop_path.p for m in SegFormer(seg_config(drop_path=0.4)).modules()
+             if isinstance(m, segformer.Block)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
 def test_segformer_hrda_equals_a_literal_computation():
@@ -885,6 +858,22 @@ def test_segformer_own_folder_and_file_round_trip(tmp_path, head):
     assert {p.dtype for p in SegFormer.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
+def test_segformer_folder_loads_in_transformers(tmp_path):
+    """transformers reads a saved SegFormer: the same logits, and to 1e-4 for NVlabs' eps."""
+    transformers = pytest.importorskip("transformers")
+    images = seg_images(1, 3, 64, 128)
+    for model, tolerance in ((seg_model(head="segformer", norm_eps=1e-5), 1e-5),
+                             (SegFormer.from_pretrained(HERE / "toy" / "segformer"), 1e-4)):
+        model.save_pretrained(tmp_path)
+        theirs, report = transformers.SegformerForSemanticSegmentation.from_pretrained(
+            tmp_path, output_loading_info=True)
+        assert not any(report.values()), report
+        with torch.no_grad():
+            seg_close(theirs.eval()((images * 255 - SEG_MEAN) / SEG_STD).logits, model(images),
+                      tolerance)
+        assert SegFormer.from_pretrained(tmp_path).config == model.config
+
+
 @pytest.mark.parametrize("head", SEG_HEADS)
 @pytest.mark.parametrize("prefix", ("model.", "module.", "module.model.", ""))
 def test_segformer_uda_checkpoints_load_the_student(tmp_path, head, prefix):
@@ -931,18 +920,6 @@ def test_segformer_load_backbone_reads_every_encoder_file(tmp_path):
             seg_close(mine, their)
 
 
-def test_segformer_unusual_sizes_are_read_off_the_shapes(tmp_path):
-    """Widths, depths, sr, heads, E and K come from shapes; num_heads can be overridden."""
-    fields = dict(depths=(1, 2, 1, 3), sr_ratios=(4, 4, 2, 1), decoder_dim=24, num_classes=7)
-    for widths, heads in (((32, 64, 160, 256), (1, 2, 5, 8)), ((16, 32, 48, 64), (2, 2, 3, 4))):
-        model = seg_model(hidden_sizes=widths, num_heads=heads, **fields)
-        save_file(model.state_dict(), tmp_path / "any.safetensors")
-        given = {} if heads[0] == 1 else {"num_heads": heads}
-        back = SegFormer.from_pretrained(tmp_path / "any.safetensors", **given)
-        assert back.config == model.config
-        seg_same_weights(back, model)
-
-
 def test_segformer_errors_name_the_fault(tmp_path):
     """Wrong, partial or foreign files and images raise a ValueError that says so."""
     model, file = seg_model(), tmp_path / "model.safetensors"
@@ -954,7 +931,8 @@ def test_segformer_errors_name_the_fault(tmp_path):
              ({**state, "backbone.extra": torch.ones(1)}, "backbone.extra"),
              ({**state, "backbone.norm2.bias": torch.ones(33)}, "backbone.norm2.bias"),
              ({**state, "backbone.norm2.bias": torch.full((32,), torch.nan)}, "holds NaN"),
-             (encoder, "no whole segmenter.*load_backbone"), (head, "no whole segmenter"),
+             (encoder, "no whole segmenter.*--pretrained"), (head, "another kind"),
+             ({**encoder, "decode_head.convs.0.conv.weight": torch.ones(1)}, "another kind.*MiT"),
              ({"unet.conv_in.weight": torch.ones(1)}, "no whole segmenter")]
     for wrong, match in cases:
         save_file(wrong, file)
@@ -963,9 +941,10 @@ def test_segformer_errors_name_the_fault(tmp_path):
     with pytest.raises(segformer.FileError, match="block1"):
         seg_model().load_backbone(file)
     save_file(state, file)
-    for other, match in (({"architectures": ["SegformerForImageClassification"],
-                           "depths": [1, 1, 2, 1]}, "SegformerForImageClassification.*load_back"),
-                         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
+    for other, match in (
+            ({"architectures": ["SegformerForImageClassification"]},
+             "SegformerForImageClassification.*--pretrained"),
+            ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
         (tmp_path / "config.json").write_text(json.dumps(other))
         with pytest.raises(segformer.FileError, match=match):
             SegFormer.from_pretrained(tmp_path)
@@ -976,6 +955,8 @@ def test_segformer_errors_name_the_fault(tmp_path):
             net(images)
     with pytest.raises(ValueError, match="'fcn' is not one of segformer, daformer, hrda"):
         SegFormerConfig(head="fcn")
+    with pytest.raises(ValueError, match="stride 33"):
+        slide_inference(model, seg_images(1, 3, 64, 64), 32, 33)
 
 
 @pytest.mark.parametrize("batch", (1, 3, 100))
@@ -994,23 +975,6 @@ def test_segformer_slide_equals_a_naive_loop(batch):
     seg_close(slide_inference(model, images, (40, 48), (20, 24), batch=batch), total / count, 1e-6)
     for crop, stride in ((128, 32), ((70, 90), 7)):  # one window
         assert torch.equal(slide_inference(model, images, crop, stride), whole)
-
-
-def test_segformer_slide_batches_windows():
-    """predict sees `batch` windows at most, 3 for 1024 x 512 at 512/256; constants stay so."""
-    sizes = []
-
-    def predict(windows):
-        sizes.append(tuple(windows.shape))
-        return windows[:, :1, ::4, ::4]
-
-    images = torch.full((1, 3, 512, 1024), 2.0)
-    out = segformer.slide(predict, images, 512, 256, batch=2, cell=4)
-    assert sizes == [(2, 3, 512, 512), (1, 3, 512, 512)]
-    assert torch.equal(out, torch.full((1, 1, 128, 256), 2.0))
-    for stride in (0, 33):
-        with pytest.raises(ValueError, match=f"stride {stride}"):
-            segformer.slide(predict, images, 32, stride)
 
 
 def test_segformer_confusion_and_iou_by_hand():
@@ -1917,22 +1881,10 @@ def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
             assert relative(ours[b], released[0]) < 1e-4
 
 
-def test_diff_step_by_hand():
-    """x_t -> x_s in numbers: x_0 and eps of x_t at the new level, part of eps replaced by noise."""
-    assert abs(invert(1.0, 0.5, 0.9, 0.6) - (0.6**0.5 * (1 - 0.1**0.5 * 0.5) / 0.9**0.5
-                                             + 0.4**0.5 * 0.5)) < 1e-12
-    c1 = ((1 - 0.88 / 0.9) * 0.12 / 0.1) ** 0.5  # 0.1633
-    want = 0.88**0.5 * (1 - 0.1**0.5 * 0.5) / 0.9**0.5 + c1 * 2 + (0.12 - c1**2) ** 0.5 * 0.5
-    assert abs(invert(1.0, 0.5, 0.9, 0.88, 1.0, 2.0) - want) < 1e-12
-    x0 = (1 - 0.1**0.5 * 0.5) / 0.9**0.5  # a step so long that c_1^2 exceeds the whole variance
-    c1 = ((1 - 0.6 / 0.9) * 0.4 / 0.1) ** 0.5
-    assert abs(invert(1.0, 0.5, 0.9, 0.6, 1.0, 2.0) - (0.6**0.5 * x0 + c1 * 2 + 5e-6)) < 1e-12
-
-
 def test_diff_recorded_noise_reproduces():
     """One source makes all noise: played back it gives the same features, another other ones."""
     prior, (images, labels) = diff_prior(), diff_pictures()
-    for steps, draws in {"full": 22, "5": 3, "1": 1, "direct": 9}.items():
+    for steps, draws in {"full": 22, "5": 2, "1": 1, "direct": 9}.items():
         model = diff_model(prior, steps=steps)  # in training, where noise is drawn
         noise, tape = recorded(torch.randn)
         want = model.extract(images, labels, noise)
@@ -1943,6 +1895,23 @@ def test_diff_recorded_noise_reproduces():
     model.eval()
     for a, b in zip(model.extract(images), model.extract(images[1:]), strict=True):
         assert relative(a[1:], b) < 1e-5  # fixed noise, any place in a batch
+
+
+def test_diff_few_steps_are_the_releases():
+    """Five: calls at 0, 1, 20, 40, 60, read backwards; one: noised to t = 100 at once."""
+    prior, calls, g = diff_prior(), [], torch.Generator().manual_seed(0)
+    z, n = torch.randn(2, 1, 4, 8, 8, generator=g)
+    prior.unet.register_forward_pre_hook(lambda net, args: calls.append(args[:2]))
+    for steps, visited, x in (("5", [0, 1, 20, 40, 60], z),
+                              ("1", [100], prior.abar[100] ** 0.5 * z
+                               + (1 - prior.abar[100]) ** 0.5 * n)):
+        calls.clear()
+        maps = diffusion_features(prior, z, noise=lambda shape: n, steps=steps)
+        assert [t for _, t in calls] == visited
+        with torch.no_grad(), diff.decoder_maps(prior.unet) as levels:
+            prior.unet(x, visited[0], prior.texts[:1])
+        first = maps[2].unflatten(1, (2, len(visited), -1))[:, :, -1]  # two resnets, no attention
+        assert relative(first, torch.stack(levels[2][0], 1)) < 1e-5
 
 
 def test_diff_published_sizes():
@@ -1966,41 +1935,58 @@ def test_diff_published_sizes():
 
 def test_diff_prior_is_frozen():
     """A training step leaves no gradient in the prior, which is neither a parameter nor saved."""
-    prior, (images, labels) = diff_prior(), diff_pictures()
+    prior = diff_prior()
     model = diff_model(prior)
-    model.loss(images, labels).backward()
+    model.loss(*diff_pictures()).backward()
     assert all(p.grad is not None for p in model.parameters())
     for net in (prior.unet, prior.vae):
         assert all(p.grad is None and not p.requires_grad for p in net.parameters())
-        assert not {id(p) for p in net.parameters()} & {id(p) for p in model.parameters()}
     assert {k.split(".")[0] for k in model.state_dict()} == {"fusion", "decoder", "decode_head"}
 
 
-def test_diff_branches_agree_where_texts_do():
-    """With "" as every class's prompt, wherever it lies, the label map tells nothing."""
+def test_diff_is_initialised_and_optimised_as_released():
+    """Fine decoder: Kaiming fan-out, no biases; AdamW decays all, with the head at ten times."""
+    model = diff_model(diff_prior())
+    for m in model.decoder.modules():
+        if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            fan_out = m.weight.shape[0] * m.weight[0, 0].numel()
+            assert m.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)
+            assert not m.bias.any()
+    rest, head = diff.parameter_groups(model, 6e-5, 0.01)
+    assert (rest["lr"], rest["weight_decay"]) == (6e-5, 0.01)
+    assert (head["lr"], head["weight_decay"]) == (pytest.approx(6e-4), 0.01)
+    assert set(head["params"]) == set(model.decode_head.parameters())
+    assert {*rest["params"], *head["params"]} == set(model.parameters())
+
+
+def test_diff_told_branch_runs_first():
+    """BatchNorm's running means after a loss: 0.1 (0.9 of the told branch + 1 of the other)."""
     prior, (images, labels) = diff_prior(), diff_pictures()
-    prior.texts[:] = prior.texts[:1].clone()
-    for steps, label in (("full", torch.full_like(labels, 3)), ("5", labels)):
-        model = diff_model(prior, steps=steps).eval()
-        for a, b in zip(model.extract(images, label), model.extract(images), strict=True):
-            assert relative(a, b) < 1e-4
-        assert relative(model.loss(images, label), 2 * diff.cross_entropy(
-            model.decode_head(model.features(images)), label)) < 1e-5
+    model = diff_model(prior, steps="5")
+    noise, tape = recorded(torch.randn)
+    model.loss(images, labels, noise)
+    maps = model.extract(images, torch.cat([torch.full_like(labels, 255), labels]), playback(tape))
+    plain, told = zip(*(m.chunk(2) for m in maps), strict=True)
+    branch = model.decode_head.fuse_layer.aspp_modules[0]
+    pyramids = [model.pyramid(half) for half in (told, plain)]
+    size = pyramids[0][0].shape[2:]
+    means = [branch.conv(torch.cat([embed(x, size) for embed, x in zip(
+        model.decode_head.embed_layers, pyramid, strict=True)], 1)).mean((0, 2, 3))
+        for pyramid in pyramids]
+    assert relative(means[0], means[1]) > 1e-2
+    assert relative(branch.bn.running_mean, 0.1 * (0.9 * means[0] + means[1])) < 1e-4
 
 
 def test_diff_label_masks_move_what_they_cover():
     """A class's prompt changes the latents inside its mask, and only there at first."""
-    prior, (_, labels) = diff_prior(), diff_pictures(size=32)
+    prior, (_, labels), seen = diff_prior(), diff_pictures(size=32), []
     rows, masks = diff.texts_and_masks(prior.classes, labels, (8, 8))
     assert rows == [[0, *(i for i, c in ((1, 3), (2, 5)) if (label == c).any())]
                     for label in labels]
-    assert masks.shape == (sum(map(len, rows)), 1, 8, 8) and (masks[0] == 1).all()
     assert torch.equal(masks[1, 0], (labels[0, ::4, ::4] == prior.classes[rows[0][1] - 1]).float())
-    seen = []
     prior.unet.register_forward_pre_hook(lambda net, args: seen.append(args[0][0]))
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for told in (labels, None):
-        diffusion_features(prior, z, told, steps="5")
+        diffusion_features(prior, torch.ones(2, 4, 8, 8), told, steps="5")
     covered = (masks[1 : len(rows[0])].sum(0) > 0).expand(4, 8, 8)
     moved = seen[1] != seen[6]  # the first picture after one of five steps
     assert not moved[~covered].any() and moved[covered].float().mean() > 0.9
@@ -2008,35 +1994,31 @@ def test_diff_label_masks_move_what_they_cover():
 
 def test_diff_switches():
     """Each switch back to the release changes what it names and nothing else."""
-    _, labels = diff_pictures()
+    images, labels = diff_pictures()
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     eps, v = diff_prior(), diff_prior("v_prediction")
 
-    def run(prior, labels, *released, noise=None):
-        return diffusion_features(prior, z, labels, noise, steps="5", released=released)
+    def run(prior, labels, *released):
+        torch.manual_seed(1)
+        return diffusion_features(prior, z, labels, torch.randn, steps="5", released=released)
 
     def equal(a, b):
         return all(map(torch.equal, a, b))
 
     assert equal(run(eps, labels), run(eps, labels, "v_as_eps"))
     assert not equal(run(v, labels), run(v, labels, "v_as_eps"))
+    assert equal(run(eps, None), run(eps, None, "own_noise"))  # one text: one draw in both
+    assert not equal(run(eps, labels), run(eps, labels, "own_noise"))
     for level, (a, b) in enumerate(zip(run(eps, None), run(eps, None, "sum_texts"), strict=True)):
         half = a.shape[1] // (2 if level < 2 else 1)  # the last level has no transformers
         assert torch.equal(a[:, :half], b[:, :half])
         assert torch.equal(2 * a[:, half:], b[:, half:])
-    assert equal(run(eps, labels), run(eps, labels, "own_noise"))  # fixed: the same for everyone
-    drawn = [run(eps, labels, *released, noise=recorded(torch.randn)[0])
-             for released in ((), ("own_noise",)) if torch.manual_seed(1)]
-    assert not equal(*drawn)
-
-    images, _ = diff_pictures()
     values, gradients = [], []
     for released in ((), ("undetached",)):
         model = diff_model(eps, released=released, steps="5").eval()  # no dropout
         torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-        value = model.loss(images, labels)
-        value.backward()
-        values.append(value.item())
+        values.append(model.loss(images, labels))
+        values[-1].backward()
         gradients.append(model.decode_head.conv_seg.weight.grad)
     assert values[0] == values[1] and relative(*gradients) > 1e-3
 
@@ -2126,28 +2108,8 @@ def test_diff_command_trains_and_measures(tmp_path, capsys):
     assert data.read_label(out / "predictions" / "a_labelTrainIds.png").shape == (70, 130)
 
 
-@pytest.mark.parametrize("sd", SD_LIKE)
-def test_diff_command_on_stable_diffusion_folders(sd, tmp_path, monkeypatch):
-    """UNets of four levels and a VAE of factor 8, with the noise or v as output, as SD 1 and 2."""
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1,
-                          norm_num_groups=8, cross_attention_dim=24, **{
-                              k: tuple(v) if isinstance(v, list) else v
-                              for k, v in SD_LIKE[sd].items()}))
-    kind = {"sd1": "epsilon", "sd2": "v_prediction"}[sd]
-    models = replace(tiny_models(), unet=net, controlnet=ControlNet.from_unet(net, 20),
-                     vae=VAE(VAEConfig(block_out_channels=(8,) * 4, layers_per_block=1,
-                                       norm_num_groups=4)), schedule=Schedule(prediction_type=kind))
-    flags = ["--sd", str(write_sd_folder(tmp_path / "sd", models)), "--out", str(tmp_path / "run")]
-    monkeypatch.setitem(diff.PRESETS, "sd", diff.PRESETS["tiny"])
-    assert main(["segment", *DIFF_RUN, *flags, "--crop", "64x128", "--steps", "1", "--arch",
-                 "daformer", "--eval-data", "toy:sunny:1"]) == 0
-    config = json.loads((tmp_path / "run" / "segformer" / "config.json").read_text())
-    assert config["head"] == "daformer" and config["steps"] == "1"
-
-
 def test_diff_command_refuses(tmp_path, capsys):
-    """Another prior, a UNet too small, HRDA, MiT weights and odd crops end with one sentence."""
+    """HRDA, MiT weights, odd crops and a UNet too small end with one sentence, before training."""
     train = ["segment", "train", *DIFF_RUN, "--steps", "1", "--out", str(tmp_path / "run")]
     refuses(capsys, [*train, "--arch", "hrda"], "--arch segformer or daformer")
     refuses(capsys, [*train, "--pretrained", "mit_b5.pth"], "--pretrained")
@@ -2155,12 +2117,6 @@ def test_diff_command_refuses(tmp_path, capsys):
     small = write_sd_folder(tmp_path / "small", tiny_models())
     refuses(capsys, [*train, "--sd", str(small)], "three levels")
     assert not (tmp_path / "run").exists()
-    assert main(train) == 0
-    shutil.copytree(HERE / "toy", tmp_path / "other")
-    UNet.from_pretrained(HERE / "toy" / "unet_source").save_pretrained(tmp_path / "other" / "unet")
-    refuses(capsys, ["segment", "eval", "--out", str(tmp_path / "run"), "--sd",
-                     str(tmp_path / "other"), "--eval-data", "toy:sunny:1"],
-            "trained on the features of prior")
 
 
 # ---- dginstyle.py --------------------------------------------------------------------------------
