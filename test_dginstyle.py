@@ -51,7 +51,7 @@ import vae as vae_module
 from clip_text import BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
-from diff import Diff, DiffConfig, Prior, diffusion_features, invert
+from diff import Diff, DiffConfig, Prior, diffusion_features
 from experiments import bench, measures, pretend, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
