@@ -281,11 +281,13 @@ LAYOUTS = {  # the first one whose image folder exists is taken
 }
 
 
-def _upright_size(path):
-    """(width, height) of a picture file as it is shown, from its header."""
+def _shown(path):
+    """(width, height) of a picture file as it is shown, from its header, and the EXIF orientation
+    where it is a half turn or a mirror, which no size tells."""
     with _open(path) as image:
-        turned = "exif" in image.info and image.getexif().get(0x0112) in range(5, 9)
-        return image.size[::-1] if turned else image.size
+        orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+        size = image.size[::-1] if orientation in range(5, 9) else image.size
+        return *size, orientation if orientation in (2, 3, 4) else 1
 
 
 class Pairs:
@@ -367,12 +369,12 @@ class Pairs:
                 if not label.is_file():
                     continue
                 try:
-                    same = _upright_size(image) == _upright_size(label)
+                    same = _shown(image) == _shown(label)
                 except UserError:
                     if is_pointer(image) or is_pointer(label):
                         return label, end, "a Git LFS pointer: run `git lfs pull` in its clone"
                     return label, end, "contents or a label that cannot be read"
-                return label, end, None if same else "a label of another size"
+                return label, end, None if same else "a label of another size or turn"
         wanted = " or ".join(f"NAME{end}.png" for end in tables)
         return None, None, f"no {wanted} in {others[0]}"
 
@@ -395,7 +397,7 @@ class Pairs:
             self.layout = "rcs_subset"
         # dginstyle.py generate leaves a manifest, and settings and previews if it was cut short
         started = (self.root / "settings.json").is_file() and (self.root / "vis").is_dir()
-        if started or [*self.root.glob("manifest.jsonl"), *self.root.glob("manifest.*.part")]:
+        if started or (self.root / "manifest.jsonl").is_file():
             self.layout = "generated"
         elif not raw and any(re.search(r"^[an]_|_genid\d", name) for name in names):
             self.layout, self.also_ignore = "generated", (K,)  # the authors' set: K means ignore
@@ -463,7 +465,7 @@ class LabelMaps(Pairs):
         self._ids = [None] * len(self.labels)
 
     def name(self, i):
-        return _stem(self.labels[i])
+        return self.labels[i].stem.removesuffix("_labelTrainIds")
 
     def report(self):
         return f"{self.root} (label maps): {len(self)} labels without pictures"
@@ -553,9 +555,9 @@ def class_counts(data, workers=4, on_error="stop"):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
     One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
-    size and time of its file and the way it is read stay the same. The authors' JSON files in ROOT
-    spare the pass. Joined sets are counted one by one; objects that have label(i) and a length but
-    no list `labels` of files are counted in this process and not kept.
+    size and time of its file and the way it is read stay the same. Joined sets are counted one by
+    one; objects that have label(i) and a length but no list `labels` of files are counted in this
+    process and not kept.
     UserError for a label that cannot be read; on_error="skip": its row is 0, `data.skipped` has it.
     """
     if hasattr(data, "sets"):
@@ -568,9 +570,7 @@ def class_counts(data, workers=4, on_error="stop"):
     file = data.root / ".class_counts.json"
     cache = read_json(file) if file.is_file() else {}
     keys = [_key(data, i) for i in range(len(data))]
-    authors = {} if classes.own_ids else _authors_counts(data.root)
-    rows = [authors.get(_stem(label), cache.get(key))
-            for label, key in zip(data.labels, keys, strict=True)]
+    rows = [cache.get(key) for key in keys]
     todo = [i for i, row in enumerate(rows) if row is None]
     jobs = [(data.labels[i], data._ids[i]) for i in todo]
     with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is asked to
@@ -598,30 +598,6 @@ def _key(data, i):
     path, how = data.labels[i], (data.classes.names, data._ids[i], data.also_ignore)
     stat, place = path.stat(), path.relative_to(data.root).as_posix()
     return f"{place} {stat.st_size} {stat.st_mtime_ns} {zlib.crc32(repr(how).encode())}"
-
-
-def _stem(path):
-    return Path(path).stem.removesuffix("_labelTrainIds")
-
-
-def _authors_counts(root):
-    """{label name: {"0": pixels, ...}} from the JSON files of the authors' converter, if any.
-
-    sample_class_stats.json is [{"0": n, ..., "file": path}], samples_with_class.json says the same
-    as {"0": [[path, n], ...]}. Their paths are those of the converter's day: base names count.
-    """
-    found, (stats, files) = {}, (root / f"{stem}.json" for stem in (
-        "sample_class_stats", "samples_with_class"))
-    if stats.is_file():
-        with reading(stats, "class counts (it can be deleted)"):
-            for row in read_json(stats, list):
-                found[_stem(row["file"])] = {c: int(n) for c, n in row.items() if c != "file"}
-    elif files.is_file():
-        with reading(files, "class counts (it can be deleted)"):
-            for c, shown in read_json(files).items():
-                for path, n in shown:
-                    found.setdefault(_stem(path), {})[c] = int(n)
-    return found
 
 
 def _save_cache(path, cache):

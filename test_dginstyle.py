@@ -1459,21 +1459,6 @@ def test_data_counts_on_processes(tmp_path):
     assert pairs.skipped[0][0] == pairs.labels[7]
 
 
-def test_data_counts_of_the_authors(tmp_path):
-    """Their JSON files are matched by base name; label files they do not know are counted."""
-    pairs, file = data.Pairs(data_plain(tmp_path, ["a", "b"])), "old/gta/labels/b_labelTrainIds.png"
-    for name, content in (("sample_class_stats.json", [{"3": 5, "18": 7, "file": file}]),
-                          ("samples_with_class.json", {"18": [[file, 7]], "3": [[file, 5]]})):
-        (tmp_path / name).write_text(json.dumps(content))
-        counts = data.class_counts(pairs)
-        assert np.array_equal(counts[0], np.bincount(TRAIN.ravel(), minlength=256)[:19])
-        assert (counts[1, 3], counts[1, 18], counts[1].sum()) == (5, 7, 12)
-        (tmp_path / name).unlink()
-    (tmp_path / "samples_with_class.json").write_text("{")
-    with pytest.raises(ValueError, match="samples_with_class.json cannot be read"):
-        data.class_counts(pairs)
-
-
 def test_data_counts_of_other_objects(tmp_path):
     """Anything with label(i) and a length is counted, joined sets one after the other, in order."""
     class Toy(list):
