@@ -1,9 +1,8 @@
 """Everything that writes pictures: generated images, predictions, contact sheets, the gallery.
 
-The gallery is one HTML page for a folder of generated images: no network, no server, opens from
-disk. Every image stands over its label, a slider fades from one to the other, and the page filters
-by class, weather, set and words of the prompt. A card is filled, and its pictures are read from the
-folder, only when it comes near the screen, so thousands of them are no burden.
+The gallery is one HTML page for a folder of generated images, without network or server. A slider
+fades from image to label, and the page filters by class, weather, set and words of the prompt.
+Pictures are loaded when their card comes near the screen, so a page can hold thousands.
 
 Shapes: H W pixels. Pictures are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore.
 
@@ -27,19 +26,25 @@ def write_image(path, image):
         Image.fromarray(image).save(file, format="PNG")
 
 
+def generated_files(out, name):
+    """→ image, label and strip (image | colour label | blend) of one generated image."""
+    return (out / "images" / f"{name}.png", out / "labels" / f"{name}_labelTrainIds.png",
+            out / "vis" / f"{name}.png")
+
+
 def save_generated(out, name, image, label, classes):
-    """OUT/images, labels and vis (image | colour label | blend) of one generated image."""
-    write_image(out / "images" / f"{name}.png", image)
-    data.save_label(out / "labels" / f"{name}_labelTrainIds.png", label, classes)
+    """Write the three files of one generated image."""
+    image_file, label_file, strip_file = generated_files(out, name)
+    write_image(image_file, image)
+    data.save_label(label_file, label, classes)
     strip = [image, data.colourise(label, classes), data.overlay(image, label, classes)]
-    write_image(out / "vis" / f"{name}.png", np.concatenate(strip, axis=1))
+    write_image(strip_file, np.concatenate(strip, axis=1))
 
 
 def is_saved(out, name):
-    """Whether all three files of a generated image are there to their end."""
-    files = (out / "images" / f"{name}.png", out / "labels" / f"{name}_labelTrainIds.png",
-             out / "vis" / f"{name}.png")
-    return all(file.is_file() and file.read_bytes()[-8:-4] == b"IEND" for file in files)
+    """Whether the three files of a generated image exist and end as a whole PNG does."""
+    return all(file.is_file() and file.read_bytes()[-8:-4] == b"IEND"
+               for file in generated_files(out, name))
 
 
 def save_prediction(stem, label, image, classes):
@@ -64,8 +69,13 @@ def contact_sheet(pictures, columns=2, scale=None):
 
 
 def write_grid(out):
-    """OUT/grid.png: the first 32 strips of vis/ on one sheet."""
-    strips = [np.asarray(Image.open(f)) for f in sorted((out / "vis").glob("*.png"))[:32]]
+    """OUT/grid.png: the first 32 strips of vis/ on one sheet. UserError for unequal sizes."""
+    files = sorted((out / "vis").glob("*.png"))[:32]
+    strips = [data.read_image(file) for file in files]
+    for file, strip in zip(files, strips, strict=True):
+        if strip.shape != strips[0].shape:
+            raise data.UserError(f"{file} and {files[0]} differ in size: delete the one that this "
+                                 "run did not make")
     write_image(out / "grid.png", contact_sheet(strips))
 
 
@@ -86,7 +96,7 @@ figure { margin: 0; min-height: HEIGHTpx }
 .pair img { position: absolute; inset: 0; width: 100%; height: 100% }
 .pair img + img { opacity: var(--show); image-rendering: pixelated; transition: opacity .15s }
 .pair:hover img + img, .pair:focus img + img { opacity: 1; transition-delay: .15s }
-figcaption { font-size: 12px } b { font-weight: 600 } .dim, details { opacity: .65 }
+figcaption { font-size: 12px } b { font-weight: 600 } .dim { opacity: .65 }
 </style>
 <header><h1>TITLE</h1>
 <label>image <input id="show" type="range" min="0" max="1" step="0.01" value="0"> label</label>
@@ -103,7 +113,7 @@ const find = id => document.getElementById(id), main = document.querySelector("m
 const keys = ["class", "weather", "set"];
 for (const key of keys) {
   const values = [...new Set(rows.map(r => r[key] ?? "none"))].sort();
-  find(key).append(new Option("all", ""), ...values.map(v => new Option(v, v)));
+  find(key).append(new Option("all", ""), ...values.map(v => new Option(v)));
   find(key).onchange = filter;
 }
 find("sets").hidden = !rows.some(r => r.set);
@@ -117,11 +127,9 @@ function picture(path) {
 function fill(card) {
   const r = card.row, [pair, text] = card.children, head = document.createElement("b");
   pair.append(picture(r.image), picture(r.label));
+  pair.title = `${r.image}, seed ${r.seed}`;
   head.textContent = [r.set, r.weather, r.class].filter(Boolean).join(" · ");
-  const file = document.createElement("details");  // folded away
-  file.append(document.createElement("summary"), `${r.image}  seed ${r.seed}`);
-  file.firstChild.textContent = "file, seed";
-  text.append(head, document.createElement("br"), r.prompt ?? "", file);
+  text.append(head, document.createElement("br"), r.prompt ?? "");
 }
 const near = new IntersectionObserver(entries => {
   for (const { target } of entries.filter(e => e.isIntersecting)) {
