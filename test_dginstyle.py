@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -2437,39 +2438,6 @@ def test_window_weights_are_a_partition(weights, monkeypatch):
     assert (outs[0] - 0.3).abs().max() < 1e-6
 
 
-def test_nets_take_turns_on_the_device(monkeypatch):
-    """With low_vram a net is on the device for its turn only, and its weights come back untouched
-    (float64 stands in for a GPU)."""
-    models = tiny_models()
-    monkeypatch.setattr(Models, "device", torch.float64)
-    names = ("unet", "controlnet", "vae", "text_encoder")
-    before = {name: [(p, p.data) for p in getattr(models, name).parameters()] for name in names}
-    with models.on_device("unet", "controlnet"):
-        there = [name for name in names
-                 if all(p.dtype == torch.float64 for p in getattr(models, name).parameters())]
-    assert there == ["unet", "controlnet"]
-    for name, homes in before.items():
-        for p, (q, home) in zip(getattr(models, name).parameters(), homes, strict=True):
-            assert p is q and p.data_ptr() == home.data_ptr()
-
-
-def test_networks_compile_whole():
-    """--compile: one graph a network, without a break, for any number of windows in a call."""
-    models, g = tiny_models(), torch.Generator().manual_seed(0)
-    text, hint = models.encode_prompts(["road"]), torch.zeros(1, 20, 32, 32)
-    latents, mask = torch.randn(1, 4, 8, 8, generator=g), torch.zeros(1, 1, 32, 32)
-
-    def run(n):
-        return dginstyle.second_pass(models, latents, mask, hint, text, Noise([0]), steps=2,
-                                     stride="half", tile_batch=n)
-
-    plain = run(5)
-    for net in (models.unet, models.controlnet):
-        net.compile(dynamic=True, fullgraph=True, backend="eager")
-    for n in (5, 7):  # 5 + 4 and 7 + 2 windows
-        assert relative(run(n), plain) < 1e-5
-
-
 def test_denoise_yields_every_step_and_writes_no_argument():
     """One latent per step; the caller's tensors are left as they were."""
     models = tiny_models()
@@ -2547,6 +2515,18 @@ def kill_when(exists, words):
     assert process.wait() == -signal.SIGKILL
 
 
+def two_processes(words):
+    """A script and its words as the two processes that torchrun would start."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "WORLD_SIZE": "2",
+           "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    running = [subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL,
+                                env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    assert [process.wait() for process in running] == [0, 0]
+
+
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
     """A run of QUICK in the toy pack."""
@@ -2572,8 +2552,8 @@ def test_generate_writes_all_it_promises(generated):
 
 
 def test_generate_again_makes_what_is_missing(generated, tmp_path):
-    """Half a picture, a lost label, preview or row, and rows of a process that was killed: the same
-    command restores the run, and leaves a complete one alone."""
+    """Half a picture, a lost label and preview, half a row: the same command restores the run, and
+    leaves a complete one alone."""
     out = tmp_path / "run"
     shutil.copytree(generated, out)
     before = files(out)
@@ -2584,7 +2564,6 @@ def test_generate_again_makes_what_is_missing(generated, tmp_path):
     strip.unlink()
     first, second = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
     (out / "manifest.jsonl").write_text(first + second[:40])
-    (out / "manifest.3.part").write_text(second)
     assert main(["generate", *QUICK, "--out", str(out)]) == 0
     assert files(out) == before
     stamp = image.stat().st_mtime_ns
@@ -2646,12 +2625,9 @@ def test_an_image_is_the_same_alone_and_in_a_batch(tmp_path, monkeypatch):
 
 
 def test_processes_make_the_images_of_one(generated, tmp_path):
-    """torchrun shards the list: same files, same labels, images equal up to rounding."""
+    """Two processes share the list: same files, same labels, images equal up to rounding."""
     out = tmp_path / "run"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--",
-                    str(HERE / "dginstyle.py"), "generate", *QUICK, "--batch", "1", "--out",
-                    str(out)], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two_processes([HERE / "dginstyle.py", "generate", *QUICK, "--batch", "1", "--out", out])
     assert set(files(out)) == set(files(generated))
     assert (out / "manifest.jsonl").read_text() == (generated / "manifest.jsonl").read_text()
     a, b = (pixels(run / "images") for run in (generated, out))
@@ -2688,7 +2664,7 @@ def test_nan_latents_are_not_saved(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error, shown", [(data.UserError("no"), True), (ValueError("no"), False),
-                                          (OSError(28, "no"), True), (OSError("no"), False)])
+                                          (OSError(28, "no"), True)])
 def test_faults_of_the_program_keep_their_traceback(error, shown, monkeypatch):
     """Only what the user can put right loses it; a ValueError of some library does not."""
     def fails(*args, **options):
@@ -2757,8 +2733,8 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(stage, pack, tmp
 
 
 @pytest.mark.parametrize("stage, precision", [
-    *((stage, "bf16") for stage in (*STAGE_FOLDERS, "segment", "diff")), ("dreambooth", "fp16"),
-    ("controlnet", "fp16"), ("segment", "fp16"), ("diff", "fp16")])
+    *((stage, "bf16") for stage in (*STAGE_FOLDERS, "segment", "diff")), ("controlnet", "fp16"),
+    ("segment", "fp16")])
 def test_every_stage_trains_in_half_precision(stage, precision, pack, tmp_path):
     """As the command runs on a GPU: fp32 weights (but DIFF's prior), autocast, and in fp16 cached
     latents; DIFF measures so too."""
@@ -2960,10 +2936,7 @@ def test_two_processes_train_as_one(pack, tmp_path, monkeypatch):
     shutil.copytree(pack, sd, symlinks=True)
     (sd / "settings.json").write_text(json.dumps(settings))
     flags = ["train", "controlnet", "--sd", str(sd), "--out"]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--",
-                    str(tmp_path / "script.py"), str(tmp_path / "rank"), *flags,
-                    str(tmp_path / "two")], check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    two_processes([tmp_path / "script.py", tmp_path / "rank", *flags, tmp_path / "two"])
     ranks = [torch.load(tmp_path / f"rank{r}", weights_only=True) for r in (0, 1)]
     assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
 
@@ -3022,7 +2995,7 @@ def test_one_run_a_folder(tmp_path, capsys):
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True,
                               stdout=subprocess.PIPE)
     assert holder.stdout.readline() == "held\n"
-    words = ["generate", "--num", "1", "--steps", "1", "--no-mrlf", "--out", str(tmp_path)]
+    words = ["generate", *QUICK, "--no-mrlf", "--out", str(tmp_path)]
     refuses(capsys, words, "another run is at work", str(tmp_path))
     holder.kill()
     holder.wait()
@@ -3037,11 +3010,10 @@ def test_nan_stops_training(broken, tmp_path, monkeypatch, capsys):
 
     def loss(model, *rest):
         calls.append(model)
-        if broken == "weight" and len(calls) == 4:  # the loss is that of the weight before
-            weight, value = next(model.parameters()), real(model, *rest)
-            value.register_hook(lambda grad: weight.data.fill_(math.nan) and None)
-            return value
-        return real(model, *rest) * (math.nan if len(calls) == 4 else 1)
+        value = real(model, *rest)
+        if broken == "weight" and len(calls) == 4:  # after it was used
+            next(model.parameters()).data.fill_(math.nan)
+        return value * (math.nan if broken == "loss" and len(calls) == 4 else 1)
 
     monkeypatch.setattr(segment, "training_loss", loss)
     flags = [*TINY_RUN, "--steps", "9", "--save-every", "2", "--out", str(tmp_path)]
@@ -3059,7 +3031,7 @@ def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
         file.write_bytes(whole[: len(whole) * 4 // 5])  # what Pillow opens gladly
     data_words = ["--data", str(tmp_path / "set"), "--steps", "2"]
     tiny = ["--backbone", "tiny", "--crop", "64x64", "--fit", "64x128", "--workers", "2"]
-    runs = {"train": ["segment", "train", *data_words, *tiny, "--batch", "4"],
+    runs = {"train": ["segment", "train", *data_words, *tiny, "--batch", "4", "--no-rcs"],
             "make": ["generate", *data_words, "--num", "4", "--no-mrlf", "--no-rcs"],
             "eval": ["segment", "eval", "--eval-data", str(tmp_path / "set"), "--weights",
                      str(HERE / "toy/segformer")]}
@@ -3198,8 +3170,8 @@ def edit(path, **entries):
 
 
 def cut(path):
-    """Only the first half of a file."""
-    put(path, Path(path).read_bytes()[: os.path.getsize(path) // 2])
+    """Only four fifths of a file: of a picture, what Pillow opens gladly."""
+    put(path, Path(path).read_bytes()[: os.path.getsize(path) * 4 // 5])
 
 
 def weights(change, file="sd/unet/diffusion_pytorch_model.safetensors"):
@@ -3230,11 +3202,11 @@ def labels(array):
 
 
 def full_disk(monkeypatch):
-    """No file can be given its name."""
-    def fails(*names):
+    """Nothing that is written reaches the disk."""
+    def fails(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(os, "fsync", fails)
 
 
 QUICK_RUN = "--steps 1 --batch 1 --out out"
@@ -3266,7 +3238,7 @@ BAD_INPUTS = [  # command and more words of it, words of the sentence, what is b
     ("rcs-subset --num 99", "99"),
     ("rcs-subset", "out not empty", lambda _: put("out/a", "")),
 
-    ("generate --sd nowhere", "nowhere"),
+    ("generate --sd nowhere --controlnet sd/controlnet", "nowhere"),
     ("generate --controlnet nowhere", "nowhere"),
     ("generate --controlnet sd/vae", "sd/vae"),
     ("generate", "--controlnet", lambda _: put("sd/settings.json", None)),
@@ -3292,7 +3264,7 @@ BAD_INPUTS = [  # command and more words of it, words of the sentence, what is b
     ("generate", "sd/settings.json guidence",
      lambda _: edit("sd/settings.json", generate={"guidence": 3})),
     ("generate", "sd/settings.json", lambda _: edit("sd/settings.json", generate={"steps": "x"})),
-    ("generate", "sd/settings.json", lambda _: put("sd/settings.json", {"generates": {}})),
+    ("generate", "sd/settings.json", lambda _: put("sd/settings.json", {"generates": {"num": 1}})),
     ("segment eval", "segformer", lambda _: put("segformer/config.json", "{")),
     ("stats", ".class_counts.json", lambda _: put("data/.class_counts.json", "{")),
     ("generate --classes c.json", "c.json", lambda _: put("c.json", "{")),
@@ -3326,7 +3298,8 @@ BAD_INPUTS = [  # command and more words of it, words of the sentence, what is b
     ("generate", "out other settings", lambda _: put("out/settings.json", {"seed": "5"})),
     ("segment train", "out other settings", lambda _: put("out/segformer.json", {"seed": "5"})),
     ("generate", "out/settings.json", lambda _: put("out/settings.json", "{")),
-    ("generate", "No space left", full_disk), ("segment train", "No space left", full_disk),
+    ("generate --no-rcs", "No space left", full_disk),
+    ("segment train --no-rcs", "No space left", full_disk),
 ]
 
 
@@ -3368,8 +3341,8 @@ def test_a_bad_input_is_one_sentence(case, good_inputs, tmp_path, monkeypatch, c
     said = [line for line in said if line.strip() and "%|" not in line]  # progress bars
     assert code == 2 and len(said) == 1, said
     assert all(word in said[0] for word in culprits.split()), said
-    after = files(root)
-    after.pop("data/.class_counts.json", None)
+    after = {k: v for k, v in files(root).items() if k not in ("out/.lock",
+                                                               "data/.class_counts.json")}
     assert after.items() <= before.items() and not (root / "executed").exists()
 
 
@@ -3578,21 +3551,18 @@ def test_rehearsal_of_three_commands(capsys):
 # ---- experiments/pretend.py: on a GPU that is not there ------------------------------------------
 
 
-def on_pretended(device="cuda:0", dtype=torch.float32, low_vram=False):
+def on_pretended(dtype=torch.float32):
     """tiny_models there, to be called within pretend.gpu()."""
-    models = replace(tiny_models(), schedule=pretend.schedule(),
-                     turns_on=device if low_vram else None)
+    models = replace(tiny_models(), schedule=pretend.schedule())
     for net in (models.unet, models.controlnet, models.vae, models.text_encoder):
-        net.to("cpu" if low_vram else device, dtype, memory_format=torch.channels_last)
+        net.to("cuda:0", dtype, memory_format=torch.channels_last)
     return models
 
 
-@pytest.mark.parametrize("low_vram", [False, True])
-def test_both_passes_on_a_gpu(low_vram):
-    """Nothing is left on the CPU in sampling, with any sampler, guidance and size; with low_vram
-    no weight is left on the GPU."""
+def test_both_passes_on_a_gpu():
+    """Nothing is left on the CPU in sampling, with any sampler, guidance and size."""
     with pretend.gpu(), torch.no_grad():
-        models = on_pretended("cuda:0", torch.bfloat16, low_vram)
+        models = on_pretended(torch.bfloat16)
         text, hint = models.encode_prompts(["road", "sky"], "fog"), torch.zeros(2, 20, 32, 64)
         for sampler, weights, share in (("ddim", "uniform", 1.0), ("dpm++", "cosine", 0.4)):
             options = dict(sampler=sampler, steps=2, weights=weights, control_uncond=share,
@@ -3603,9 +3573,6 @@ def test_both_passes_on_a_gpu(low_vram):
                                             stride="half", **options)
             assert latents.is_cuda and latents.shape == (2, 4, 16, 32)
         dginstyle.first_pass(models, (32, 64), text, None, Noise([0, 1]), steps=1, tile_batch=16)
-        nets = (models.unet, models.controlnet, models.vae, models.text_encoder)
-        there = {p.device.type for net in nets for p in net.parameters()}
-        assert there == {"cpu" if low_vram else "cuda"}
 
 
 def test_a_misplaced_tensor_is_found():
@@ -3699,7 +3666,12 @@ def watch_update(monkeypatch):
         assert all(p.is_cuda for group in optimizer.param_groups for p in group["params"])
         return loss, names
 
+    def loader(draw, args, first):  # a DataLoader draws a seed, for which nothing here has content
+        samples = [draw(np.random.default_rng(k)) for k in range(args.batch)]
+        return [torch.utils.data.default_collate(samples)] * 2 * args.accumulate
+
     monkeypatch.setattr(training, "update", watched)
+    monkeypatch.setattr(training, "loader", loader)
     return seen
 
 
@@ -3739,7 +3711,7 @@ ALLOWED = {
     "unet.py": {"torch", "safetensors"}, "vae.py": {"torch", "safetensors"},
     "clip_text.py": {"torch", "safetensors"}, "segformer.py": {"torch", "safetensors"},
     "controlnet.py": {"torch", "unet"},
-    "diff.py": {"torch", "safetensors", "unet", "segformer"}, "toy/streets.py": {"numpy", "PIL"},
+    "diff.py": {"torch", "safetensors", "unet", "segformer"}, "toy/streets.py": {"numpy", "PIL", "data"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
 }
 ALONE = """
@@ -3773,7 +3745,7 @@ def test_files_can_be_copied_out(tmp_path):
         used |= {x.module.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
         assert used - set(sys.stdlib_module_names) <= allowed, file
         folder.mkdir()
-        for name in {file} | {f"{name}.py" for name in allowed & {"unet", "segformer"}}:
+        for name in {file, *(f"{name}.py" for name in allowed & {"unet", "segformer", "data"})}:
             shutil.copy(HERE / name, folder)
     subprocess.run([sys.executable, "-c", ALONE, *map(str, folders)], cwd=tmp_path, check=True)
 
