@@ -2360,22 +2360,6 @@ def test_second_pass_equals_the_literal_loop(size, kept, official):
     assert relative(have, want) < 1e-5
 
 
-def test_second_pass_from_part_of_the_noise():
-    """start below 1: only the steps below that level are made, from the enlarged first pass with
-    the initial noise at the first of them."""
-    models, seen = tiny_models(), []
-    latents, text = torch.randn(1, 4, 8, 8), models.encode_prompts(["road"])
-    hint, mask = torch.zeros(1, 20, 32, 32), torch.zeros(1, 1, 32, 32)
-    predict = models.predict
-    models.predict = lambda x, t, *a: (seen.append(x), predict(x, t, *a))[1]
-    noise = torch.randn(1, 4, 16, 16)
-    with torch.no_grad():
-        dginstyle.second_pass(models, latents, mask, hint, text, lambda shape: noise, steps=4,
-                              start=0.6, window=(16, 16))
-    want = models.schedule.add_noise(dginstyle.enlarge(models.vae, latents), noise, 501)
-    assert len(seen) == 3 and relative(seen[0], want) < 1e-6  # t = 501, 251, 1
-
-
 @pytest.mark.parametrize("guidance, share", [(1, 1.0), (0, 1.0), (3, 0.0), (3, 0.4)])
 def test_guidance(guidance, share):
     """out_u + guidance (out_c - out_u), with and without control, of which control_uncond is the
@@ -2412,20 +2396,6 @@ def test_tone_of_the_prior(kind):
     assert relative(dginstyle.match_tone(schedule, out, out, x, 700, 1.0), out) < 1e-4
 
 
-def test_prior_tone_reaches_every_window():
-    """With --prior-tone 1 a first step gives each image the channel means that it has without
-    control, which it has not otherwise."""
-    models, g = tiny_models(), torch.Generator().manual_seed(1)
-    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
-    text = models.encode_prompts(["road", "sky car"])
-    both, control, free = (
-        next(dginstyle.denoise(models, x, text, control, steps=2, control_scale=1e3,
-                               prior_tone=tone))
-        for control, tone in ((hint, 1.0), (hint, 0.0), (None, 1.0)))
-    tones = [v.mean((2, 3)) for v in (both, control, free)]
-    assert relative(tones[0], tones[2]) < 1e-5 and relative(tones[1], tones[2]) > 1e-3
-
-
 @pytest.mark.parametrize("weights", ["uniform", "cosine"])
 def test_window_weights_are_a_partition(weights, monkeypatch):
     """Windows that agree give what one of them says, whatever their weights."""
@@ -2436,16 +2406,6 @@ def test_window_weights_are_a_partition(weights, monkeypatch):
     next(denoise(models, x, models.encode_prompts(["road", ""]), steps=1, window=(8, 8),
                  stride=(5, 8), weights=weights))
     assert (outs[0] - 0.3).abs().max() < 1e-6
-
-
-def test_denoise_yields_every_step_and_writes_no_argument():
-    """One latent per step; the caller's tensors are left as they were."""
-    models = tiny_models()
-    x, hint = torch.randn(1, 4, 8, 8), torch.ones(1, 20, 32, 32)
-    before = x.clone()
-    states = list(denoise(models, x, models.encode_prompts([""]), hint, steps=3))
-    assert len(states) == 3 and not torch.equal(states[0], states[1])
-    assert torch.equal(x, before) and torch.equal(hint, torch.ones_like(hint))
 
 
 # ----------------------------------------------------------------------------------------- generate
@@ -2645,38 +2605,27 @@ def test_a_signal_ends_generate_at_once(tmp_path, monkeypatch, capsys):
 
 
 def test_nan_latents_are_not_saved(tmp_path, monkeypatch, capsys):
-    """The image is named and left out, or the run stops before it."""
-    real = dginstyle.sample
-
-    def sample(*args):
-        latents = real(*args)
-        latents[1, 0, 0, 0] = float("nan")
-        return latents
-
-    monkeypatch.setattr(dginstyle, "sample", sample)
-    words = ["generate", *QUICK, "--no-mrlf", "--batch", "2", "--out"]
+    """The image is named, and the run stops before it or leaves it out."""
+    latents = torch.zeros(2, 12, 16, 32)
+    latents[1, 0, 0, 0] = math.nan
+    monkeypatch.setattr(dginstyle, "sample", lambda *_: latents)
+    words = ["generate", *QUICK, "--batch", "2", "--out"]
     refuses(capsys, [*words, str(tmp_path / "stop")], "000001", "seed", "NaN")
     assert not (tmp_path / "stop/images").is_dir()
     assert main([*words, str(tmp_path / "skip"), "--on-error", "skip"]) == 0
     assert len(list((tmp_path / "skip/images").iterdir())) == 1
     assert "000001" in (tmp_path / "skip/skipped.jsonl").read_text()
-    assert len((tmp_path / "skip/manifest.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("error, shown", [(data.UserError("no"), True), (ValueError("no"), False),
-                                          (OSError(28, "no"), True)])
-def test_faults_of_the_program_keep_their_traceback(error, shown, monkeypatch):
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     """Only what the user can put right loses it; a ValueError of some library does not."""
     def fails(*args, **options):
-        raise error
+        raise ValueError("a fault")
 
     monkeypatch.setattr(data, "open_set", fails)
     for command, words in ((main, ["generate"]), (data.main, ["stats", "x"])):
-        if shown:
-            assert command(words) == 2
-        else:
-            with pytest.raises(type(error), match="no"):
-                command(words)
+        with pytest.raises(ValueError, match="a fault"):
+            command(words)
 
 
 # -------------------------------------------------------------------------------------------- train
@@ -2772,17 +2721,15 @@ def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path
 
 
 def test_predict_folders_with_broken_pictures(tmp_path, capsys):
-    """Pictures and folders of them, in any place among the flags; a broken picture is named and
-    left out."""
-    image = Image.fromarray(streets.toy_street(0, size=(32, 64))[0])
-    for name in ("a/1.png", "a/b/1.jpg", "c.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(tmp_path / name)
+    """Pictures and folders of them, before or after the flags; a broken one is named and left out.
+    """
+    for name in ("a/1.png", "a/b/1.png", "c.png"):
+        data_photo(tmp_path / name, size=(32, 64))
     (tmp_path / "a/2.png").write_bytes(b"no picture")
     flags = ["--weights", str(HERE / "toy/segformer"), "--out", str(tmp_path / "out")]
-    assert main(["segment", "predict", str(tmp_path / "a"), str(tmp_path / "c.png"), *flags]) == 0
+    assert main(["segment", "predict", str(tmp_path / "a"), *flags]) == 0
     said = capsys.readouterr().out
-    assert "left out: " in said and "2.png" in said and "3 predictions" in said
+    assert "left out: " in said and "2.png" in said and "2 predictions" in said
     assert main(["segment", "predict", *flags, str(tmp_path / "c.png")]) == 0
     for name in ("1", "b/1", "c"):
         label = data.read_label(tmp_path / f"out/predictions/{name}_labelTrainIds.png")
@@ -2841,32 +2788,12 @@ def test_segmenter_draw_is_the_published_one(tmp_path, arch):
         assert torch.equal(image, whole[:, box[0], box[1]].flip(turned))
 
 
-@pytest.mark.parametrize("name", ["7_a", "plain"])
-def test_segmenter_crops_show_the_rare_class(name, tmp_path):
-    """In the authors' RCS subset the class a name begins with, elsewhere one drawn by RCS."""
-    label = np.zeros((64, 256), np.uint8)
-    label[:, 8:], label[:8, -32:] = 1, 7  # enough of it in one crop of seven
-    data_plain(tmp_path, [name], label)
-    seen = []
-    for words in ([], ["--no-rcs"]):
-        _, _, draw = segment_setting("--data", tmp_path, "--crop", "64x64", "--fit", "none", *words,
-                                     rcs_min_pixels=60)
-        rng = np.random.default_rng(0)
-        seen.append(np.mean([(draw(rng)[1] == 7).sum() > 30 for _ in range(40)]))
-    assert seen[0] > 0.4 and seen[1] < 0.35, seen
-
-
-def test_hrda_has_the_published_sizes():
-    """--arch hrda doubles scale, crop and window; an HRDA file is measured in its own windows."""
-    big = streets.ToyStreets(("sunny",), 1, size=(72, 128))
-    for arch, scale in (("daformer", 1), ("hrda", 2)):
-        args = dginstyle.settings("segment", "--data", "x", "--no-rcs", "--arch", arch)
-        draw = segment.segmenter_draw(data.Joined([big]), args)
-        image, label, _ = draw(np.random.default_rng(0))
-        assert image.shape[1:] == label.shape == (512 * scale, 512 * scale)
-        assert segment.published_crop(arch) == (512 * scale, 512 * scale)
-        assert segment.published_fit("cityscapes", arch) == (512 * scale, 1024 * scale)
-        assert segment.published_fit("acdc", arch) == (540 * scale, 960 * scale)
+def test_hrda_doubles_the_published_sizes():
+    """Scale, crop and window of section 4.1."""
+    for arch, k in (("daformer", 1), ("hrda", 2)):
+        assert segment.published_crop(arch) == (512 * k, 512 * k)
+        assert segment.published_fit("cityscapes", arch) == (512 * k, 1024 * k)
+        assert segment.published_fit("acdc", arch) == (540 * k, 960 * k)
         assert segment.published_fit("plain", arch) is None
 
 
@@ -2920,26 +2847,9 @@ TINY_RUN = ["segment", "train", "--data", "toy:sunny:4", "--batch", "1", "--work
 
 
 def test_two_processes_train_as_one(pack, tmp_path, monkeypatch):
-    """Two processes end with one ControlNet, that of one process with both shares of a batch."""
-    (tmp_path / "script.py").write_text(
-        "import os, sys, torch, dginstyle\n"
-        "optimise = dginstyle.optimise\n"
-        "def watched(stage, loss, nets, *rest):\n"
-        "    optimise(stage, loss, nets, *rest)\n"
-        "    weights = nets['controlnet'].state_dict()\n"
-        "    torch.save(weights, sys.argv[1] + os.environ['RANK'])\n"
-        "dginstyle.optimise = watched\n"
-        "sys.exit(dginstyle.main(sys.argv[2:]))\n")
-    settings = json.loads((pack / "settings.json").read_text())
-    settings["controlnet"] |= {"ema": 0, "batch": 1, "steps": 2}
-    sd = tmp_path / "sd"
-    shutil.copytree(pack, sd, symlinks=True)
-    (sd / "settings.json").write_text(json.dumps(settings))
-    flags = ["train", "controlnet", "--sd", str(sd), "--out"]
-    two_processes([tmp_path / "script.py", tmp_path / "rank", *flags, tmp_path / "two"])
-    ranks = [torch.load(tmp_path / f"rank{r}", weights_only=True) for r in (0, 1)]
-    assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
-
+    """Two processes end with the ControlNet of one process that has both shares of a batch."""
+    words = ["train", "controlnet", "--sd", str(pack), "--batch", "1", "--steps", "2", "--out"]
+    two_processes([HERE / "dginstyle.py", *words, tmp_path / "two"])
     encode, seeds = dginstyle.encode_images, iter(range(99))
 
     def seeded(vae, images):  # the generators of update 0, process 0; 0, 1; 1, 0; ...
@@ -2947,11 +2857,10 @@ def test_two_processes_train_as_one(pack, tmp_path, monkeypatch):
         return encode(vae, images)
 
     monkeypatch.setattr(dginstyle, "encode_images", seeded)
-    assert main([*flags, str(tmp_path / "one"), "--accumulate", "2"]) == 0
-    two, one = (ControlNet.from_pretrained(tmp_path / name / "controlnet").state_dict()
-                for name in ("two", "one"))
-    assert all(torch.equal(ranks[0][k], two[k]) for k in two)
-    start = UNet.from_pretrained(HERE / "toy" / "unet_source").state_dict()
+    assert main([*words, str(tmp_path / "one"), "--accumulate", "2"]) == 0
+    two, one = (ControlNet.from_pretrained(tmp_path / run / "controlnet").state_dict()
+                for run in ("two", "one"))
+    start = UNet.from_pretrained(HERE / "toy/unet_source").state_dict()
     moved = sum((one[k] - start[k]).abs().sum() for k in one if k in start)
     apart = sum((one[k] - two[k]).abs().sum() for k in one if k in start)
     assert moved > 0 and apart < 1e-4 * moved
@@ -3048,19 +2957,14 @@ def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
 
 
 def test_presets():
-    """Explicit flags win over the preset, the preset over the defaults; fast needs at most a fifth
-    of paper's network evaluations at the published size."""
+    """Explicit flags win over the preset, the preset over the pack, the pack over the published
+    defaults."""
     def parse(*words):
         return dginstyle.settings("generate", "--device", "cpu", *words)
 
-    def evaluations(args):
-        stride = 64 // dginstyle.STRIDES[args.stride]
-        return args.steps * (1 + len(dginstyle.tiles((128, 128), (64, 64), (stride, stride))))
-
     published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
-    assert vars(published) == vars(paper) and paper.sampler == "ddim" and paper.guidance == 7.5
-    fast = parse("--sd", "x", "--preset", "fast")
-    assert evaluations(paper) == 520 and evaluations(paper) >= 5 * evaluations(fast)
+    assert vars(published) == vars(paper)
+    assert (paper.sampler, paper.steps, paper.stride, paper.guidance) == ("ddim", 20, "quarter", 7.5)
     mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
     assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
     toy = parse()  # has settings of its own
@@ -3116,57 +3020,40 @@ def test_grid_of_unequal_strips(tmp_path):
 # ---- toy/ ----------------------------------------------------------------------------------------
 
 
-def test_latents_can_be_normalised_inside_the_vae():
-    """The folded statistics give latents of mean 0 and standard deviation 1, and equal pictures."""
-    auto = tiny_models().vae
-    images = list(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    folded = make.normalise_latents(auto, images)
-    with torch.no_grad():
-        z = folded.encode(torch.stack(images))
-        assert z.mean((0, 2, 3)).abs().max() < 1e-4
-        assert (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
-        want = auto.decode(auto.encode(torch.stack(images)))
-        assert relative(folded.decode(z), want) < 1e-4
-
-
 def test_toy_streets_repeat_and_share_scenes():
-    """A scene is a function of its seed; every style shows it with the same label."""
+    """A scene is a function of its seed, every style shows it with the same label, the splits have
+    different ones, and together they show every class and ignore."""
     image, label = streets.toy_street(3, "sunny")
-    again, _ = streets.toy_street(3, "sunny")
-    assert np.array_equal(image, again) and image.shape == (128, 256, 3)
+    assert np.array_equal(image, streets.toy_street(3, "sunny")[0])
     for style in streets.STYLES[1:]:
         other, same_label = streets.toy_street(3, style)
         assert np.array_equal(label, same_label) and np.abs(other - image.astype(int)).mean() > 10
-
-
-def test_toy_streets_show_every_class():
-    """All 19 classes and ignore occur, and train, val and test scenes differ."""
-    scenes = streets.ToyStreets(n=60)
-    seen = set().union(*(np.unique(scenes.label(i)).tolist() for i in range(60)))
-    assert seen == {*range(19), 255}
     labels = [streets.ToyStreets(n=1, split=s).label(0) for s in ("train", "val", "test")]
     assert not np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[1], labels[2])
+    scenes = streets.ToyStreets(n=60)
+    assert {k for i in range(60) for k in np.unique(scenes.label(i)).tolist()} == {*range(19), 255}
 
 
 # ---- bad inputs: what the user can put right is one sentence -------------------------------------
 
 
 def put(path, content):
-    """A file anew, never into one that is shared by hard link: bytes, text, a picture (array), or
-    anything else as JSON; None leaves it out."""
+    """A file anew, never into one shared by hard link: a picture (array), bytes, text or JSON; None
+    leaves it out."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     if isinstance(content, np.ndarray):
         Image.fromarray(content).save(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     elif content is not None:
-        content = content if isinstance(content, (bytes, str)) else json.dumps(content)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 def edit(path, **entries):
     """Change entries of a JSON file."""
-    put(path, {**json.loads(Path(path).read_text()), **entries})
+    put(path, json.loads(Path(path).read_text()) | entries)
 
 
 def cut(path):
@@ -3174,16 +3061,15 @@ def cut(path):
     put(path, Path(path).read_bytes()[: os.path.getsize(path) * 4 // 5])
 
 
-def weights(change, file="sd/unet/diffusion_pytorch_model.safetensors"):
-    """Write a weight file again after change(state, first key)."""
-    state = load_file(file)
-    change(state, min(state))
-    os.unlink(file)
-    save_file(state, file)
+def weights(**tensors):
+    """Change tensors of the UNet's file; None leaves one out."""
+    state = load_file(UNET) | tensors
+    os.unlink(UNET)
+    save_file({k: v for k, v in state.items() if v is not None}, UNET)
 
 
 class Code:
-    """Unpickled by the usual pickle it makes a file."""
+    """Unpickled by the usual pickle it makes a folder."""
 
     def __reduce__(self):
         return (os.mkdir, ("executed",))
@@ -3191,8 +3077,8 @@ class Code:
 
 def pickled():
     """A pickle with code in place of the UNet's weights."""
-    put("sd/unet/diffusion_pytorch_model.safetensors", None)
-    torch.save({"x": Code()}, "sd/unet/diffusion_pytorch_model.bin")
+    os.unlink(UNET)
+    torch.save({"x": Code()}, UNET.replace("safetensors", "bin"))
 
 
 def labels(array):
@@ -3201,70 +3087,61 @@ def labels(array):
         put(file, array)
 
 
-def full_disk(monkeypatch):
-    """Nothing that is written reaches the disk."""
-    def fails(file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fails)
+def full(file):
+    """What the system says when there is no room."""
+    raise OSError(28, "No space left on device")
 
 
-QUICK_RUN = "--steps 1 --batch 1 --out out"
-BAD_COMMANDS = {
-    "generate": f"--sd sd --data data --num 1 --no-mrlf {QUICK_RUN}",
-    "train controlnet": f"--sd sd --data data --workers 0 {QUICK_RUN}",
-    "segment train": f"--data data --backbone tiny --crop 64x64 --workers 0 {QUICK_RUN}",
+SHORT = "--steps 1 --batch 1 --out out"
+BAD_COMMANDS = {  # a row of the table begins with one of these, and its other words come last
+    "generate": f"--sd sd --data data --num 1 --no-mrlf {SHORT}",
+    "train controlnet": f"--sd sd --data data --workers 0 {SHORT}",
+    "segment train": f"--data data --backbone tiny --crop 64x64 --workers 0 {SHORT}",
     "segment eval": "--weights segformer --eval-data data --out out",
     "segment predict": "--weights segformer --out out", "segment": "--data data --out out",
     "stats": "data", "rcs-subset": "data out"}
-UNET, LABEL = "sd/unet/diffusion_pytorch_model.safetensors", "data/labels/a_labelTrainIds.png"
-FLAT = np.zeros((64, 128), np.uint8)
-BAD_INPUTS = [  # command and more words of it, words of the sentence, what is broken
+UNET, UNET_CONFIG = "sd/unet/diffusion_pytorch_model.safetensors", "sd/unet/config.json"
+SCHEDULER, SETTINGS = "sd/scheduler/scheduler_config.json", "sd/settings.json"
+LABEL, IMAGE, FLAT = "data/labels/a.png", "data/images/a.png", np.zeros((64, 128), np.uint8)
+BAD_INPUTS = [  # command line, words of the sentence, what is done before
     ("generate --data nowhere", "nowhere"),
     ("generate --data toy:sandstorm", "sandstorm"),
     ("generate --data toy:sunny:none", "toy:sunny:none"),
     ("stats", "data", lambda _: shutil.rmtree("data/images")),
     ("generate", "data", lambda _: [shutil.rmtree("data/images"), os.mkdir("data/images")]),
     ("generate", "label", lambda _: shutil.rmtree("data/labels")),
-    ("generate", "size", lambda _: labels(np.zeros((9, 9), np.uint8))),
+    ("generate", "size", lambda _: labels(FLAT[:9, :9])),
     ("stats", f"{LABEL} 77", lambda _: put(LABEL, FLAT + 77)),
     ("generate", LABEL, lambda _: put(LABEL, np.zeros((64, 128, 3), np.uint8))),
     ("generate", LABEL, lambda _: cut(LABEL)),
     ("generate", "no class", lambda _: labels(FLAT + 255)),
-    ("segment eval", "data/images/a.png", lambda _: cut("data/images/a.png")),
+    ("segment eval", IMAGE, lambda _: cut(IMAGE)),
     ("segment predict nowhere.png", "nowhere.png"),
-    ("segment predict c.json", "pictures"),
-    ("segment predict odd.png", "odd.png", lambda _: put("odd.png", b"no picture")),
+    ("segment predict odd.png", "odd.png", lambda _: put("odd.png", "no picture")),
     ("rcs-subset --num 99", "99"),
     ("rcs-subset", "out not empty", lambda _: put("out/a", "")),
 
     ("generate --sd nowhere --controlnet sd/controlnet", "nowhere"),
-    ("generate --controlnet nowhere", "nowhere"),
     ("generate --controlnet sd/vae", "sd/vae"),
-    ("generate", "--controlnet", lambda _: put("sd/settings.json", None)),
+    ("generate", "--controlnet", lambda _: put(SETTINGS, None)),
     ("generate", UNET, lambda _: cut(UNET)),
     ("generate", "sd/unet", lambda _: put(UNET, None)),
-    ("generate", f"{UNET} conv_in.bias", lambda _: weights(lambda s, k: s.pop("conv_in.bias"))),
-    ("generate", f"{UNET} odd", lambda _: weights(lambda s, k: s.update(odd=torch.ones(1)))),
-    ("generate", f"{UNET} conv_in.bias", lambda _: weights(
-        lambda s, k: s.update({"conv_in.bias": torch.ones(3)}))),
-    ("generate", f"{UNET} NaN", lambda _: weights(lambda s, k: s[k].fill_(math.nan))),
     ("generate", "sd/unet", lambda _: pickled()),
-    ("generate", "sd/unet", lambda _: edit("sd/unet/config.json", layers_per_block=10**9)),
-    ("generate", "sd/unet", lambda _: edit("sd/unet/config.json", cross_attention_dim=3)),
+    ("generate", f"{UNET} conv_in", lambda _: weights(**{"conv_in.bias": None})),
+    ("generate", f"{UNET} conv_in", lambda _: weights(**{"conv_in.bias": torch.ones(3)})),
+    ("generate", f"{UNET} odd", lambda _: weights(odd=torch.ones(1))),
+    ("generate", f"{UNET} NaN", lambda _: weights(**{"conv_in.bias": torch.ones(64) * math.nan})),
+    ("generate", "sd/unet", lambda _: edit(UNET_CONFIG, layers_per_block=10**9)),
+    ("generate", "sd/unet", lambda _: edit(UNET_CONFIG, cross_attention_dim=3)),
     ("train controlnet", "--source-unet", lambda _: shutil.rmtree("sd/unet_source")),
 
-    ("generate", "sd/unet/config.json", lambda _: put("sd/unet/config.json", "{")),
-    ("generate", "scheduler_config.json",
-     lambda _: put("sd/scheduler/scheduler_config.json", "[]")),
-    ("generate", "thresholding",
-     lambda _: edit("sd/scheduler/scheduler_config.json", thresholding=True)),
+    ("generate", UNET_CONFIG, lambda _: put(UNET_CONFIG, "{")),
+    ("generate", SCHEDULER, lambda _: put(SCHEDULER, "[]")),
+    ("generate", "thresholding", lambda _: edit(SCHEDULER, thresholding=True)),
     ("generate", "sd/tokenizer", lambda _: put("sd/tokenizer/vocab.json", "{")),
-    ("generate", "sd/settings.json", lambda _: put("sd/settings.json", "{")),
-    ("generate", "sd/settings.json guidence",
-     lambda _: edit("sd/settings.json", generate={"guidence": 3})),
-    ("generate", "sd/settings.json", lambda _: edit("sd/settings.json", generate={"steps": "x"})),
-    ("generate", "sd/settings.json", lambda _: put("sd/settings.json", {"generates": {"num": 1}})),
+    ("generate", SETTINGS, lambda _: put(SETTINGS, "{")),
+    ("generate", f"{SETTINGS} guidence", lambda _: edit(SETTINGS, generate={"guidence": 3})),
+    ("generate", SETTINGS, lambda _: edit(SETTINGS, generate={"steps": "x"})),
     ("segment eval", "segformer", lambda _: put("segformer/config.json", "{")),
     ("stats", ".class_counts.json", lambda _: put("data/.class_counts.json", "{")),
     ("generate --classes c.json", "c.json", lambda _: put("c.json", "{")),
@@ -3274,83 +3151,72 @@ BAD_INPUTS = [  # command and more words of it, words of the sentence, what is b
     ("generate --classes c.json", "2 classes"),
     ("segment eval --classes c.json", "2"),
 
-    ("generate --size 60x100", "60x100 multiples"),
-    ("generate --size huge", "huge"),
-    ("train controlnet --size 36x36", "36x36 multiples"),
-    ("segment train --crop 8x8", "8x8"),
+    ("generate --size 60x100", "60x100 multiples"), ("generate --size huge", "huge"),
+    ("train controlnet --size 36x36", "36x36 multiples"), ("segment train --crop 8x8", "8x8"),
     ("segment train --arch hrda --crop 100x100", "100x100 multiples"),
     ("generate --weather sandstorm", "sandstorm snowy"),
-    ("generate --steps 0", "--steps 0"), ("generate --num 0", "--num 0"),
-    ("generate --num x", "--num x"), ("generate --seed=-1", "--seed -1"),
-    ("generate --swap 1.5", "--swap 1.5"), ("generate --guidance nan", "--guidance nan"),
-    ("generate --stride none", "--stride none"),
-    ("generate --mrlf --stride 40x40", "stride 40"),
-    ("generate --device cuda:77", "cuda:77"), ("generate --preset slow", "slow"),
-    ("train controlnet --lr 0", "--lr 0"), ("train controlnet --batch 0", "--batch 0"),
-    ("segment --nothing", "--nothing"), ("segment", "--eval-data"),
+    ("generate --steps 0", "--steps 0"), ("generate --num x", "--num x"),
+    ("generate --seed=-1", "--seed -1"), ("generate --swap 1.5", "--swap 1.5"),
+    ("generate --guidance nan", "--guidance nan"), ("generate --stride none", "--stride none"),
+    ("generate --mrlf --stride 40x40", "stride 40"), ("generate --device cuda:77", "cuda:77"),
+    ("train controlnet --lr 0", "--lr 0"), ("segment", "--eval-data"),
     ("segment --eval-data toy:sunny cityscape", "cityscape"),
-    ("segment train runs/night", "runs/night"), ("generate runs/night", "runs/night"),
+    ("segment train runs/night", "runs/night"), ("generate --nothing", "--nothing"),
 
-    ("generate --out a\0b", "--out"),
-    ("generate --out c.json", "c.json"),
+    ("generate --out a\0b", "--out"), ("generate --out c.json", "c.json"),
     ("generate --out data/images/new", "data/images/new"),
     ("generate", "out not empty", lambda _: put("out/thesis.txt", "precious")),
     ("generate", "out other settings", lambda _: put("out/settings.json", {"seed": "5"})),
     ("segment train", "out other settings", lambda _: put("out/segformer.json", {"seed": "5"})),
     ("generate", "out/settings.json", lambda _: put("out/settings.json", "{")),
-    ("generate --no-rcs", "No space left", full_disk),
-    ("segment train --no-rcs", "No space left", full_disk),
+    ("generate --no-rcs", "No space left", lambda patch: patch.setattr(os, "fsync", full)),
+    ("segment train --no-rcs", "No space left", lambda patch: patch.setattr(os, "fsync", full)),
 ]
 
 
 @pytest.fixture(scope="module")
 def good_inputs(tmp_path_factory):
-    """The toy pack, three pairs and two classes, from which every bad input is made."""
+    """The toy pack, two pairs and a file of two classes, of which every bad input is made."""
     folder = tmp_path_factory.mktemp("good")
-    shutil.copytree(HERE / "toy", folder / "sd", ignore=shutil.ignore_patterns(
-        "*.py", "*.md", "samples", "segformer", "__pycache__"))
+    shutil.copytree(HERE / "toy", folder / "sd", ignore=shutil.ignore_patterns("*.png", "*.py"))
     shutil.copytree(HERE / "toy/segformer", folder / "segformer")
-    settings = {"generate": {"controlnet": "controlnet", "preset": "fast", "rcs_min_pixels": 40},
-                "train": {"rcs_min_pixels": 40, "sample_steps": 1}}
-    put(folder / "sd/settings.json", settings)
+    settings = {"controlnet": "controlnet", "preset": "fast", "rcs_min_pixels": 40}
+    put(folder / SETTINGS, {"generate": settings, "train": {"rcs_min_pixels": 40}})
     put(folder / "c.json", {"names": ["road", "sky"], "colours": [[0, 0, 0]] * 2,
                             "ids": {str(i): i % 2 for i in range(19)}})
-    street_set(folder / "data", "abc", (64, 128))
+    for k, name in enumerate("ab"):
+        image, label = streets.toy_street(k, size=FLAT.shape)
+        put(folder / f"data/images/{name}.png", image)
+        put(folder / f"data/labels/{name}.png", label)
     return folder
-
-
-def link_tree(source, target):
-    """A copy of a folder that shares its files."""
-    shutil.copytree(source, target, copy_function=os.link)
-    return target
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS, ids=lambda case: f"{case[0]}: {case[1]}"[:60])
 def test_a_bad_input_is_one_sentence(case, good_inputs, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line on stderr with the culprit, and no file is written or changed."""
-    (line, culprits), broken = case[:2], case[2:]
+    line, culprits, *changes = case
     name = next(name for name in BAD_COMMANDS if f"{line} ".startswith(f"{name} "))
     words = [*name.split(), *BAD_COMMANDS[name].split(), *line.removeprefix(name).split()]
-    root = link_tree(good_inputs, tmp_path / "case")
-    monkeypatch.chdir(root)
-    for change in broken:
+    shutil.copytree(good_inputs, tmp_path / "case", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "case")
+    for change in changes:
         change(monkeypatch)
-    before = files(root)
+    before = files(Path("."))
     code = exit_code(words, data.main if name in ("stats", "rcs-subset") else main)
     said = capsys.readouterr().err.replace("\r", "\n").split("\n")
-    said = [line for line in said if line.strip() and "%|" not in line]  # progress bars
+    said = [line for line in said if line.strip() and "%|" not in line]  # no progress bars
     assert code == 2 and len(said) == 1, said
     assert all(word in said[0] for word in culprits.split()), said
-    after = {k: v for k, v in files(root).items() if k not in ("out/.lock",
-                                                               "data/.class_counts.json")}
-    assert after.items() <= before.items() and not (root / "executed").exists()
+    written = files(Path(".")).items() - before.items()
+    assert {file for file, _ in written} <= {"out/.lock", "data/.class_counts.json"}
+    assert not Path("executed").exists()
 
 
 def test_a_preview_of_another_size_is_one_sentence(generated, tmp_path, capsys):
     """A picture in vis/ that is not the run's names its file when the command runs again."""
     out = tmp_path / "run"
     shutil.copytree(generated, out)
-    put(out / "vis" / min(p.name for p in (out / "vis").iterdir()), FLAT[:9, :9])
+    put(min((out / "vis").iterdir()), FLAT[:9, :9])
     refuses(capsys, ["generate", *QUICK, "--out", str(out)], "vis", "00000")
 
 
@@ -3576,27 +3442,22 @@ def test_both_passes_on_a_gpu():
 
 
 def test_a_misplaced_tensor_is_found():
-    """The pretended GPU refuses one weight and a hint that were left on the CPU, and counts every
-    wait: the tests around this one can fail."""
+    """The pretended GPU refuses a hint and a weight that were left on the CPU, and counts a wait:
+    the tests around this one can fail."""
     with pretend.gpu(), torch.no_grad():
         models = on_pretended()
         text, x = models.encode_prompts(["road"]), torch.zeros(1, 4, 8, 8, device="cuda:0")
         hint = models.encode_hint(torch.zeros(1, 20, 32, 32))
-        assert models.predict(x, 9, text, hint).is_cuda
+        with pretend.Launches() as seen:
+            assert models.predict(x, 9, text, hint).is_cuda and not seen.waits
+            x.cpu(), x + torch.zeros(1, 4, 8, 8).to("cuda:0")
+        assert seen.waits == {"copy from": 1, "copy to": 1}
         with pytest.raises(RuntimeError, match="same device"):
             models.predict(x, 9, text, hint.cpu())
         weight = models.unet.mid_block.resnets[1].norm2.weight
         weight.data = weight.data.cpu()
         with pytest.raises(RuntimeError, match="same device"):
             models.predict(x, 9, text, hint)
-        with pretend.Launches() as seen:
-            x + torch.zeros(4, 4, 8, 8).to("cuda:0", non_blocking=True)
-            assert not seen.waits
-            x.cpu(), x + torch.zeros(1, 4, 8, 8).to("cuda:0"), x.copy_(torch.zeros(1, 4, 8, 8))
-            for read in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool((x > 0).all())):
-                with pytest.raises(Exception, match="aten|data-dependent"):
-                    read()
-        assert seen.waits == {"copy from": 1, "copy to": 2, "_local_scalar_dense": 2, "index": 1}
 
 
 def test_no_step_of_sampling_waits_for_the_gpu():
@@ -3635,16 +3496,6 @@ def test_sampling_on_a_real_gpu():
     images = [dginstyle.decode(m.vae, dginstyle.sample(m, [condition], data.CITYSCAPES, args))
               for m in (there, here)]
     assert np.abs(images[0].astype(int) - images[1]).mean() < 3
-
-
-@pytest.mark.parametrize("head", ["segformer", "daformer", "hrda"])
-def test_measuring_on_a_gpu(head):
-    """A picture goes through sliding windows, scaled and scaled back, on the GPU alone."""
-    with pretend.gpu(), torch.no_grad():
-        model = seg_model(head=head).eval().to("cuda:0")
-        for fit in (None, (48, 80)):
-            logits = segment.predict(model, np.zeros((96, 160, 3), np.uint8), (64, 64), fit)
-            assert logits.is_cuda and logits.shape == (model.config.num_classes, 96, 160)
 
 
 class UpdateDone(Exception):
@@ -3711,43 +3562,23 @@ ALLOWED = {
     "unet.py": {"torch", "safetensors"}, "vae.py": {"torch", "safetensors"},
     "clip_text.py": {"torch", "safetensors"}, "segformer.py": {"torch", "safetensors"},
     "controlnet.py": {"torch", "unet"},
-    "diff.py": {"torch", "safetensors", "unet", "segformer"}, "toy/streets.py": {"numpy", "PIL", "data"},
+    "diff.py": {"torch", "safetensors", "unet", "segformer"},
     "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
+    "toy/streets.py": {"numpy", "PIL", "data"},
 }
-ALONE = """
-import sys
-for folder in sys.argv[1:]:
-    sys.path[0], name = folder, folder.rpartition("/")[2]
-    __import__(name)
-    if name == "diff":
-        import torch
-        from diff import PRESETS, Diff, DiffConfig, Prior
-        from unet import PRESETS as SIZES, UNet, UNetConfig
-        vae = torch.nn.Conv2d(3, 12, 4, stride=4)
-        vae.factor, vae.encode = 4, lambda images, noise: vae(images)
-        prior = Prior(UNet(UNetConfig(**SIZES["tiny"])), vae, torch.randn(2, 7, 96), classes=(1,))
-        model = Diff(DiffConfig(**PRESETS["tiny"], steps="1"), prior)
-        model.loss(torch.rand(2, 3, 32, 32), torch.randint(3, (2, 32, 32))).backward()
-        assert model.eval()(torch.rand(1, 3, 32, 64)).argmax(1).shape == (1, 16, 32)
-    for other in (name, "unet", "segformer"):
-        sys.modules.pop(other, None)
-"""
 
 
 def test_files_can_be_copied_out(tmp_path):
-    """Each file imports only what the README promises, and imports from an empty folder; there
-    diff.py, unet.py and segformer.py learn with another's latents, in ten lines."""
-    folders = [tmp_path / Path(file).stem for file in ALLOWED]
-    for (file, allowed), folder in zip(ALLOWED.items(), folders, strict=True):
+    """Each file imports only what the README promises, and imports outside this folder."""
+    for file, allowed in ALLOWED.items():
         tree = ast.parse((HERE / file).read_text())
         used = {n.name.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.Import)
                 for n in x.names}
         used |= {x.module.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
         assert used - set(sys.stdlib_module_names) <= allowed, file
-        folder.mkdir()
-        for name in {file, *(f"{name}.py" for name in allowed & {"unet", "segformer", "data"})}:
-            shutil.copy(HERE / name, folder)
-    subprocess.run([sys.executable, "-c", ALONE, *map(str, folders)], cwd=tmp_path, check=True)
+        shutil.copy(HERE / file, tmp_path)
+    names = ", ".join(Path(file).stem for file in ALLOWED)
+    subprocess.run([sys.executable, "-c", f"import {names}"], cwd=tmp_path, check=True)
 
 
 def test_loader_copies_are_equal():

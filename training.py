@@ -362,8 +362,8 @@ def open_data(args, labels_only=False):
         raise UserError("--data is missing: name one or more data set folders")
     sets, out = open_sets(args.data, args, "train", labels_only), Path(args.out).resolve()
     for opened in sets:
-        if any(folder in (out, *out.parents) for folder in getattr(opened, "folders", ())):
-            raise UserError(f"--out {args.out} lies where the data set {opened.root} has its files")
+        if hasattr(opened, "root") and opened.root.resolve() in (out, *out.parents):
+            raise UserError(f"--out {args.out} lies in the data set {opened.root}")
     return data.Joined(sets), read_classes(args)
 
 

@@ -123,7 +123,8 @@ def train_prior(args, pairs, classes):
         """-> image (3,h,w), tokens (L,) of its caption, its name."""
         i = int(rng.integers(len(pairs)))
         crop, label = data.scaled_crop(*pairs.pair(i), models.size, rng, args.resize_ratios)
-        names, weather, kind = data.caption(label, classes), pairs.weather(i), rng.random()
+        (k, j), names, kind = pairs.find(i), data.caption(label, classes), rng.random()
+        weather = pairs.sets[k].weather(j)
         prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
                   else f"{weather} weather" if kind < 0.88 else "")
         return dginstyle.from_uint8(crop[None])[0], tokenizer(prompt)[0], pairs.name(i)
