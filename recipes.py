@@ -56,6 +56,13 @@ def fit(word):
     return () if word == "none" else size(8, 8192)(word)
 
 
+def folder(word):
+    """A path that can be made."""
+    if "\0" in word:
+        raise argparse.ArgumentTypeError("a path cannot hold a NUL byte")
+    return Path(word)
+
+
 def flag(default, help, type=str, choices=None, many=False):
     """A setting with its published default and what argparse needs to know of its flag."""
     return dict(default=default, help=help, type=type, choices=choices, many=many)
@@ -113,7 +120,7 @@ GENERATE = {
     **COMMON, **MODELS, **RCS, **WEATHER, **SPEED,
     "preset": flag("paper", PRESET_HELP, choices=tuple(PRESETS)),
     "controlnet": flag(None, "ControlNet folder or file", Path),
-    "out": flag(Path("runs/generate"), "output folder; finished images in it are kept", Path),
+    "out": flag(Path("runs/generate"), "output folder; finished images in it are kept", folder),
     "num": flag(16, "number of images", count),
     "batch": flag(1, "images sampled together", number(int, 1, 4096)),
     "size": flag(None, "label crop and image, HxW pixels; default: the training window",
@@ -165,7 +172,7 @@ TRAIN = {
     **COMMON, **MODELS, **LOOP, **RCS, **WEATHER,
     "controlnet": flag(None, "controlnet: go on from this one; its hint encoder is new where "
                        "the classes differ", Path),
-    "out": flag(Path("runs/train"), "output folder", Path),
+    "out": flag(Path("runs/train"), "output folder", folder),
     "size": flag(None, "crop, HxW pixels; default: the training window", size(8, 4096)),
     "checkpointing": flag(True, "recompute activations in the backward pass"),
     "cache": flag(0, "encode this many samples once and train on their latents; 0: afresh",
@@ -176,7 +183,7 @@ TRAIN = {
 }
 SEGMENT = {
     **COMMON, **LOOP, **RCS,
-    "out": flag(Path("runs/segment"), "output folder", Path),
+    "out": flag(Path("runs/segment"), "output folder", folder),
     "eval_data": flag(None, "sets to measure on, as --data; one row each", many=True),
     "weights": flag(None, "eval, predict: segmenter folder or file; default: OUT/segformer", Path),
     "backbone": flag("b5", "MiT size: b0 to b5, tiny; or diff: the features of --sd (DIFF, arXiv "

@@ -1,4 +1,4 @@
-"""Tests of dginstyle. Run: pytest  (about four minutes on two cores; no network, no GPU).
+"""Tests of dginstyle. Run: pytest  (about two minutes on two cores; no network, no GPU).
 
 In the order of the files that they test, each under its heading. What is computed is compared with
 diffusers and transformers (skipped if not installed) or with a literal loop.
@@ -7,11 +7,9 @@ diffusers and transformers (skipped if not installed) or with a literal loop.
 weights and a ControlNet with 20 hint channels, for timing and memory.
 """
 
-import argparse
 import ast
 import colorsys
 import concurrent.futures
-import contextlib
 import copy
 import functools
 import json
@@ -22,8 +20,10 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, replace
@@ -2146,28 +2146,17 @@ def test_samplers_equal_diffusers(prediction, spacing, offset, to_one, tmp_path)
         same_steps(solver, solver.timesteps, theirs, n, 1e-5)
 
 
-def test_ddim_with_the_true_noise_recovers_the_picture():
-    """If the network knew the noise, DDIM would end at x_0 with the last level's noise."""
-    schedule, g = Schedule(), torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 4, 8, 8, generator=g)
-    x = schedule.add_noise(x0, eps, 951)
-    for t, t_prev in schedule.timesteps(20):
-        x = schedule.step(eps, x, t, t_prev)
-    assert relative(x, schedule.add_noise(x0, eps, -1)) < 1e-4
-    for t, value in ((0, 0.99915), (501, 0.274999), (951, 0.008155), (999, 0.004660)):
-        assert abs(schedule.abar_at(t) - value) < 1e-5
-
-
 def test_style_swap():
-    """1 is the prior itself, 0 the source itself, between them the weights are mixed linearly."""
+    """1 is the prior itself, 0 has the source's weights, between them they are mixed linearly."""
     source, prior = tiny_models(0).unet, tiny_models(9).unet
-    assert style_swap(source, prior) is prior and style_swap(source, prior, 0.0) is source
-    mixed = style_swap(source, prior, 0.25)
-    a, b, c = (m.mid_block.resnets[0].conv1.weight for m in (source, prior, mixed))
-    assert torch.allclose(c, 0.75 * a + 0.25 * b, atol=1e-7)
+    assert style_swap(None, prior) is prior
+    for ratio in (0.0, 0.25):
+        mixed = style_swap(source, prior, ratio)
+        for a, b, c in zip(*(m.parameters() for m in (source, prior, mixed)), strict=True):
+            assert torch.allclose(c, (1 - ratio) * a + ratio * b, atol=1e-7)
     other = UNet(replace(source.config, cross_attention_dim=32))
     with pytest.raises(ValueError, match="one architecture"):
-        style_swap(source, other)
+        style_swap(source, other, 0.5)
 
 
 def test_tiles_cover():
@@ -2200,13 +2189,13 @@ def literal_second_pass(models, latents, mask, hint, text, noise, steps, stride,
         value, count = torch.zeros_like(x), torch.zeros_like(x)
         for i in range(0, h - wh + 1, stride):
             for j in range(0, w - ww + 1, stride):
-                part = x[:, :, i : i + wh, j : j + ww]
+                tile = x[:, :, i : i + wh, j : j + ww]
                 piece = hint[:, :, f * i : f * (i + wh), f * j : f * (j + ww)]
-                eps = [models.unet(part, t, c, models.controlnet(part, t, c, piece)) for c in text]
+                eps = [models.unet(tile, t, c, models.controlnet(tile, t, c, piece)) for c in text]
                 eps = eps[0] + 5.0 * (eps[1] - eps[0])
                 a = s.abar[t]
                 b = s.abar[max(t - 1000 // steps, 0)]
-                x0 = (part - (1 - a).sqrt() * eps) / a.sqrt()
+                x0 = (tile - (1 - a).sqrt() * eps) / a.sqrt()
                 value[:, :, i : i + wh, j : j + ww] += b.sqrt() * x0 + (1 - b).sqrt() * eps
                 count[:, :, i : i + wh, j : j + ww] += 1
         x = value / count
@@ -2244,49 +2233,20 @@ def test_second_pass_equals_the_literal_loop(size, kept, official):
     assert relative(have, want) < 1e-5
 
 
-def test_second_pass_from_part_of_the_noise():
-    """start below 1: only the steps below that level are made, from the enlarged first pass with
-    the initial noise at the first of them."""
-    models, seen = tiny_models(), []
-    latents, text = torch.randn(1, 4, 8, 8), models.encode_prompts(["road"])
-    hint, mask = torch.zeros(1, 20, 32, 32), torch.zeros(1, 1, 32, 32)
-    predict = models.predict
-    models.predict = lambda x, t, *a: (seen.append(x), predict(x, t, *a))[1]
-    noise = torch.randn(1, 4, 16, 16)
-    dginstyle.second_pass(models, latents, mask, hint, text, lambda shape: noise, steps=4,
-                          start=0.6, window=(16, 16))
-    want = models.schedule.add_noise(dginstyle.enlarge(models.vae, latents), noise, 501)
-    assert len(seen) == 3 and relative(seen[0], want) < 1e-6  # t = 501, 251, 1
-
-
-def test_encoded_inputs_equal_plain_ones():
-    """Keys and values, time embedding and hint encoded beforehand give what plain inputs give, and
-    a text row that serves several samples equals that row repeated."""
-    models, g = tiny_models(), torch.Generator().manual_seed(1)
-    x, hint = torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, 20, 32, 32, generator=g).round()
-    text = models.encode_prompts(["road", "sky car"])
-    rows = text.repeat_interleave(2, dim=1)
-    with torch.no_grad():
-        encoded = models.controlnet.encode_hint(hint)
-        for cond in (1.0, 0.4, 0.0):
-            want = models.predict(x, 7, rows, hint, 5.0, 0.7, cond)
-            have = models.predict(x, models.encode_time(7), models.encode_text(text),
-                                  encoded, 5.0, 0.7, cond)
-            assert relative(have, want) < 1e-5
-
-
-@pytest.mark.parametrize("guidance, share", [(1, 1.0), (0, 1.0), (3, 0.0), (3, 0.4), (3, 1.0)])
+@pytest.mark.parametrize("guidance, share", [(1, 1.0), (0, 1.0), (3, 0.0), (3, 0.4)])
 def test_guidance(guidance, share):
     """out_u + guidance (out_c - out_u), with and without control, of which control_uncond is the
-    share that the unguided half gets."""
+    share that the unguided half gets; a row of text serves several samples."""
     models, g = tiny_models(), torch.Generator().manual_seed(1)
-    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
+    x, hint = torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, 20, 32, 32, generator=g).round()
     text = models.encode_prompts(["road", "sky car"], "fog")
     with torch.no_grad():
-        weak = models.controlnet(x, 7, text[0], hint, share)
-        control = models.controlnet(x, 7, text[1], hint)
-        for given, both in ((hint, (weak, control)), (None, (None, None))):
-            u, c = (models.unet(x, 7, t, part) for t, part in zip(text, both, strict=True))
+        rows = text.repeat_interleave(2, dim=1)
+        weak = models.controlnet(x, 7, rows[0], hint, share)
+        control = models.controlnet(x, 7, rows[1], hint)
+        for given, both in ((models.encode_hint(hint), (weak, control)), (None, (None, None))):
+            u, c = (models.unet(x, 7, t, residuals)
+                    for t, residuals in zip(rows, both, strict=True))
             have = models.predict(x, 7, text, given, guidance, control_uncond=share)
             assert relative(have, u + guidance * (c - u)) < 1e-5
 
@@ -2309,81 +2269,16 @@ def test_tone_of_the_prior(kind):
     assert relative(dginstyle.match_tone(schedule, out, out, x, 700, 1.0), out) < 1e-4
 
 
-def test_prior_tone_reaches_every_window():
-    """With --prior-tone 1 a first step gives each image the channel means that it has without
-    control, which it has not otherwise."""
-    models, g = tiny_models(), torch.Generator().manual_seed(1)
-    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
-    text = models.encode_prompts(["road", "sky car"])
-    both, control, free = (
-        next(dginstyle.denoise(models, x, text, control, steps=2, control_scale=1e3,
-                               prior_tone=tone))
-        for control, tone in ((hint, 1.0), (hint, 0.0), (None, 1.0)))
-    tones = [v.mean((2, 3)) for v in (both, control, free)]
-    assert relative(tones[0], tones[2]) < 1e-5 and relative(tones[1], tones[2]) > 1e-3
-
-
 @pytest.mark.parametrize("weights", ["uniform", "cosine"])
 def test_window_weights_are_a_partition(weights, monkeypatch):
-    """Windows that agree give what one of them says, whatever their weights: a constant output
-    stays constant."""
-    assert dginstyle.window_weights(weights, (5, 8)).min() > 0
-    models = tiny_models()
-    outs = []
-    monkeypatch.setattr(models.schedule.__class__, "step", lambda self, out, *a: outs.append(out))
+    """Windows that agree give what one of them says, whatever their weights."""
+    models, outs = tiny_models(), []
+    monkeypatch.setattr(Schedule, "step", lambda self, out, *a: outs.append(out))
     monkeypatch.setattr(Models, "predict", lambda self, x, *a: torch.full_like(x, 0.3))
     x = torch.zeros(2, 4, 19, 24)
     next(denoise(models, x, models.encode_prompts(["road", ""]), steps=1, window=(8, 8),
                  stride=(5, 8), weights=weights))
     assert (outs[0] - 0.3).abs().max() < 1e-6
-
-
-def test_nets_take_turns_on_the_device(monkeypatch):
-    """With low_vram a net is on the device for its turn only, and its weights come back untouched
-    (float64 stands in for a GPU)."""
-    models = tiny_models()
-    monkeypatch.setattr(Models, "device", torch.float64)
-    names = ("unet", "controlnet", "vae", "text_encoder")
-    nets = {name: getattr(models, name) for name in names}
-    before = {name: [(p, p.data) for p in net.parameters()] for name, net in nets.items()}
-    with models.on_device("unet", "controlnet"):
-        there = [name for name, net in nets.items()
-                 if all(p.dtype == torch.float64 for p in net.parameters())]
-    assert there == ["unet", "controlnet"]
-    for name, net in nets.items():
-        for p, (q, home) in zip(net.parameters(), before[name], strict=True):
-            assert p is q and p.data_ptr() == home.data_ptr()
-
-
-def test_compiled_nets_are_compiled_once():
-    """--compile: no graph breaks, and one graph a network for any number of windows in a call."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    models, graphs, g = tiny_models(), CompileCounterWithBackend("eager"), torch.Generator()
-    text, hint, mask = models.encode_prompts(["road"]), torch.zeros(1, 20, 32, 32), torch.zeros(1)
-    latents = torch.randn(1, 4, 8, 8, generator=g.manual_seed(0))
-
-    def run(n):
-        return dginstyle.second_pass(models, latents, mask.expand(1, 1, 32, 32), hint, text,
-                                     Noise([0]), steps=2, stride="half", tile_batch=n)
-
-    plain = run(5)
-    dginstyle.compile_nets(models, graphs)
-    for n in (5, 7, 3):  # 5 + 4, 7 + 2 and 3 + 3 + 3 windows; the CPU has another graph from 8 on
-        assert relative(run(n), plain) < 1e-5
-    assert graphs.frame_count == 2 and not counters["graph_break"]
-
-
-def test_denoise_yields_every_step_and_writes_no_argument():
-    """One latent per step; the caller's tensors are left as they were."""
-    models = tiny_models()
-    x, hint = torch.randn(1, 4, 8, 8), torch.ones(1, 20, 32, 32)
-    before = x.clone()
-    states = list(denoise(models, x, models.encode_prompts([""]), hint, steps=3))
-    assert len(states) == 3 and not torch.equal(states[0], states[1])
-    assert torch.equal(x, before) and torch.equal(hint, torch.ones_like(hint))
 
 
 # ----------------------------------------------------------------------------------------- generate
@@ -2401,24 +2296,73 @@ def street_set(folder, names, size=(128, 256)):
 
 
 def files(folder):
+    """{name: bytes} of all files below a folder."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file()}
 
 
+def pixels(folder):
+    """{name: array} of the pictures in a folder."""
+    return {p.name: np.asarray(Image.open(p)) for p in sorted(folder.iterdir())}
+
+
+def exit_code(argv, command=main):
+    """What a command line ends with, in this process."""
+    try:
+        return command(list(map(str, argv)))
+    except SystemExit as error:  # argparse
+        return error.code
+
+
 def refuses(capsys, argv, *words):
     """The command ends with 2 and one sentence on stderr that holds these words."""
-    try:
-        code = main(argv)
-    except SystemExit as error:  # argparse
-        code = error.code
+    code = exit_code(argv)
     said = capsys.readouterr().err.strip().split("\n")[-1]
     assert code == 2, said
     assert all(w in said for w in words), said
     assert "Traceback" not in said
 
 
+def dies_in(monkeypatch, module, name, call, what):
+    """From now on call number `call` of module.name does `what` before its work."""
+    real, calls = getattr(module, name), []
+
+    def wrapped(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            what()
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+def kill_when(exists, words):
+    """A command in a process of its own, killed with SIGKILL once exists() is true."""
+    process = subprocess.Popen(
+        [sys.executable, HERE / "dginstyle.py", *map(str, words)], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    while process.poll() is None and not exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+def two_processes(words):
+    """A script and its words as the two processes that torchrun would start."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "WORLD_SIZE": "2",
+           "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    running = [subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL,
+                                env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    assert [process.wait() for process in running] == [0, 0]
+
+
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
+    """A run of QUICK in the toy pack."""
     out = tmp_path_factory.mktemp("generate") / "run"
     assert main(["generate", *QUICK, "--out", str(out)]) == 0
     return out
@@ -2440,309 +2384,196 @@ def test_generate_writes_all_it_promises(generated):
     assert len(pairs) == 2 and pairs.layout == "generated"
 
 
-def test_pictures_stand_before_or_after_the_flags_of_predict(capsys):
-    """And nowhere else: a folder that another command would not read is refused."""
-    for words in (("a.png", "b.png", "--batch", "2"), ("a.png", "--batch", "2", "b.png"),
-                  ("--batch", "2", "a.png", "b.png")):
-        args = dginstyle.build_parser().parse_args(["segment", "predict", *words])
-        assert args.images == ["a.png", "b.png"] and args.batch == 2
-    for words in ("segment train runs/night", "segment eval --batch 2 runs/night",
-                  "generate runs/night"):
-        refuses(capsys, words.split(), "runs/night")
-
-
-def test_generate_again_finishes_what_is_missing(generated, tmp_path):
-    """A picture that lost its end, a label or a preview that is gone come back with the same bytes;
-    a run that is complete is left alone."""
+def test_generate_again_makes_what_is_missing(generated, tmp_path):
+    """Half a picture, a lost label and preview, half a row: the same command restores the run, and
+    leaves a complete one alone."""
     out = tmp_path / "run"
     shutil.copytree(generated, out)
     before = files(out)
-    for k, folder in enumerate(("images", "labels", "vis")):
-        lost = sorted((out / folder).iterdir())[k % 2]
-        if folder == "images":
-            lost.write_bytes(lost.read_bytes()[:-9])
-        else:
-            lost.unlink()
-        assert main(["generate", *QUICK, "--out", str(out)]) == 0
-        assert files(out) == before
-    stamp = lost.stat().st_mtime_ns
+    (image, _), (label, _), (_, strip) = (
+        sorted((out / folder).iterdir()) for folder in ("images", "labels", "vis"))
+    image.write_bytes(image.read_bytes()[:-9])
+    label.unlink()
+    strip.unlink()
+    first, second = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text(first + second[:40])
     assert main(["generate", *QUICK, "--out", str(out)]) == 0
-    assert lost.stat().st_mtime_ns == stamp
+    assert files(out) == before
+    stamp = image.stat().st_mtime_ns
+    assert main(["generate", *QUICK, "--out", str(out)]) == 0
+    assert image.stat().st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize("flags, size", [
-    (["--size", "80x144", "--label-height", "128"], (144, 80)),
-    (["--no-mrlf", "--swap", "0.5", "--no-rcs"], (128, 64)),
-    (["--renoise", "official", "--stride", "4x8"], (128, 64)),
-    (["--no-mrlf", "--window", "8x16"], (128, 64))])
-def test_generate_takes_label_maps_of_any_kind(flags, size, tmp_path):
-    """Pairs or label maps alone, larger than the window, in other sizes than it, without MRLF and
-    with a mixed swap."""
-    root = street_set(tmp_path / "set", "ab", (256, 512))
-    root = root / "labels" if "--window" in flags else root
+def test_a_killed_generate_makes_the_images_of_a_whole_run(tmp_path):
+    """kill -9 after the first image: the same command ends with the images of an undisturbed run,
+    of which those that were finished are not made again."""
+    words = ["generate", "--steps", "2", "--num", "5", "--no-mrlf", "--batch", "1", "--data",
+             "toy:sunny:40", "--out"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "parts"
+    kill_when(lambda: any(out.glob("vis/*.png")), [*words, out])
+    finished = {p: p.stat().st_mtime_ns for p in out.glob("vis/*.png")}
+    assert 1 <= len(finished) < 5
+    assert main([*words, str(out)]) == 0
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in finished.items())
+    for folder in ("images", "labels", "vis"):
+        want, have = (pixels(tmp_path / run / folder) for run in ("whole", "parts"))
+        assert want.keys() == have.keys() and all(np.array_equal(want[k], have[k]) for k in want)
+    rows = [(tmp_path / run / "manifest.jsonl").read_text() for run in ("whole", "parts")]
+    assert rows[0] == rows[1] and not list(out.rglob("*.part"))
+
+
+@pytest.mark.parametrize("flags, data_set, made", [
+    (["--size", "80x144"], (256, 512), (144, 80)),
+    (["--no-mrlf", "--swap", "0.5", "--no-rcs"], (40, 100), (128, 64)),
+    (["--renoise", "official", "--stride", "4x8", "--labels-alone"], (256, 512), (128, 64))])
+def test_generate_takes_label_maps_of_any_kind(flags, data_set, made, tmp_path):
+    """Pairs or label maps alone, larger and smaller than the window, in another size than it,
+    without MRLF and with a mixed swap."""
+    root = street_set(tmp_path / "set", "ab", data_set)
+    if "--labels-alone" in flags:
+        root, flags = root / "labels", flags[:-1]
     out = tmp_path / "out"
-    assert main(["generate", *QUICK, "--data", str(root), "--out", str(out), "--steps", "1",
+    assert main(["generate", "--num", "2", "--steps", "1", "--data", str(root), "--out", str(out),
                  *flags]) == 0
-    assert [Image.open(f).size for f in (out / "images").iterdir()] == [size] * 2
-    for row in map(json.loads, open(out / "manifest.jsonl")):
-        assert row["settings"]["mrlf"] is ("--no-mrlf" not in flags)
+    assert [Image.open(f).size for f in (out / "images").iterdir()] == [made] * 2
+    labels = (set(np.unique(data.read_label(f)).tolist()) for f in (out / "labels").iterdir())
+    known = (set(np.unique(streets.toy_street(k, size=data_set)[1]).tolist()) for k in range(2))
+    assert set().union(*labels) <= set().union(*known)
 
 
-def test_batches_do_not_change_a_byte(tmp_path):
-    """Every image draws its own noise: on one thread they are the same bytes for any --batch and
-    --tile-batch."""
+def test_an_image_is_the_same_alone_and_in_a_batch(tmp_path, monkeypatch):
+    """Every image draws its own noise: on one thread --batch and the number of windows in a network
+    call change no pixel."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, flags in (("a", ["--batch", "2"]), ("b", ["--batch", "1", "--tile-batch", "5"])):
-            assert main(["generate", *QUICK, *flags, "--out", str(tmp_path / name)]) == 0
+        assert main(["generate", *QUICK, "--batch", "2", "--out", str(tmp_path / "a")]) == 0
+        monkeypatch.setattr(dginstyle, "windows_that_fit", lambda *_: 5)
+        assert main(["generate", *QUICK, "--batch", "1", "--out", str(tmp_path / "b")]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert files(tmp_path / "a" / "images") == files(tmp_path / "b" / "images")
+    a, b = (pixels(tmp_path / run / "images") for run in "ab")
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 def test_processes_make_the_images_of_one(generated, tmp_path):
-    """torchrun shards the list, also over more processes than images: same files, same labels,
-    images equal up to rounding."""
+    """Two processes share the list: same files, same labels, images equal up to rounding."""
     out = tmp_path / "run"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "--",
-                    str(HERE / "dginstyle.py"), "generate", *QUICK, "--batch", "1", "--out",
-                    str(out)], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two_processes([HERE / "dginstyle.py", "generate", *QUICK, "--batch", "1", "--out", out])
     assert set(files(out)) == set(files(generated))
     assert (out / "manifest.jsonl").read_text() == (generated / "manifest.jsonl").read_text()
-    for name in (p.name for p in (generated / "images").iterdir()):
-        a, b = (np.asarray(Image.open(f / "images" / name)).astype(int) for f in (generated, out))
-        assert np.abs(a - b).max() <= 2
-
-
-def test_one_process_counts_the_classes(monkeypatch):
-    """Under torchrun the first process counts and tells the others, which read no label."""
-    args, counts = dginstyle.settings("generate"), np.array([[100, 0, 50], [0, 100, 0]])
-    told = []
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", told.append)
-    monkeypatch.setattr(dginstyle, "ranks", lambda device: (0, 2))
-    monkeypatch.setattr(data, "class_counts", lambda pairs, on_error: counts)
-    first = dginstyle.rare_class_sampler("pairs", args)
-    monkeypatch.setattr(dginstyle, "ranks", lambda device: (1, 2))
-    monkeypatch.setattr(data, "class_counts", lambda pairs: pytest.fail("counted twice"))
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list",
-                        lambda box: box.__setitem__(0, told[0][0]))
-    assert np.array_equal(dginstyle.rare_class_sampler("pairs", args).p, first.p)
-
-
-def test_a_killed_runs_manifest_is_taken_up(generated, tmp_path):
-    """Half a line, half a file and the rows of a process that is gone: one row an image."""
-    out = tmp_path / "run"
-    shutil.copytree(generated, out)
-    whole = (out / "manifest.jsonl").read_text()
-    first, second = whole.splitlines(keepends=True)
-    (out / "manifest.jsonl").write_text(first + second[:40])
-    (out / "manifest.3.part").write_text(second)
-    (out / "manifest.jsonl.part").write_text(first[:20])  # killed while merging
-    assert main(["generate", *QUICK, "--out", str(out)]) == 0
-    assert (out / "manifest.jsonl").read_text() == whole
-    assert not list(out.glob("*.part"))
+    a, b = (pixels(run / "images") for run in (generated, out))
+    assert all(np.abs(a[k].astype(int) - b[k]).max() <= 2 for k in a)
 
 
 def test_a_signal_ends_generate_at_once(tmp_path, monkeypatch, capsys):
     """Ctrl-C in the second batch: 130, one image with its row, nothing half written."""
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        dies_in(patch, dginstyle, "make_images", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert main(["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    dies_in(monkeypatch, dginstyle, "make_images", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)]) == 130
+    assert "resume" in capsys.readouterr().err
     assert len((out / "manifest.jsonl").read_text().splitlines()) == 1
-    assert sorted(f.name for f in out.iterdir()) == ["images", "labels", "manifest.jsonl",
-                                                     "settings.json", "vis"]
+    assert len(list((out / "images").iterdir())) == 1 and not list(out.rglob("*.part"))
 
 
-def test_a_folder_that_vanishes_stays_away(tmp_path, monkeypatch, capsys):
-    """OUT deleted in the middle of generate: a sentence, not a new folder with half a run in it."""
-    out = tmp_path / "run"
-    dies_in(monkeypatch, dginstyle, "make_images", 2, lambda: shutil.rmtree(out))
-    refuses(capsys, ["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)], "run")
-    assert not out.exists()
-
-
-def test_what_is_no_number_is_not_saved(tmp_path, monkeypatch, capsys):
-    """Latents with a NaN: the image is named and left out, or the run stops before it."""
-    real = dginstyle.sample
-
-    def sample(*args):
-        latents = real(*args)
-        latents[1, 0, 0, 0] = float("nan")
-        return latents
-
-    monkeypatch.setattr(dginstyle, "sample", sample)
-    words = ["generate", *QUICK, "--no-mrlf", "--batch", "2", "--out"]
-    refuses(capsys, [*words, str(tmp_path / "stop")], "000001", "seed", "no longer")
+def test_nan_latents_are_not_saved(tmp_path, monkeypatch, capsys):
+    """The image is named, and the run stops before it or leaves it out."""
+    latents = torch.zeros(2, 12, 16, 32)
+    latents[1, 0, 0, 0] = math.nan
+    monkeypatch.setattr(dginstyle, "sample", lambda *_: latents)
+    words = ["generate", *QUICK, "--batch", "2", "--out"]
+    refuses(capsys, [*words, str(tmp_path / "stop")], "000001", "seed", "NaN")
     assert not (tmp_path / "stop/images").is_dir()
     assert main([*words, str(tmp_path / "skip"), "--on-error", "skip"]) == 0
     assert len(list((tmp_path / "skip/images").iterdir())) == 1
     assert "000001" in (tmp_path / "skip/skipped.jsonl").read_text()
-    assert len((tmp_path / "skip/manifest.jsonl").read_text().splitlines()) == 1
 
 
-def test_another_runs_folder_is_refused(capsys, generated, tmp_path):
-    """A folder with other settings, or with files of other origin, is not written to."""
-    out = tmp_path / "run"
-    shutil.copytree(generated, out)
-    before = files(out)
-    refuses(capsys, ["generate", *QUICK, "--seed", "5", "--out", str(out)], "seed", str(out))
-    assert files(out) == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "mine")], "not empty")
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-
-
-def test_bad_data(capsys, tmp_path):
-    """Folders without data, lonely files and labels that are no labels are named before anything
-    is written."""
-    def attempt(*words):
-        refuses(capsys, ["generate", *QUICK, "--data", str(tmp_path / "set"), "--no-rcs",
-                         "--out", str(tmp_path / "out")], *words)
-        assert not (tmp_path / "out").exists()
-
-    attempt("set")
-    data_photo(tmp_path / "set/images/a.png", size=(128, 256))
-    attempt("label")
-    data_png(tmp_path / "set/labels/a_labelTrainIds.png", np.full((128, 256), 77, np.uint8))
-    attempt("a_labelTrainIds.png", "77")
-
-
-def test_bad_weights(capsys, tmp_path):
-    """Truncated files, pickles of code, other architectures and channel counts are named."""
-    out = [*QUICK, "--out", str(tmp_path / "out")]
-    sd = tmp_path / "sd"
-    shutil.copytree(HERE / "toy", sd, ignore=shutil.ignore_patterns("*.png", "settings.json"))
-    common = ["generate", "--sd", str(sd), *out, "--size", "64x128"]
-    refuses(capsys, common[:-2], "--controlnet")
-    common += ["--controlnet", str(sd / "controlnet")]
-
-    control = ControlNet.from_pretrained(sd / "controlnet")
-    ControlNet(control.config, 7, control.hint_widths).save_pretrained(tmp_path / "seven")
-    refuses(capsys, [*common[:-1], str(tmp_path / "seven")], "7 channels", "19 classes")
-    other = tiny_models()
-    other.controlnet.save_pretrained(tmp_path / "other")
-    refuses(capsys, [*common[:-1], str(tmp_path / "other")], "ControlNet", "UNet")
-    refuses(capsys, [*common[:-1], str(sd / "unet")], "ControlNet")
-    mixed = ["--swap", "0.5", "--source-unet"]
-    refuses(capsys, [*common, *mixed, str(sd / "vae")], "UNet")
-
-    class Evil:
-        def __reduce__(self):
-            return (print, ("executed",))
-
-    torch.save({"x": Evil()}, tmp_path / "evil.bin")
-    refuses(capsys, [*common, *mixed, str(tmp_path / "evil.bin")], "evil.bin")
-    weights = sd / "unet" / "diffusion_pytorch_model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[: len(content) // 2])
-    refuses(capsys, common, "diffusion_pytorch_model.safetensors")
-    weights.unlink()
-    refuses(capsys, common, "unet")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("error, shown", [(data.UserError("no"), True), (ValueError("no"), False),
-                                          (OSError(28, "no"), True), (OSError("no"), False)])
-def test_faults_of_the_program_keep_their_traceback(error, shown, monkeypatch):
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     """Only what the user can put right loses it; a ValueError of some library does not."""
     def fails(*args, **options):
-        raise error
+        raise ValueError("a fault")
 
     monkeypatch.setattr(data, "open_set", fails)
-    monkeypatch.setattr(dginstyle, "generate", fails)
     for command, words in ((main, ["generate"]), (data.main, ["stats", "x"])):
-        if shown:
-            assert command(words) == 2
-        else:
-            with pytest.raises(type(error), match="no"):
-                command(words)
+        with pytest.raises(ValueError, match="a fault"):
+            command(words)
 
 
 # -------------------------------------------------------------------------------------------- train
 
-SMALL = ["--size", "32x64", "--weather", "night", "--sample-steps", "1"]  # small sheets, too
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """The toy pack with settings for a few updates, as a folder for --sd."""
+    folder = tmp_path_factory.mktemp("pack")
+    for place in (HERE / "toy").iterdir():
+        if place.is_dir() and place.name not in ("samples", "__pycache__"):
+            (folder / place.name).symlink_to(place)
+    rates = {"dreambooth": 3e-4, "controlnet": 1e-3, "vae": 1e-3, "prior": 1e-3}
+    (folder / "settings.json").write_text(json.dumps({
+        "train": {"data": ["toy:all:4"], "workers": 0, "weather": ["night"], "sample_steps": 1,
+                  "rcs_min_pixels": 40, "checkpointing": False, "accumulate": 1},
+        **{stage: {"lr": lr, "ema": 0.9, "steps": 4, "batch": 2} for stage, lr in rates.items()}}))
+    return folder
+
+
+SMALL = ["--size", "32x64"]  # small sheets, too
 
 
 def train(stage, *flags):
-    """A training stage, of the toy pack's making or of the paper."""
+    """A training stage, of the toy pack's making or of the paper -> exit code."""
     words = [stage, *map(str, flags)]
     return make.main(words) if stage in make.STAGES else main(["train", *words])
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "dreambooth", "controlnet"])
-def test_training_stages_learn_and_resume_exactly(stage, tmp_path):
-    """2 + 2 updates give bit for bit the weights of 4, the loss is finite, a sheet is drawn."""
-    flags = [*SMALL, "--batch", "2", "--lr-schedule", "constant", "--data", "toy:all:4", "--seed",
-             "3", "--cache", "0"]
-    parts = {"vae": "vae", "prior": "unet", "dreambooth": "unet_source", "controlnet": "controlnet"}
-    for name, steps in (("whole", ["4"]), ("parts", ["2", "4"])):
-        for n in steps:
-            assert train(stage, *flags, "--steps", n, "--out", tmp_path / name) == 0
-    weights = [load_file(next((tmp_path / name / parts[stage]).glob("*.safetensors")))
-               for name in ("whole", "parts")]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    start = load_file(next((HERE / "toy" / parts[stage]).glob("*.safetensors")))
-    assert any(not torch.equal(weights[0][k], start[k]) for k in start)
-    log = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
+STAGE_FOLDERS = {"vae": "vae", "prior": "unet", "dreambooth": "unet_source",
+                 "controlnet": "controlnet"}
+
+
+@pytest.mark.parametrize("stage", STAGE_FOLDERS)
+def test_a_training_that_was_stopped_ends_with_the_same_weights(stage, pack, tmp_path, monkeypatch):
+    """SIGTERM in update 2 of 4: 143 after that update, and the same command ends with the weights
+    of an undisturbed run; they have changed, the loss is finite, a sheet is drawn."""
+    words = [stage, *SMALL, "--sd", pack, "--out"]
+    assert train(*words, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        dies_in(patch, torch.optim.AdamW, "step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(*words, tmp_path / "parts") == 143
+    saved = tmp_path / f"parts/checkpoints/{stage}.pt"
+    assert torch.load(saved, weights_only=True)["step"] == 2
+    assert train(*words, tmp_path / "parts") == 0
+    whole, parts, start = (
+        load_file(next((root / STAGE_FOLDERS[stage]).glob("*.safetensors")))
+        for root in (tmp_path / "whole", tmp_path / "parts", HERE / "toy"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert any(not torch.equal(whole[k].float(), start[k].float()) for k in start)
+    log = [json.loads(line) for line in open(tmp_path / "whole/log.jsonl")]
     assert log[-1]["step"] == 4 and np.isfinite(log[-1]["loss"])
-    assert np.asarray(Image.open(tmp_path / "whole" / "samples" / f"{stage}.png")).std() > 0
+    assert np.asarray(Image.open(tmp_path / f"whole/samples/{stage}.png")).std() > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", ["vae", "prior", "dreambooth", "controlnet", "segment", "diff"])
-def test_every_stage_trains_in_half_precision(stage, precision, tmp_path):
-    """As the command runs on a GPU: fp32 weights (but DIFF's prior), autocast, samples afresh and
-    (UNets) cached; DIFF measures so too."""
-    half = ["--precision", precision, "--out", str(tmp_path / "run")]
-    flags = ["--batch", "1", "--data", "toy:sunny:4", "--steps", "1"]
+@pytest.mark.parametrize("stage, precision", [
+    *((stage, "bf16") for stage in (*STAGE_FOLDERS, "segment", "diff")), ("controlnet", "fp16"),
+    ("segment", "fp16")])
+def test_every_stage_trains_in_half_precision(stage, precision, pack, tmp_path):
+    """As the command runs on a GPU: fp32 weights (but DIFF's prior), autocast, and in fp16 cached
+    latents; DIFF measures so too."""
+    half = ["--precision", precision, "--out", str(tmp_path)]
     if stage in ("segment", "diff"):
+        flags = ["--data", "toy:sunny:4", "--steps", "1", "--batch", "1", "--workers", "0"]
         assert main(["segment", "train", *DIFF_RUN * (stage == "diff"), *flags, *half]) == 0
     else:
-        assert train(stage, *SMALL, *flags, *half, "--cache", "0") == 0
-    if stage in ("dreambooth", "controlnet"):
-        half[-1] = str(tmp_path / "cached")
-        assert train(stage, *SMALL, *flags, *half, "--cache", "4") == 0
+        cache = 4 * (precision == "fp16")
+        assert train(stage, *SMALL, "--sd", pack, "--steps", 1, "--cache", cache, *half) == 0
     if stage == "diff":
         assert main(["segment", "eval", "--eval-data", "toy:sunny:1", *half]) == 0
-    for log in tmp_path.glob("*/log.jsonl"):
-        row, = map(json.loads, open(log))
-        assert np.isfinite(row["loss"])
-
-
-def test_the_controlnet_needs_a_source_unet_of_its_own_model(tmp_path, capsys):
-    """Beside another SD than the toy pack nothing falls back to the toy's U^S."""
-    sd = write_sd_folder(tmp_path / "sd", tiny_models())
-    shutil.rmtree(sd / "unet_source")
-    refuses(capsys, ["train", "controlnet", "--sd", str(sd), "--data", "toy:sunny:2", "--out",
-                     str(tmp_path / "out")], "--source-unet")
-
-
-def test_label_maps_below_the_crop_are_enlarged(tmp_path):
-    """A map smaller than the training window is enlarged to cover it, as for the segmenter, and
-    the ControlNet learns from such pairs too."""
-    pairs = data.Pairs(street_set(tmp_path / "set", "a", (40, 100)))
-    common = ["--data", str(tmp_path / "set"), "--steps", "1"]
-    out = tmp_path / "out"
-    assert main(["generate", *common, "--num", "1", "--no-mrlf", "--out", str(out)]) == 0
-    made = data.Pairs(out).label(0)
-    assert made.shape == (64, 128) and set(np.unique(made)) <= set(np.unique(pairs.label(0)))
-    assert main(["train", "controlnet", *common, "--batch", "1", "--cache", "0", "--sample-steps",
-                 "1", "--out", str(tmp_path / "train")]) == 0
+    row, = map(json.loads, open(tmp_path / "log.jsonl"))
+    assert np.isfinite(row["loss"])
 
 
 # ------------------------------------------------------------------------------------------ segment
-
-
-def test_an_encoder_from_nothing_is_said_so(tmp_path, capsys):
-    """A published encoder without --pretrained, and so without feature distance, is no secret."""
-    assert main(["segment", "train", "--data", "toy:sunny:2", "--backbone", "b0", "--steps", "1",
-                 "--batch", "2", "--crop", "64x64", "--out", str(tmp_path)]) == 0
-    assert "--pretrained is missing: MiT-B0" in capsys.readouterr().out
 
 
 def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path, capsys):
@@ -2762,65 +2593,38 @@ def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path
     assert label.shape == (64, 128)
 
 
-def test_predictions_of_equal_names_and_broken_pictures(tmp_path, capsys):
-    """a/1.png and a/1.jpg keep two predictions, b/1.png a third; a broken picture is named and
-    left out, and only when none can be read the command fails."""
-    image = Image.fromarray(streets.toy_street(0, size=(32, 64))[0])
-    for name in ("a/1.png", "a/1.jpg", "b/1.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        image.save(tmp_path / name)
-    (tmp_path / "a" / "2.png").write_bytes(b"no picture")
-    predict = ["segment", "predict", str(tmp_path / "a"), str(tmp_path / "b")]
-    flags = ["--weights", str(HERE / "toy" / "segformer"), "--out"]
-    assert main([*predict, *flags, str(tmp_path / "out")]) == 0
-    names = {p.relative_to(tmp_path / "out" / "predictions").as_posix()
-             for p in (tmp_path / "out").rglob("*_labelTrainIds.png")}
-    assert names == {f"{n}_labelTrainIds.png" for n in ("a/1.png", "a/1.jpg", "b/1.png")}
+def test_predict_folders_with_broken_pictures(tmp_path, capsys):
+    """Pictures and folders of them, before or after the flags; a broken one is named and left out.
+    """
+    for name in ("a/1.png", "a/b/1.png", "c.png"):
+        data_photo(tmp_path / name, size=(32, 64))
+    (tmp_path / "a/2.png").write_bytes(b"no picture")
+    flags = ["--weights", str(HERE / "toy/segformer"), "--out", str(tmp_path / "out")]
+    assert main(["segment", "predict", str(tmp_path / "a"), *flags]) == 0
     said = capsys.readouterr().out
-    assert "left out: " in said and "2.png" in said and "3 predictions" in said
-    predict = ["segment", "predict", str(tmp_path / "a" / "2.png")]
-    refuses(capsys, [*predict, *flags, str(tmp_path / "none")], "2.png")
+    assert "left out: " in said and "2.png" in said and "2 predictions" in said
+    assert main(["segment", "predict", *flags, str(tmp_path / "c.png")]) == 0
+    for name in ("1", "b/1", "c"):
+        label = data.read_label(tmp_path / f"out/predictions/{name}_labelTrainIds.png")
+        assert label.shape == (32, 64)
 
 
-def test_sets_to_measure_on_are_opened_before_training(tmp_path, capsys, monkeypatch):
-    """A mistyped --eval-data costs no training; a set that fails later does not lose the others."""
-    flags = ["segment", "--data", "toy:sunny:2", "--steps", "1", "--batch", "1", "--out",
-             str(tmp_path / "out"), "--eval-data", "toy:sunny:1"]
-    refuses(capsys, [*flags, str(tmp_path / "cityscape")], "cityscape")
-    assert not (tmp_path / "out").exists()
-
-    def broken(self, i):
-        raise data.UserError("the second set is broken")
-
-    monkeypatch.setattr(data.LabelMaps, "pair", broken, raising=False)
-    (tmp_path / "maps").mkdir()
-    data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", streets.toy_street(0)[1])
-    opened = dginstyle.open_sets
-
-    def sets(specs, *rest, **named):
-        return [(s, data.LabelMaps(s)) if "maps" in s else opened([s], *rest, **named)[0]
-                for s in specs]
-
-    monkeypatch.setattr(dginstyle, "open_sets", sets)
-    refuses(capsys, [*flags, str(tmp_path / "maps")], "second set")
-    assert set(json.loads((tmp_path / "out" / "eval.json").read_text())) == {"toy:sunny:1"}
-
-
-def segment_draw(argv):
-    """The training draw of a segment command."""
-    args = dginstyle.settings("segment", *argv)
-    return dginstyle.segmenter_draw(dginstyle.open_training_data(args)[1], args)
+def segment_setting(*words, **others):
+    """The data, settings and training draw of a segment command without augmentation."""
+    args = dginstyle.settings("segment", *words)
+    vars(args).update(augment=False, **others)
+    pairs, _ = training.open_data(args)
+    return pairs, args, segment.segmenter_draw(pairs, args)
 
 
 def test_segmenter_learns_from_the_source_and_the_generated_set(tmp_path):
     """Crops come from both folders in proportion to their pictures; none of them is dropped (the
     released code loses the second)."""
-    for name, value in (("1_source", 1), ("a_made", 2)):
-        root = data_plain(tmp_path / name[2:], [name], np.full((3, 4), value, np.uint8))
-        data_plain(root, [name + "2"], np.full((3, 4), value, np.uint8))
-    data_plain(tmp_path / "made", ["a_made3", "a_made4"], np.full((3, 4), 2, np.uint8))
-    draw = segment_draw(["--data", str(tmp_path / "source"), str(tmp_path / "made"), "--crop",
-                         "6x8", "--fit", "none", "--no-augment"])
+    data_plain(tmp_path / "source", ["1_source", "1_source2"], np.full((3, 4), 1, np.uint8))
+    data_plain(tmp_path / "made", ["a_made", "a_made2", "a_made3", "a_made4"],
+               np.full((3, 4), 2, np.uint8))
+    _, _, draw = segment_setting("--data", tmp_path / "source", tmp_path / "made", "--crop", "6x8",
+                                 "--fit", "none")
     rng = np.random.default_rng(0)
     labels = [draw(rng)[1] for _ in range(300)]
     assert all(label.shape == (6, 8) and len(label.unique()) == 1 for label in labels)
@@ -2830,20 +2634,17 @@ def test_segmenter_learns_from_the_source_and_the_generated_set(tmp_path):
 
 @pytest.mark.parametrize("arch", ["daformer", "hrda"])
 def test_segmenter_draw_is_the_published_one(tmp_path, arch):
-    """A draw, also one sent to another process, is the recipe step by step: resize, crop, colours.
-
-    Scale, box, flip and colours of image and label are those of torchvision on the whole picture.
-    """
+    """A draw is the recipe step by step, resize, crop and flip, on the whole picture."""
     street_set(tmp_path, "abc", (90, 160))
-    draw = segment_draw(["--data", str(tmp_path), "--arch", arch, "--fit", "75x133", "--crop",
-                         "48x64", "--rcs-min-pixels", "40", "--no-augment"])
-    pairs, sampler = draw.pairs, draw.samplers[0]
+    pairs, args, draw = segment_setting("--data", tmp_path, "--arch", arch, "--fit", "75x133",
+                                        "--crop", "48x64", rcs_min_pixels=40)
+    sampler = training.rare_class_sampler(pairs, args)
     for seed in range(20):
-        image, label = pickle.loads(pickle.dumps(draw))(np.random.default_rng(seed))
+        image, label, name = draw(np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         rng.integers(3)
         cls, i = sampler.draw(rng)
-        whole, whole_label = (torch.from_numpy(part.copy()) for part in pairs.pair(i))
+        whole, whole_label = map(torch.tensor, pairs.pair(i))
         whole = TF.resize(whole.permute(2, 0, 1), [75, 133], antialias=False)
         whole_label = F.interpolate(whole_label[None, None], (75, 133))[0, 0].long()
         for _ in range(10):
@@ -2856,41 +2657,17 @@ def test_segmenter_draw_is_the_published_one(tmp_path, arch):
             if n[cls] > (80 if arch == "hrda" else 20):
                 break
         turned = [-1] if rng.random() < 0.5 else []
-        assert torch.equal(label, whole_label[box].flip(turned))
+        assert torch.equal(label, whole_label[box].flip(turned)) and name == pairs.name(i)
         assert torch.equal(image, whole[:, box[0], box[1]].flip(turned))
 
 
-def test_segmenter_crops_show_the_rare_class(tmp_path):
-    """In the authors' RCS subset the class a name begins with, elsewhere one drawn by RCS."""
-    label = np.zeros((64, 256), np.uint8)
-    label[:, 8:], label[:8, -32:] = 1, 7  # enough of it in one crop of seven
-    for name in ("7_a", "plain"):
-        root = tmp_path / name
-        for folder, array, end in (("images", np.repeat(label[..., None], 3, 2), ""),
-                                   ("labels", label, "_labelTrainIds")):
-            data_png(root / folder / f"{name}{end}.png", array)
-    seen = {}
-    for name, *more in (("7_a",), ("plain",), ("7_a", "--no-rcs"), ("plain", "--no-rcs")):
-        draw = segment_draw(["--data", str(tmp_path / name), "--crop", "64x64", "--fit", "none",
-                             "--no-augment", "--rcs-min-pixels", "60", *more])
-        rng = np.random.default_rng(0)
-        seen[name, *more] = np.mean([(draw(rng)[1] == 7).sum() > 30 for _ in range(40)])
-    assert seen["7_a",] > 0.4 and seen["plain",] > 0.4, seen
-    assert seen["7_a", "--no-rcs"] < 0.35 and seen["plain", "--no-rcs"] < 0.35, seen
-
-
-def test_hrda_has_the_published_sizes():
-    """--arch hrda doubles scale, crop and window; an HRDA file is measured in its own windows."""
-    big = streets.ToyStreets(("sunny",), 1, size=(72, 128))
-    args = dginstyle.settings("segment", "--data", "x", "--no-rcs", "--no-augment")
-    for arch, scale in (("daformer", 1), ("hrda", 2)):
-        args.arch = arch
-        image, label = dginstyle.segmenter_draw(data.Joined([big]), args)(np.random.default_rng(0))
-        assert image.shape[1:] == label.shape == (512 * scale, 512 * scale)
-        assert segformer.published_crop(arch) == (512 * scale, 512 * scale)
-        assert segformer.published_fit("cityscapes", arch) == (512 * scale, 1024 * scale)
-        assert segformer.published_fit("acdc", arch) == (540 * scale, 960 * scale)
-        assert segformer.published_fit("plain", arch) is None
+def test_hrda_doubles_the_published_sizes():
+    """Scale, crop and window of section 4.1."""
+    for arch, k in (("daformer", 1), ("hrda", 2)):
+        assert segment.published_crop(arch) == (512 * k, 512 * k)
+        assert segment.published_fit("cityscapes", arch) == (512 * k, 1024 * k)
+        assert segment.published_fit("acdc", arch) == (540 * k, 960 * k)
+        assert segment.published_fit("plain", arch) is None
 
 
 def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
@@ -2899,13 +2676,12 @@ def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
     for kind in ("cityscapes", "bdd100k", "mapillary", "acdc original"):
         data_fake(tmp_path / kind, kind)
         for split in ("train", "test"):
-            spec = str(tmp_path / kind)
-            (_, pairs), = dginstyle.open_sets([spec], data.CITYSCAPES, args, split)
-            part = pairs.images[0].relative_to(spec).as_posix()
-            assert ("train" in part, "val" in part) == (split == "train", split == "test"), part
+            pairs, = training.open_sets([str(tmp_path / kind)], args, split)
+            place = pairs.images[0].relative_to(tmp_path / kind).as_posix()
+            assert ("train" in place, "val" in place) == (split == "train", split == "test"), place
 
 
-def test_other_classes_everywhere(tmp_path, capsys):
+def test_other_classes_everywhere(tmp_path):
     """Three classes of a JSON file: hint, captions, palette, sampling, logits and metric."""
     file, colours = tmp_path / "classes.json", [[9, 0, 0], [0, 9, 0], [0, 0, 9]]
     file.write_text(json.dumps({"names": ["water", "ship", "quay"], "colours": colours,
@@ -2917,10 +2693,9 @@ def test_other_classes_everywhere(tmp_path, capsys):
         data_png(tmp_path / f"set/images/{k}.png", image)
         data_png(tmp_path / f"set/labels/{k}.png", raw)
     common = ["--data", str(tmp_path / "set"), "--classes", str(file)]
-    out = str(tmp_path / "train")
-    assert main(["train", "controlnet", *common, "--steps", "1", "--batch", "1", "--cache", "0",
-                 "--sample-steps", "1", "--out", out]) == 0
-    made = tmp_path / "made"
+    out, made = str(tmp_path / "train"), tmp_path / "made"
+    assert main(["train", "controlnet", *common, "--size", "32x64", "--steps", "1", "--batch", "1",
+                 "--cache", "0", "--out", out]) == 0
     flags = ["--controlnet", out + "/controlnet", "--steps", "1", "--no-mrlf", "--num", "2"]
     assert main(["generate", *common, *flags, "--out", str(made)]) == 0
     for row in map(json.loads, open(made / "manifest.jsonl")):
@@ -2928,108 +2703,26 @@ def test_other_classes_everywhere(tmp_path, capsys):
         label = Image.open(made / row["label"])
         assert set(np.unique(np.array(label)).tolist()) <= {0, 1, 2, 255}
         assert label.getpalette()[:9] == sum(colours, [])
-    segment = [*common, "--out", str(tmp_path / "seg"), "--crop", "64x128"]
-    segment.insert(2, str(made))  # a second set
-    assert main(["segment", *segment, "--backbone", "tiny", "--batch", "2", "--steps", "1",
-                 "--workers", "0", "--eval-data", str(tmp_path / "set")]) == 0
-    result = json.loads((tmp_path / "seg" / "eval.json").read_text())[str(tmp_path / "set")]
+    words = ["--data", str(tmp_path / "set"), str(made), *common[2:], "--out",
+             str(tmp_path / "seg"), "--crop", "64x128", "--backbone", "tiny", "--batch", "2"]
+    assert main(["segment", *words, "--steps", "1", "--workers", "0", "--eval-data",
+                 str(tmp_path / "set")]) == 0
+    result = json.loads((tmp_path / "seg/eval.json").read_text())[str(tmp_path / "set")]
     assert {k for k in result if k.startswith("IoU")} == {"IoU.water", "IoU.ship", "IoU.quay"}
     assert np.shape(result["confusion"]) == (3, 3)
     assert np.sum(result["confusion"]) == 2 * 124 * 256
-    assert SegFormer.from_pretrained(tmp_path / "seg" / "segformer").config.num_classes == 3
-    refuses(capsys, ["generate", "--classes", str(file), "--out", str(tmp_path / "x")], "toy:sunny")
-
-
-def test_a_class_file_with_the_nineteen_names_is_the_nineteen(tmp_path, monkeypatch):
-    """Toy streets take it, and the feature distance, which knows things by trainId, stays on."""
-    (tmp_path / "c.json").write_text(json.dumps({
-        "names": data.CITYSCAPES.names, "colours": data.CITYSCAPES.colours, "ids": {"1": 0}}))
-
-    class Seen(Exception):
-        pass
-
-    def loss(model, images, labels, teacher, fd):
-        raise Seen(teacher is not None)
-
-    monkeypatch.setattr(segformer, "training_loss", loss)
-    monkeypatch.setattr(SegFormer, "load_backbone", lambda self, path: self)
-    with pytest.raises(Seen, match="True"):
-        main(["segment", "train", "--data", "toy:sunny:2", "--classes", str(tmp_path / "c.json"),
-              "--pretrained", "x", "--fd", "0.005", "--out", str(tmp_path / "out")])
+    assert SegFormer.from_pretrained(tmp_path / "seg/segformer").config.num_classes == 3
 
 
 # ---- training.py ---------------------------------------------------------------------------------
 
-
-def test_gradients_are_added_up_once_an_update():
-    """With --accumulate 3, DDP exchanges gradients in the last of three calls only."""
-    waits, net = [], torch.nn.Linear(2, 2)
-
-    class Parallel(training.Objective):
-        waiting = False
-
-        @contextlib.contextmanager
-        def no_sync(self):
-            self.waiting = True
-            yield
-            self.waiting = False
-
-        def forward(self, batch):
-            waits.append(self.waiting)
-            return super().forward(batch)
-
-    args = dginstyle.settings("train", "dreambooth", "--accumulate", "3")
-    plain, parallel = (kind(lambda batch: net(batch[0]).square().mean(), net=net)
-                       for kind in (training.Objective, Parallel))
-    batches = iter([[torch.ones(1, 2)]] * 3)
-    training.update(training.Trained(plain, None, args), parallel, batches, args)
-    assert waits == [True, True, False]
+TINY_RUN = ["segment", "train", "--data", "toy:sunny:4", "--batch", "1", "--workers", "0"]
 
 
-def test_ema_averages_batchnorm_statistics(tmp_path):
-    """With --ema the weights that are saved come with the averaged statistics of BatchNorm."""
-    flags = ["segment", "train", "--data", "toy:sunny:4", "--batch", "2", "--arch", "segformer",
-             "--steps", "3"]
-    for ema in ("0", "0.5"):
-        assert main([*flags, "--ema", ema, "--out", str(tmp_path / ema)]) == 0
-    key = "decode_head.linear_fuse.bn.running_mean"
-    last, mean = (SegFormer.from_pretrained(tmp_path / ema / "segformer").state_dict()[key]
-                  for ema in ("0", "0.5"))
-    assert (last - mean).abs().max() > 1e-4
-    saved = torch.load(tmp_path / "0.5" / "checkpoints" / "segformer.pt", weights_only=True)
-    assert torch.equal(saved["nets"]["model." + key].half().float(), last)
-
-
-def test_workers(monkeypatch, capsys):
-    """One process for every core up to eight; none, and a line, where fork is not to be had."""
-    args = argparse.Namespace(workers=None)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(48))
-    assert training.workers(args) == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert training.workers(args) == 6
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert training.workers(args) == 0 and "darwin" in capsys.readouterr().out
-
-
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    """Two processes end with one ControlNet, that of one process with both shares of a batch."""
-    (tmp_path / "script.py").write_text(
-        "import os, sys, torch, dginstyle\n"
-        "fit = dginstyle.fit\n"
-        "def watched(stage, objective, *rest):\n"
-        "    fit(stage, objective, *rest)\n"
-        "    torch.save(objective.nets.state_dict(), sys.argv[1] + os.environ['RANK'])\n"
-        "dginstyle.fit = watched\n"
-        "sys.exit(dginstyle.main(sys.argv[2:]))\n")
-    flags = ["train", "controlnet", "--data", "toy:sunny:4", "--batch", "1", "--steps", "2",
-             "--cache", "0", "--ema", "0", "--sample-steps", "1", "--save-dtype", "fp32", "--out"]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--",
-                    str(tmp_path / "script.py"), str(tmp_path / "rank"), *flags,
-                    str(tmp_path / "two")], check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(HERE)})
-    ranks = [torch.load(tmp_path / f"rank{r}", weights_only=True) for r in (0, 1)]
-    assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
-
+def test_two_processes_train_as_one(pack, tmp_path, monkeypatch):
+    """Two processes end with the ControlNet of one process that has both shares of a batch."""
+    words = ["train", "controlnet", "--sd", str(pack), "--batch", "1", "--steps", "2", "--out"]
+    two_processes([HERE / "dginstyle.py", *words, tmp_path / "two"])
     encode, seeds = dginstyle.encode_images, iter(range(99))
 
     def seeded(vae, images):  # the generators of update 0, process 0; 0, 1; 1, 0; ...
@@ -3037,73 +2730,28 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
         return encode(vae, images)
 
     monkeypatch.setattr(dginstyle, "encode_images", seeded)
-    assert main([*flags, str(tmp_path / "one"), "--accumulate", "2"]) == 0
-    two, one = (ControlNet.from_pretrained(tmp_path / name / "controlnet").state_dict()
-                for name in ("two", "one"))
-    assert all(torch.equal(ranks[0]["controlnet." + k], two[k]) for k in two)
-    start = UNet.from_pretrained(HERE / "toy" / "unet_source").state_dict()
+    assert main([*words, str(tmp_path / "one"), "--accumulate", "2"]) == 0
+    two, one = (ControlNet.from_pretrained(tmp_path / run / "controlnet").state_dict()
+                for run in ("two", "one"))
+    start = UNet.from_pretrained(HERE / "toy/unet_source").state_dict()
     moved = sum((one[k] - start[k]).abs().sum() for k in one if k in start)
     apart = sum((one[k] - two[k]).abs().sum() for k in one if k in start)
     assert moved > 0 and apart < 1e-4 * moved
 
 
-def test_checkpoints_that_do_not_fit(tmp_path, capsys):
-    """Moments of another shape, numbers that are not finite and another optimiser's settings are
-    refused, though torch's load_state_dict lets them pass."""
-    argv = ["segment", "train", "--data", "toy:sunny:4", "--steps", "1", "--batch", "1",
-            "--workers", "0", "--backbone", "tiny", "--arch", "segformer", "--crop", "64x64",
-            "--out", str(tmp_path)]
-    assert main(argv) == 0
-    file = tmp_path / "checkpoints" / "segformer.pt"
-    saved = torch.load(file, weights_only=True)
-    argv[argv.index("--steps") + 1] = "2"
-    for change in (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.ones(7)),
-                   lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan),
-                   lambda s: s["optimizer"]["param_groups"][0].update(betas=(0.5, 0.5)),
-                   lambda s: next(iter(s["nets"].values())).fill_(math.inf),
-                   lambda s: s.update(step=-1)):
-        broken = copy.deepcopy(saved)
-        change(broken)
-        torch.save(broken, file)
-        refuses(capsys, argv, "segformer.pt")
-    torch.save(saved, file)
-    assert main(argv) == 0
-
-
-TINY_RUN = ["segment", "train", "--data", "toy:sunny:4", "--batch", "1", "--workers", "0"]
-
-
-def dies_in(monkeypatch, module, name, call, what):
-    """From now on call number `call` of module.name does `what` in place of its work."""
-    real, calls = getattr(module, name), []
-
-    def wrapped(*args, **options):
-        calls.append(name)
-        if len(calls) == call:
-            what()
-        return real(*args, **options)
-
-    monkeypatch.setattr(module, name, wrapped)
-
-
-def test_a_killed_training_ends_with_the_same_bytes(tmp_path, monkeypatch, capsys):
-    """Killed at step 6 after a checkpoint at 4: log, checkpoints and weights of a whole run."""
-    flags = [*TINY_RUN, "--steps", "8", "--save-every", "2", "--ema", "0.9", "--out"]
+def test_a_killed_training_ends_with_the_same_weights(tmp_path):
+    """kill -9 after the first checkpoint: the same command goes on from a checkpoint and ends with
+    the weights of an undisturbed run."""
+    flags = [*TINY_RUN, "--steps", "12", "--save-every", "2", "--out"]
     assert main([*flags, str(tmp_path / "whole")]) == 0
-
-    def die():
-        with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as it would after step 50
-            file.write('{"stage": "segformer", "step": 5, "loss": 1.0}\n{"stage": "segf')
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        dies_in(patch, training, "update", 6, die)
-        with pytest.raises(KeyboardInterrupt):
-            main([*flags, str(tmp_path / "parts")])
+    saved = tmp_path / "parts/checkpoints/segformer.pt"
+    kill_when(saved.is_file, [*flags, tmp_path / "parts"])
+    assert 2 <= torch.load(saved, weights_only=True)["step"] < 12
     assert main([*flags, str(tmp_path / "parts")]) == 0
-    assert "going on from step 4" in capsys.readouterr().out
-    assert files(tmp_path / "whole") == files(tmp_path / "parts")
-    assert (tmp_path / "parts/checkpoints/segformer.before.pt").is_file()
+    whole, parts = (load_file(tmp_path / run / "segformer/model.safetensors")
+                    for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert not list((tmp_path / "parts").rglob("*.part"))
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
@@ -3111,64 +2759,49 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     flags = [*TINY_RUN, "--save-every", "1", "--out", str(tmp_path / "run"), "--steps"]
     assert main([*flags, "3"]) == 0
     newest = tmp_path / "run/checkpoints/segformer.pt"
-    whole = newest.read_bytes()
-    newest.write_bytes(whole[: len(whole) // 2])
+    newest.write_bytes(newest.read_bytes()[:9999])
     assert main([*flags, "3"]) == 0
     said = capsys.readouterr().out
-    assert "no whole checkpoint" in said and "going on from step 2" in said
-    assert newest.read_bytes() == whole
+    assert "no whole checkpoint" in said and "from step 2" in said
+    assert torch.load(newest, weights_only=True)["step"] == 3
     for file in newest.parent.iterdir():
         file.write_bytes(b"no checkpoint")
-    refuses(capsys, [*flags, "4"], "no whole checkpoint", "delete")
+    refuses(capsys, [*flags, "4"], "checkpoints", "delete")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_training_after_the_step(number, tmp_path, monkeypatch, capsys):
-    """SIGTERM and Ctrl-C in step 3 leave a checkpoint of it, a sentence, and 143 or 130."""
-    flags = [*TINY_RUN, "--steps", "5", "--out"]
-    assert main([*flags, str(tmp_path / "whole")]) == 0
-    with monkeypatch.context() as patch:
-        dies_in(patch, training, "update", 3, lambda: os.kill(os.getpid(), number))
-        assert main([*flags, str(tmp_path / "parts")]) == 128 + number
-    assert "stopped after step 3; the same command goes on" in capsys.readouterr().err
-    assert main([*flags, str(tmp_path / "parts")]) == 0
-    assert "going on from step 3" in capsys.readouterr().out
-    weights = [files(tmp_path / run / "segformer") for run in ("whole", "parts")]
-    assert weights[0] == weights[1]
-
-
-def test_one_run_a_folder(tmp_path):
-    """A second process is told so; a lock whose holder was killed is free."""
-    code = ("import sys, time, training\n"
-            "with training.locked(sys.argv[1]):\n"
-            "    print('held', flush=True)\n"
-            "    time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, text=True,
+def test_one_run_a_folder(tmp_path, capsys):
+    """A second process is told so; the lock of a killed process is free."""
+    (tmp_path / ".lock").touch()
+    code = ("import fcntl, time; file = open('.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True,
                               stdout=subprocess.PIPE)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(data.UserError, match="another run is at work"), training.locked(tmp_path):
-        pass
+    words = ["generate", *QUICK, "--no-mrlf", "--out", str(tmp_path)]
+    refuses(capsys, words, "another run is at work", str(tmp_path))
     holder.kill()
     holder.wait()
-    with training.locked(tmp_path):
-        assert (tmp_path / ".lock").is_file()
-    assert not list(tmp_path.iterdir())
+    assert main(words) == 0
 
 
-def test_a_loss_that_is_no_number_names_its_pictures(tmp_path, monkeypatch, capsys):
-    """NaN in step 4 of steps looked at together: said with step and pictures; the checkpoint of
-    step 2 is the one that stays."""
-    real, calls = segformer.training_loss, []
+@pytest.mark.parametrize("broken", ["loss", "weight"])
+def test_nan_stops_training(broken, tmp_path, monkeypatch, capsys):
+    """A NaN loss in step 4 is said with step and pictures, a NaN weight before it is saved; the
+    checkpoint of step 2 is the one that stays."""
+    real, calls = segment.training_loss, []
 
-    def loss(*args):
-        calls.append(args)
-        return real(*args) * (float("nan") if len(calls) == 4 else 1)
+    def loss(model, *rest):
+        calls.append(model)
+        value = real(model, *rest)
+        if broken == "weight" and len(calls) == 4:  # after it was used
+            next(model.parameters()).data.fill_(math.nan)
+        return value * (math.nan if broken == "loss" and len(calls) == 4 else 1)
 
-    monkeypatch.setattr(segformer, "training_loss", loss)
+    monkeypatch.setattr(segment, "training_loss", loss)
     flags = [*TINY_RUN, "--steps", "9", "--save-every", "2", "--out", str(tmp_path)]
-    refuses(capsys, flags, "nan at step 4", "train0", "--lr")
-    saved = torch.load(tmp_path / "checkpoints/segformer.pt", weights_only=True)
-    assert saved["step"] == 2
+    refuses(capsys, flags, "nan" if broken == "loss" else "NaN", "step 4", "--lr",
+            *["train0"] * (broken == "loss"))
+    assert torch.load(tmp_path / "checkpoints/segformer.pt", weights_only=True)["step"] == 2
 
 
 def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
@@ -3180,65 +2813,31 @@ def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
         file.write_bytes(whole[: len(whole) * 4 // 5])  # what Pillow opens gladly
     data_words = ["--data", str(tmp_path / "set"), "--steps", "2"]
     tiny = ["--backbone", "tiny", "--crop", "64x64", "--fit", "64x128", "--workers", "2"]
-    runs = {"train": ["segment", "train", *data_words, *tiny, "--batch", "4"],
-            "make": ["generate", *data_words, "--num", "4", "--no-mrlf"],
-            "plain": ["generate", *data_words, "--num", "9", "--no-mrlf", "--no-rcs"],
+    runs = {"train": ["segment", "train", *data_words, *tiny, "--batch", "4", "--no-rcs"],
+            "make": ["generate", *data_words, "--num", "4", "--no-mrlf", "--no-rcs"],
             "eval": ["segment", "eval", "--eval-data", str(tmp_path / "set"), "--weights",
                      str(HERE / "toy/segformer")]}
     for name, words in runs.items():
         out = tmp_path / name
         refuses(capsys, [*words, "--out", str(tmp_path / f"{name} stops")], "cannot be read")
         assert main([*words, "--out", str(out), "--on-error", "skip"]) == 0
-        listed = (out / "skipped.jsonl").read_text()
-        assert "b_labelTrainIds.png" in listed
-        assert len(listed.splitlines()) == len(set(listed.splitlines()))
+        assert "b_labelTrainIds.png" in (out / "skipped.jsonl").read_text()
     assert "images/c.png" in (tmp_path / "train/skipped.jsonl").read_text()
-    assert len(list((tmp_path / "make/images").iterdir())) == 4  # b's label is drawn by nobody
-    assert 0 < len(list((tmp_path / "plain/images").iterdir())) < 9
-
-
-def test_a_full_disk_is_said_and_survived(tmp_path):
-    """Files may not grow beyond a limit: exit 2 and a sentence, nothing half written, and the same
-    commands go on when there is room."""
-    code = """
-import resource, sys, dginstyle
-from pathlib import Path
-for line in sys.argv[1:]:
-    limit, *words = line.split("|")
-    hard = resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), hard))
-    assert dginstyle.main(words) == 2
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert not list(Path(words[-1]).rglob("*.part"))
-    assert dginstyle.main(words) == 0
-"""
-    lines = ["|".join([limit, *words, "--out", str(tmp_path / words[0])]) for limit, *words in (
-        ["8000", "generate", *QUICK, "--no-mrlf"], ["100000", *TINY_RUN, "--steps", "1"])]
-    done = subprocess.run([sys.executable, "-c", code, *lines], cwd=HERE, capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert len(re.findall(r"dginstyle: .*(?:File too large|disk full)", done.stderr)) == 2
+    assert 0 < len(list((tmp_path / "make/images").iterdir())) < 4
 
 
 # ---- recipes.py ----------------------------------------------------------------------------------
 
 
 def test_presets():
-    """Explicit flags win over the preset, the preset over the defaults; fast needs at most a fifth
-    of paper's network evaluations at the published size."""
+    """Explicit flags win over the preset, the preset over the pack, the pack over the published
+    defaults."""
     def parse(*words):
         return dginstyle.settings("generate", "--device", "cpu", *words)
 
-    def evaluations(args):
-        stride = 64 // dginstyle.STRIDES[args.stride]
-        return args.steps * (1 + len(dginstyle.tiles((128, 128), (64, 64), (stride, stride))))
-
     published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
-    assert vars(published) == vars(paper) and paper.sampler == "ddim" and paper.guidance == 7.5
-    fast, turbo = (parse("--sd", "x", "--preset", p) for p in ("fast", "turbo"))
-    assert evaluations(paper) == 520 and evaluations(paper) >= 5 * evaluations(fast)
-    names = ("preset", "sampler", "steps", "start", "control_uncond")
-    assert vars(turbo) | {n: getattr(fast, n) for n in names} == vars(fast) and turbo.start < 1
+    assert vars(published) == vars(paper)
+    assert (paper.sampler, paper.steps, paper.stride, paper.guidance) == ("ddim", 20, "quarter", 7.5)
     mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
     assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
     toy = parse()  # has settings of its own
@@ -3246,9 +2845,9 @@ def test_presets():
     assert parse("--preset", "paper").sampler == "ddim"
 
 
-def test_a_packs_settings(tmp_path, capsys):
-    """settings.json of an --sd folder: flags win over it, it wins over the published defaults,
-    paths start at the folder, and what is no setting is an error."""
+def test_a_packs_settings(tmp_path):
+    """settings.json of an --sd folder: flags win over it, it wins over the published defaults, a
+    stage's section over the command's, and paths start at the folder."""
     file, flags = tmp_path / "settings.json", ["--sd", tmp_path, "--device", "cpu"]
     file.write_text(json.dumps({"generate": {"guidance": 3, "window": "8x16", "controlnet": "c"},
                                 "train": {"lr": 0.5, "batch": 7}, "controlnet": {"batch": 9}}))
@@ -3258,42 +2857,6 @@ def test_a_packs_settings(tmp_path, capsys):
     args = dginstyle.settings("train", "controlnet", *flags)
     assert (args.batch, args.lr, args.accumulate, args.steps) == (9, 0.5, 4, 312_100)
     assert dginstyle.settings("train", "dreambooth", *flags).batch == 7
-    for bad in ({"generate": {"guidence": 3}}, {"generates": {}}, {"train": {"lr": "fast"}}, [1]):
-        file.write_text(json.dumps(bad))
-        refuses(capsys, ["generate", *map(str, flags)], "settings.json")
-
-
-def test_bad_flags(capsys, tmp_path):
-    """Sizes that do not fit, unknown words and impossible numbers are named, and a refused run
-    leaves nothing that blocks the next."""
-    train = "train dreambooth --data toy:sunny:2"
-    for command, *words in (
-            ("generate --size 60x100", "60x100", "multiples of"),
-            ("generate --size 1000x2000", "1000"), ("generate --size huge", "huge"),
-            ("generate --weather sandstorm", "sandstorm", "snowy"),
-            ("generate --steps 0", "--steps: 0 is not from 1"),
-            ("generate --swap 1.5", "--swap: 1.5 is not from 0 to 1"),
-            ("generate --num 0", "--num: 0 "), ("generate --stride 40x40", "stride"),
-            ("generate --device cuda:77", "cuda:77"), ("generate --seed -1", "--seed"),
-            (f"{train} --save-every 0", "--save-every: 0 "), (f"{train} --batch 0", "--batch: 0 "),
-            (f"{train} --lr 0", "--lr: 0 "), (f"{train} --size 36x36", "36x36", "multiples of"),
-            (f"{train} --sd /nowhere", "/nowhere"),
-            ("segment --data somewhere", "--eval-data"),
-            ("segment --data toy:sandstorm", "sandstorm"),
-            ("segment --data toy:sunny:none", "toy:sunny:none"),
-            ("segment predict nowhere.png", "nowhere.png")):
-        refuses(capsys, [*command.split(), "--out", str(tmp_path / "out")], *words)
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "file").write_text("")
-    refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "file")], str(tmp_path / "file"))
-
-
-def test_every_flag_is_read():
-    """No flag that nobody looks at: each name of a table occurs as args.NAME or ours.NAME."""
-    source = "".join((HERE / f"{f}.py").read_text() for f in ("dginstyle", "training", "recipes"))
-    for table in (recipes.GENERATE, recipes.TRAIN, recipes.SEGMENT):
-        for name in table:
-            assert f"args.{name}" in source or f"ours.{name}" in source, name
 
 
 # ---- gallery.py ----------------------------------------------------------------------------------
@@ -3330,38 +2893,204 @@ def test_grid_of_unequal_strips(tmp_path):
 # ---- toy/ ----------------------------------------------------------------------------------------
 
 
-def test_latents_can_be_normalised_inside_the_vae():
-    """The folded statistics give latents of mean 0 and standard deviation 1, and equal pictures."""
-    auto = tiny_models().vae
-    images = list(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    folded = make.normalise_latents(auto, images)
-    with torch.no_grad():
-        z = folded.encode(torch.stack(images))
-        assert z.mean((0, 2, 3)).abs().max() < 1e-4
-        assert (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
-        want = auto.decode(auto.encode(torch.stack(images)))
-        assert relative(folded.decode(z), want) < 1e-4
-
-
 def test_toy_streets_repeat_and_share_scenes():
-    """A scene is a function of its seed; every style shows it with the same label."""
+    """A scene is a function of its seed, every style shows it with the same label, the splits have
+    different ones, and together they show every class and ignore."""
     image, label = streets.toy_street(3, "sunny")
-    again, _ = streets.toy_street(3, "sunny")
-    assert np.array_equal(image, again) and image.shape == (128, 256, 3)
+    assert np.array_equal(image, streets.toy_street(3, "sunny")[0])
     for style in streets.STYLES[1:]:
         other, same_label = streets.toy_street(3, style)
         assert np.array_equal(label, same_label) and np.abs(other - image.astype(int)).mean() > 10
-    with pytest.raises(ValueError, match="no toy style"):
-        streets.toy_street(0, "sandstorm")
-
-
-def test_toy_streets_show_every_class():
-    """All 19 classes and ignore occur, and train, val and test scenes differ."""
-    scenes = streets.ToyStreets(n=60)
-    seen = set().union(*(np.unique(scenes.label(i)).tolist() for i in range(60)))
-    assert seen == {*range(19), 255}
     labels = [streets.ToyStreets(n=1, split=s).label(0) for s in ("train", "val", "test")]
     assert not np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[1], labels[2])
+    scenes = streets.ToyStreets(n=60)
+    assert {k for i in range(60) for k in np.unique(scenes.label(i)).tolist()} == {*range(19), 255}
+
+
+# ---- bad inputs: what the user can put right is one sentence -------------------------------------
+
+
+def put(path, content):
+    """A file anew, never into one shared by hard link: a picture (array), bytes, text or JSON; None
+    leaves it out."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if isinstance(content, np.ndarray):
+        Image.fromarray(content).save(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def edit(path, **entries):
+    """Change entries of a JSON file."""
+    put(path, json.loads(Path(path).read_text()) | entries)
+
+
+def cut(path):
+    """Only four fifths of a file: of a picture, what Pillow opens gladly."""
+    put(path, Path(path).read_bytes()[: os.path.getsize(path) * 4 // 5])
+
+
+def weights(**tensors):
+    """Change tensors of the UNet's file; None leaves one out."""
+    state = load_file(UNET) | tensors
+    os.unlink(UNET)
+    save_file({k: v for k, v in state.items() if v is not None}, UNET)
+
+
+class Code:
+    """Unpickled by the usual pickle it makes a folder."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def pickled():
+    """A pickle with code in place of the UNet's weights."""
+    os.unlink(UNET)
+    torch.save({"x": Code()}, UNET.replace("safetensors", "bin"))
+
+
+def labels(array):
+    """Other labels for all pictures."""
+    for file in Path("data/labels").iterdir():
+        put(file, array)
+
+
+def full(file):
+    """What the system says when there is no room."""
+    raise OSError(28, "No space left on device")
+
+
+SHORT = "--steps 1 --batch 1 --out out"
+BAD_COMMANDS = {  # a row of the table begins with one of these, and its other words come last
+    "generate": f"--sd sd --data data --num 1 --no-mrlf {SHORT}",
+    "train controlnet": f"--sd sd --data data --workers 0 {SHORT}",
+    "segment train": f"--data data --backbone tiny --crop 64x64 --workers 0 {SHORT}",
+    "segment eval": "--weights segformer --eval-data data --out out",
+    "segment predict": "--weights segformer --out out", "segment": "--data data --out out",
+    "stats": "data", "rcs-subset": "data out"}
+UNET, UNET_CONFIG = "sd/unet/diffusion_pytorch_model.safetensors", "sd/unet/config.json"
+SCHEDULER, SETTINGS = "sd/scheduler/scheduler_config.json", "sd/settings.json"
+LABEL, IMAGE, FLAT = "data/labels/a.png", "data/images/a.png", np.zeros((64, 128), np.uint8)
+BAD_INPUTS = [  # command line, words of the sentence, what is done before
+    ("generate --data nowhere", "nowhere"),
+    ("generate --data toy:sandstorm", "sandstorm"),
+    ("generate --data toy:sunny:none", "toy:sunny:none"),
+    ("stats", "data", lambda _: shutil.rmtree("data/images")),
+    ("generate", "data", lambda _: [shutil.rmtree("data/images"), os.mkdir("data/images")]),
+    ("generate", "label", lambda _: shutil.rmtree("data/labels")),
+    ("generate", "size", lambda _: labels(FLAT[:9, :9])),
+    ("stats", f"{LABEL} 77", lambda _: put(LABEL, FLAT + 77)),
+    ("generate", LABEL, lambda _: put(LABEL, np.zeros((64, 128, 3), np.uint8))),
+    ("generate", LABEL, lambda _: cut(LABEL)),
+    ("generate", "no class", lambda _: labels(FLAT + 255)),
+    ("segment eval", IMAGE, lambda _: cut(IMAGE)),
+    ("segment predict nowhere.png", "nowhere.png"),
+    ("segment predict odd.png", "odd.png", lambda _: put("odd.png", "no picture")),
+    ("rcs-subset --num 99", "99"),
+    ("rcs-subset", "out not empty", lambda _: put("out/a", "")),
+
+    ("generate --sd nowhere --controlnet sd/controlnet", "nowhere"),
+    ("generate --controlnet sd/vae", "sd/vae"),
+    ("generate", "--controlnet", lambda _: put(SETTINGS, None)),
+    ("generate", UNET, lambda _: cut(UNET)),
+    ("generate", "sd/unet", lambda _: put(UNET, None)),
+    ("generate", "sd/unet", lambda _: pickled()),
+    ("generate", f"{UNET} conv_in", lambda _: weights(**{"conv_in.bias": None})),
+    ("generate", f"{UNET} conv_in", lambda _: weights(**{"conv_in.bias": torch.ones(3)})),
+    ("generate", f"{UNET} odd", lambda _: weights(odd=torch.ones(1))),
+    ("generate", f"{UNET} NaN", lambda _: weights(**{"conv_in.bias": torch.ones(64) * math.nan})),
+    ("generate", "sd/unet", lambda _: edit(UNET_CONFIG, layers_per_block=10**9)),
+    ("generate", "sd/unet", lambda _: edit(UNET_CONFIG, cross_attention_dim=3)),
+    ("train controlnet", "--source-unet", lambda _: shutil.rmtree("sd/unet_source")),
+
+    ("generate", UNET_CONFIG, lambda _: put(UNET_CONFIG, "{")),
+    ("generate", SCHEDULER, lambda _: put(SCHEDULER, "[]")),
+    ("generate", "thresholding", lambda _: edit(SCHEDULER, thresholding=True)),
+    ("generate", "sd/tokenizer", lambda _: put("sd/tokenizer/vocab.json", "{")),
+    ("generate", SETTINGS, lambda _: put(SETTINGS, "{")),
+    ("generate", f"{SETTINGS} guidence", lambda _: edit(SETTINGS, generate={"guidence": 3})),
+    ("generate", SETTINGS, lambda _: edit(SETTINGS, generate={"steps": "x"})),
+    ("segment eval", "segformer", lambda _: put("segformer/config.json", "{")),
+    ("stats", ".class_counts.json", lambda _: put("data/.class_counts.json", "{")),
+    ("generate --classes c.json", "c.json", lambda _: put("c.json", "{")),
+    ("generate --classes c.json", "c.json", lambda _: edit("c.json", ids={})),
+    ("generate --classes c.json", "c.json", lambda _: edit("c.json", ids={"7": 5})),
+    ("generate --classes c.json", "c.json", lambda _: put("c.json", {"names": ["road"]})),
+    ("generate --classes c.json", "2 classes"),
+    ("segment eval --classes c.json", "2"),
+
+    ("generate --size 60x100", "60x100 multiples"), ("generate --size huge", "huge"),
+    ("train controlnet --size 36x36", "36x36 multiples"), ("segment train --crop 8x8", "8x8"),
+    ("segment train --arch hrda --crop 100x100", "100x100 multiples"),
+    ("generate --weather sandstorm", "sandstorm snowy"),
+    ("generate --steps 0", "--steps 0"), ("generate --num x", "--num x"),
+    ("generate --seed=-1", "--seed -1"), ("generate --swap 1.5", "--swap 1.5"),
+    ("generate --guidance nan", "--guidance nan"), ("generate --stride none", "--stride none"),
+    ("generate --mrlf --stride 40x40", "stride 40"), ("generate --device cuda:77", "cuda:77"),
+    ("train controlnet --lr 0", "--lr 0"), ("segment", "--eval-data"),
+    ("segment --eval-data toy:sunny cityscape", "cityscape"),
+    ("segment train runs/night", "runs/night"), ("generate --nothing", "--nothing"),
+
+    ("generate --out a\0b", "--out"), ("generate --out c.json", "c.json"),
+    ("generate --out data/images/new", "data/images/new"),
+    ("generate", "out not empty", lambda _: put("out/thesis.txt", "precious")),
+    ("generate", "out other settings", lambda _: put("out/settings.json", {"seed": "5"})),
+    ("segment train", "out other settings", lambda _: put("out/segformer.json", {"seed": "5"})),
+    ("generate", "out/settings.json", lambda _: put("out/settings.json", "{")),
+    ("generate --no-rcs", "No space left", lambda patch: patch.setattr(os, "fsync", full)),
+    ("segment train --no-rcs", "No space left", lambda patch: patch.setattr(os, "fsync", full)),
+]
+
+
+@pytest.fixture(scope="module")
+def good_inputs(tmp_path_factory):
+    """The toy pack, two pairs and a file of two classes, of which every bad input is made."""
+    folder = tmp_path_factory.mktemp("good")
+    shutil.copytree(HERE / "toy", folder / "sd", ignore=shutil.ignore_patterns("*.png", "*.py"))
+    shutil.copytree(HERE / "toy/segformer", folder / "segformer")
+    settings = {"controlnet": "controlnet", "preset": "fast", "rcs_min_pixels": 40}
+    put(folder / SETTINGS, {"generate": settings, "train": {"rcs_min_pixels": 40}})
+    put(folder / "c.json", {"names": ["road", "sky"], "colours": [[0, 0, 0]] * 2,
+                            "ids": {str(i): i % 2 for i in range(19)}})
+    for k, name in enumerate("ab"):
+        image, label = streets.toy_street(k, size=FLAT.shape)
+        put(folder / f"data/images/{name}.png", image)
+        put(folder / f"data/labels/{name}.png", label)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS, ids=lambda case: f"{case[0]}: {case[1]}"[:60])
+def test_a_bad_input_is_one_sentence(case, good_inputs, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line on stderr with the culprit, and no file is written or changed."""
+    line, culprits, *changes = case
+    name = next(name for name in BAD_COMMANDS if f"{line} ".startswith(f"{name} "))
+    words = [*name.split(), *BAD_COMMANDS[name].split(), *line.removeprefix(name).split()]
+    shutil.copytree(good_inputs, tmp_path / "case", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "case")
+    for change in changes:
+        change(monkeypatch)
+    before = files(Path("."))
+    code = exit_code(words, data.main if name in ("stats", "rcs-subset") else main)
+    said = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    said = [line for line in said if line.strip() and "%|" not in line]  # no progress bars
+    assert code == 2 and len(said) == 1, said
+    assert all(word in said[0] for word in culprits.split()), said
+    written = files(Path(".")).items() - before.items()
+    assert {file for file, _ in written} <= {"out/.lock", "data/.class_counts.json"}
+    assert not Path("executed").exists()
+
+
+def test_a_preview_of_another_size_is_one_sentence(generated, tmp_path, capsys):
+    """A picture in vis/ that is not the run's names its file when the command runs again."""
+    out = tmp_path / "run"
+    shutil.copytree(generated, out)
+    put(min((out / "vis").iterdir()), FLAT[:9, :9])
+    refuses(capsys, ["generate", *QUICK, "--out", str(out)], "vis", "00000")
 
 
 # ---- experiments/bench.py ------------------------------------------------------------------------
@@ -3561,43 +3290,41 @@ def test_rehearsal_of_three_commands(capsys):
 # ---- experiments/pretend.py: on a GPU that is not there ------------------------------------------
 
 
-def on_pretended(device="cuda:0", dtype=torch.float32, low_vram=False):
+def on_pretended(dtype=torch.float32):
     """tiny_models there, to be called within pretend.gpu()."""
-    models = replace(tiny_models(), schedule=pretend.schedule(),
-                     turns_on=device if low_vram else None)
+    models = replace(tiny_models(), schedule=pretend.schedule())
     for net in (models.unet, models.controlnet, models.vae, models.text_encoder):
-        net.to("cpu" if low_vram else device, dtype, memory_format=torch.channels_last)
+        net.to("cuda:0", dtype, memory_format=torch.channels_last)
     return models
 
 
-@pytest.mark.parametrize("low_vram", [False, True])
-def test_both_passes_on_a_gpu(low_vram):
-    """Nothing is left on the CPU in sampling, with any sampler, guidance and size; with low_vram
-    no weight is left on the GPU."""
+def test_both_passes_on_a_gpu():
+    """Nothing is left on the CPU in sampling, with any sampler, guidance and size."""
     with pretend.gpu(), torch.no_grad():
-        models = on_pretended("cuda:0", torch.bfloat16, low_vram)
+        models = on_pretended(torch.bfloat16)
         text, hint = models.encode_prompts(["road", "sky"], "fog"), torch.zeros(2, 20, 32, 64)
         for sampler, weights, share in (("ddim", "uniform", 1.0), ("dpm++", "cosine", 0.4)):
             options = dict(sampler=sampler, steps=2, weights=weights, control_uncond=share,
-                           tile_batch=16)
+                           tile_batch=16, prior_tone=1 - share)
             latents = dginstyle.first_pass(models, (32, 64), text, hint, Noise([0, 1]), **options)
             latents = dginstyle.second_pass(models, latents, torch.zeros(2, 1, 32, 64), hint, text,
                                             Noise([0, 1]), official_renoise=share < 1,
                                             stride="half", **options)
             assert latents.is_cuda and latents.shape == (2, 4, 16, 32)
         dginstyle.first_pass(models, (32, 64), text, None, Noise([0, 1]), steps=1, tile_batch=16)
-        nets = (models.unet, models.controlnet, models.vae, models.text_encoder)
-        there = {p.device.type for net in nets for p in net.parameters()}
-        assert there == {"cpu" if low_vram else "cuda"}
 
 
 def test_a_misplaced_tensor_is_found():
-    """The pretended GPU refuses one weight, a hint or a mask that was left on the CPU."""
+    """The pretended GPU refuses a hint and a weight that were left on the CPU, and counts a wait:
+    the tests around this one can fail."""
     with pretend.gpu(), torch.no_grad():
         models = on_pretended()
         text, x = models.encode_prompts(["road"]), torch.zeros(1, 4, 8, 8, device="cuda:0")
         hint = models.encode_hint(torch.zeros(1, 20, 32, 32))
-        assert models.predict(x, 9, text, hint).is_cuda
+        with pretend.Launches() as seen:
+            assert models.predict(x, 9, text, hint).is_cuda and not seen.waits
+            x.cpu(), x + torch.zeros(1, 4, 8, 8).to("cuda:0")
+        assert seen.waits == {"copy from": 1, "copy to": 1}
         with pytest.raises(RuntimeError, match="same device"):
             models.predict(x, 9, text, hint.cpu())
         weight = models.unet.mid_block.resnets[1].norm2.weight
@@ -3607,30 +3334,16 @@ def test_a_misplaced_tensor_is_found():
 
 
 def test_no_step_of_sampling_waits_for_the_gpu():
-    """Between two steps nothing is read back or sent over; a wait that is there is counted."""
-    with pretend.gpu():
+    """Between two steps nothing is read back or sent over; at SD1.5's size in bf16 a step in 25
+    windows launches at most 1,100 operators, and text and both ways of the VAE run there too."""
+    with pretend.gpu(), torch.no_grad():
         models = on_pretended()
         for options in (dict(stride=(2, 2), tile_batch=5), dict(sampler="dpm++", stride=(4, 4))):
             seen = pretend.second_pass_step(models, **{"tile_batch": 32, **options})
             assert not seen.waits and seen.launched["convolution"] > 20
-        x, flags = torch.zeros(4, device="cuda:0"), torch.ones(4, dtype=torch.bool, device="cuda:0")
-        with pretend.Launches() as seen:
-            x + torch.zeros(4).to("cuda:0", non_blocking=True)
-            assert not seen.waits
-            x.cpu(), x + torch.zeros(4).to("cuda:0"), x.copy_(torch.zeros(4))
-            for read in (lambda: x.sum().item(), lambda: x[flags], lambda: bool(flags.all())):
-                with pytest.raises(Exception, match="aten|data-dependent"):
-                    read()
-        assert seen.waits == {"copy from": 1, "copy to": 2, "_local_scalar_dense": 2, "index": 1}
-
-
-def test_stable_diffusion_on_a_gpu():
-    """At SD1.5's size in bf16: text, both ways of the VAE, and a step in 25 windows, which waits
-    for nothing and launches at most 1000 operators."""
-    with pretend.gpu(), torch.no_grad():
         models = pretend.sd_models()
         seen = pretend.second_pass_step(models, stride=(16, 16), tile_batch=32)
-        assert not seen.waits and seen.launched.total() < 1000
+        assert not seen.waits and seen.launched.total() <= 1100
         z = models.vae.encode(torch.zeros(1, 3, 512, 512, device="cuda:0", dtype=torch.bfloat16))
         assert models.vae.decode(z).shape == (1, 3, 512, 512) and z.is_cuda
 
@@ -3651,75 +3364,69 @@ def test_sampling_on_a_real_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     args = dginstyle.settings("generate", "--precision", "fp32")
-    condition = bench.street(here.size)
+    label = streets.toy_street(0, size=here.size)[1]
+    condition = dginstyle.Condition("street", label, data.caption(label), None, None, (0, 0), 0)
     images = [dginstyle.decode(m.vae, dginstyle.sample(m, [condition], data.CITYSCAPES, args))
               for m in (there, here)]
     assert np.abs(images[0].astype(int) - images[1]).mean() < 3
 
 
-@pytest.mark.parametrize("head", ["segformer", "daformer", "hrda"])
-def test_measuring_on_a_gpu(head):
-    """A picture goes through sliding windows, scaled and scaled back, on the GPU alone."""
-    with pretend.gpu(), torch.no_grad():
-        model = seg_model(head=head).eval().to("cuda:0")
-        for fit in (None, (48, 80)):
-            logits = segformer.predict(model, np.zeros((96, 160, 3), np.uint8), (64, 64), fit)
-            assert logits.is_cuda and logits.shape == (model.config.num_classes, 96, 160)
+class UpdateDone(Exception):
+    """Raised in place of a second update."""
 
 
-def updates(monkeypatch, words, flags, models, toy_stage=None):
-    """Run a training stage's own code up to its loop, then an update -> Launches of the update.
+def watch_update(monkeypatch):
+    """-> Launches of the training loop from its first update to its second, which raises
+    UpdateDone."""
+    update, seen = training.update, pretend.Launches()
 
-    models: what the stage finds in --sd; toy_stage: a function of toy.make, run in its place."""
-    caught = {}
-    for module in (dginstyle, make):
-        monkeypatch.setattr(module, "fit", lambda stage, objective, draw, args, save, pairs=None,
-                            groups=None: caught.update(objective=objective, draw=draw, args=args,
-                                                       groups=groups))
-    monkeypatch.setattr(Models, "from_pretrained", lambda *a, **k: models)
-    monkeypatch.setattr(UNet, "from_pretrained", lambda path: copy.deepcopy(models.unet))
-    monkeypatch.setattr(VAE, "from_pretrained",
-                        lambda path: VAE(VAEConfig(**vae_module.PRESETS["tiny"])))
-    args = dginstyle.settings(*words, *flags, "--device", "cuda:0", "--data", "toy:sunny:2",
-                              "--batch", "2")
-    if args.command == "train":
-        function = toy_stage or getattr(dginstyle, f"train_{args.stage}")
-        function(args, dginstyle.open_training_data(args)[1], data.CITYSCAPES)
-    else:
-        dginstyle.train_segmenter(args)
-    objective, draw, args, groups = caught.values()
-    objective.to(args.device, memory_format=torch.channels_last).train()
-    state = training.Trained(objective, groups, args)
-    batches = (list(map(torch.stack, zip(*(draw(np.random.default_rng(k)) for _ in range(2)),
-                                         strict=True))) for k in range(100))
-    with pretend.Launches() as seen:
-        loss = training.update(state, objective, batches, args)
-        state.follow(loss, args.ema, 0)
-    assert loss.is_cuda and loss.ndim == 0
-    assert all(p.is_cuda and p.grad is None for p in state.parameters)
+    def watched(parallel, optimizer, *rest):
+        if seen.launched:
+            seen.__exit__(None, None, None)
+            raise UpdateDone
+        seen.__enter__()
+        loss, names = update(parallel, optimizer, *rest)
+        assert loss.is_cuda and loss.ndim == 0
+        assert all(p.is_cuda for group in optimizer.param_groups for p in group["params"])
+        return loss, names
+
+    def loader(draw, args, first):  # a DataLoader draws a seed, for which nothing here has content
+        samples = [draw(np.random.default_rng(k)) for k in range(args.batch)]
+        return [torch.utils.data.default_collate(samples)] * 2 * args.accumulate
+
+    monkeypatch.setattr(training, "update", watched)
+    monkeypatch.setattr(training, "loader", loader)
     return seen
 
 
 @pytest.mark.parametrize("stage,precision", [
     ("dreambooth", "fp16"), ("controlnet", "bf16"), ("daformer", "bf16"), ("hrda", "fp16"),
     ("segformer", "fp16"), ("diff", "bf16"), ("vae", "bf16"), ("prior", "fp16")])
-def test_training_on_a_gpu(stage, precision, monkeypatch):
+def test_training_on_a_gpu(stage, precision, pack, tmp_path, monkeypatch):
     """An update of every stage, with checkpointing, accumulation, clipping, averaged weights and
     fp16's scaler, lies on the GPU and waits for nothing."""
-    flags = ["--precision", precision, "--accumulate", str(1 + (stage == "controlnet")),
-             "--ema", "0.9", "--clip", "1"]
+    words = ["--precision", precision, "--accumulate", str(1 + (stage == "controlnet")), "--data",
+             "toy:sunny:2", "--batch", "2", "--steps", "3", "--device", "cuda:0", "--workers", "0",
+             "--out", str(tmp_path)]
     with pretend.gpu():
         models = on_pretended()
-        if stage in ("dreambooth", "controlnet", *make.STAGES):
-            words = ["train", stage if stage == "controlnet" else "dreambooth", "--checkpointing",
-                     "--size", "32x32", "--source-unet", ".", "--cache", "0"]
-        else:
-            words = ["segment", "train", "--crop", "64x64", "--arch", stage]
-        if stage == "diff":
-            words = [*words[:4], "--backbone", "diff", "--diff-steps", "5"]
-            models.unet, models.vae = diff_prior().unet.to("cuda:0"), diff_prior().vae.to("cuda:0")
-        toy_stage = make.STAGES.get(stage)
-        assert not updates(monkeypatch, words, flags, models, toy_stage).waits
+        monkeypatch.setattr(Models, "from_pretrained", lambda *_, **__: models)
+        monkeypatch.setattr(UNet, "from_pretrained", lambda *_: copy.deepcopy(models.unet))
+        monkeypatch.setattr(VAE, "from_pretrained",
+                            lambda *_: VAE(VAEConfig(**vae_module.PRESETS["tiny"])))
+        seen = watch_update(monkeypatch)
+        with pytest.raises(UpdateDone):
+            if stage in STAGE_FOLDERS:
+                train(stage, *words, "--sd", pack, "--checkpointing", "--size", "32x32",
+                      "--source-unet", ".")
+            elif stage == "diff":
+                prior = diff_prior()
+                models.unet, models.vae = prior.unet.to("cuda:0"), prior.vae.to("cuda:0")
+                main(["segment", "train", *words, "--crop", "64x64", "--backbone", "diff",
+                      "--diff-steps", "5"])
+            else:
+                main(["segment", "train", *words, "--crop", "64x64", "--arch", stage])
+        assert not seen.waits
 
 
 # ---- the house -----------------------------------------------------------------------------------
@@ -3728,43 +3435,23 @@ ALLOWED = {
     "unet.py": {"torch", "safetensors"}, "vae.py": {"torch", "safetensors"},
     "clip_text.py": {"torch", "safetensors"}, "segformer.py": {"torch", "safetensors"},
     "controlnet.py": {"torch", "unet"},
-    "diff.py": {"torch", "safetensors", "unet", "segformer"}, "toy/streets.py": {"numpy", "PIL"},
-    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "toy"},
+    "diff.py": {"torch", "safetensors", "unet", "segformer"},
+    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
+    "toy/streets.py": {"numpy", "PIL", "data"},
 }
-ALONE = """
-import sys
-for folder in sys.argv[1:]:
-    sys.path[0], name = folder, folder.rpartition("/")[2]
-    __import__(name)
-    if name == "diff":
-        import torch
-        from diff import PRESETS, Diff, DiffConfig, Prior
-        from unet import PRESETS as SIZES, UNet, UNetConfig
-        vae = torch.nn.Conv2d(3, 12, 4, stride=4)
-        vae.factor, vae.encode = 4, lambda images, noise: vae(images)
-        prior = Prior(UNet(UNetConfig(**SIZES["tiny"])), vae, torch.randn(2, 7, 96), classes=(1,))
-        model = Diff(DiffConfig(**PRESETS["tiny"], steps="1"), prior)
-        model.loss(torch.rand(2, 3, 32, 32), torch.randint(3, (2, 32, 32))).backward()
-        assert model.eval()(torch.rand(1, 3, 32, 64)).argmax(1).shape == (1, 16, 32)
-    for other in (name, "unet", "segformer"):
-        sys.modules.pop(other, None)
-"""
 
 
 def test_files_can_be_copied_out(tmp_path):
-    """Each file imports only what the README promises, and imports from an empty folder; there
-    diff.py, unet.py and segformer.py learn with another's latents, in ten lines."""
-    folders = [tmp_path / Path(file).stem for file in ALLOWED]
-    for (file, allowed), folder in zip(ALLOWED.items(), folders, strict=True):
+    """Each file imports only what the README promises, and imports outside this folder."""
+    for file, allowed in ALLOWED.items():
         tree = ast.parse((HERE / file).read_text())
         used = {n.name.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.Import)
                 for n in x.names}
         used |= {x.module.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
         assert used - set(sys.stdlib_module_names) <= allowed, file
-        folder.mkdir()
-        for name in {file} | {f"{name}.py" for name in allowed & {"unet", "segformer"}}:
-            shutil.copy(HERE / name, folder)
-    subprocess.run([sys.executable, "-c", ALONE, *map(str, folders)], cwd=tmp_path, check=True)
+        shutil.copy(HERE / file, tmp_path)
+    names = ", ".join(Path(file).stem for file in ALLOWED)
+    subprocess.run([sys.executable, "-c", f"import {names}"], cwd=tmp_path, check=True)
 
 
 def test_loader_copies_are_equal():

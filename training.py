@@ -363,7 +363,7 @@ def open_data(args, labels_only=False):
     sets, out = open_sets(args.data, args, "train", labels_only), Path(args.out).resolve()
     for opened in sets:
         if hasattr(opened, "root") and opened.root.resolve() in (out, *out.parents):
-            raise UserError(f"--out {args.out} lies where the data set {opened.root} has its files")
+            raise UserError(f"--out {args.out} lies in the data set {opened.root}")
     return data.Joined(sets), read_classes(args)
 
 
