@@ -37,6 +37,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import segment
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -46,7 +47,6 @@ import data
 import dginstyle
 import recipes
 import segformer
-import segment
 from experiments import measures
 from toy import streets
 from vae import VAE

@@ -238,7 +238,7 @@ def shorten(words):
     elif toy:
         more += ["--eval-data", "toy:night:2", "toy:sunny:2"]
     else:
-        more += ["--crop", "128", "--backbone", "b0"]
+        more += ["--crop", "128", "--eval-fit", "180x320", "--backbone", "b0"]
         more += ["--eval-data", "data/bdd100k:1"] * ("mine:2" not in words)
     return words + more
 
