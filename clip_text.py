@@ -23,10 +23,8 @@ import json
 import os
 import re
 import sys
-import types
 import unicodedata
-import zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from itertools import groupby, pairwise
@@ -88,18 +86,11 @@ class Tokenizer:
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad_token: str = EOS):
-        ids, joined = list(vocab.values()), [a + b for a, b in merges]
-        if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
-            raise ValueError("the vocabulary's ids must be whole numbers, each once")
-        if not isinstance(pad_token, str):
-            raise ValueError(f"the pad token {str(pad_token)[:40]} is no text")
-        needed = [*ALPHABET, BOS, EOS, pad_token, *joined]
+        needed = [*ALPHABET, BOS, EOS, pad_token, *(a + b for a, b in merges)]
         unmade = [s for s in vocab.keys() - {*needed} if not s.startswith("<|")]
         if lacks := [symbol for symbol in needed if symbol not in vocab] or unmade:
             raise ValueError(f"one of them lacks {len(lacks)} symbols such as {lacks[0]!r}: "
                              "take vocab.json and merges.txt from the same CLIP tokenizer")
-        if len(set(merges)) < len(merges):
-            raise ValueError("merges.txt says the same twice")
         self.vocab, self.merges, self.pad_token = vocab, merges, pad_token
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
@@ -127,19 +118,29 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder) -> "Tokenizer":
-        """Read vocab.json, merges.txt and the pad token; `folder` may be that of the whole SD."""
+        """Read vocab.json and merges.txt, or a tokenizer.json alone, and the pad token.
+
+        `folder` may be that of the whole SD.
+        """
         folder, pad = Path(folder), EOS
         folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-        vocab, file = read_json(folder / "vocab.json"), folder / "merges.txt"
         for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second decides
             if (folder / name).is_file():
-                pad = read_json(folder / name).get("pad_token") or pad
-        with reading(folder, "CLIP tokenizer with vocab.json and merges.txt"):
-            if not file.is_file() or file.stat().st_size > 2**26:
-                raise ValueError("merges.txt is missing or too large")
-            lines = file.read_text("utf-8").split("\n")
-            lines = [line.split() for line in lines if line and not line.startswith("#version")]
-            merges = [(a, b) for a, b in lines]
+                with reading(folder / name):
+                    pad = json.loads((folder / name).read_text("utf-8")).get("pad_token") or pad
+        file = folder / "tokenizer.json"  # all that transformers 5 writes
+        if not file.is_file() or (folder / "vocab.json").is_file():
+            with reading(folder / "vocab.json"):
+                vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+            file = folder / "merges.txt"
+        with reading(file):
+            content = file.read_text("utf-8")
+            if file.suffix == ".json":
+                model = json.loads(content)["model"]
+                vocab, merges = model["vocab"], model["merges"]  # "a b" or, since 2024, ["a", "b"]
+            else:
+                merges = [m for m in content.split("\n") if m and not m.startswith("#version")]
+            merges = [(a, b) for a, b in (m.split() if isinstance(m, str) else m for m in merges)]
             return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
 
     def save(self, folder):
@@ -151,22 +152,6 @@ class Tokenizer:
         Path(folder, "vocab.json").write_text(json.dumps(self.vocab), "utf-8")
         lines = ["#version: 0.2", *map(" ".join, self.merges), ""]
         Path(folder, "merges.txt").write_text("\n".join(lines), "utf-8")
-
-    @classmethod
-    def train(cls, texts: list[str], merges: int) -> "Tokenizer":
-        """Learn up to `merges` merges: join the most frequent pair of neighbours, repeat.
-
-        The vocabulary is, in CLIP's order, 512 byte symbols, the joined ones, start and end.
-        """
-        words, learned = [word for text in texts for word in split_words(text)], []
-        while len(learned) < merges:
-            counts = Counter(pair for word in words for pair in pairwise(word))
-            if not counts:
-                break
-            learned.append(max(counts, key=lambda pair: (counts[pair], pair)))  # pair breaks ties
-            words = [merge(word, learned[-1]) for word in words]
-        symbols = dict.fromkeys([*ALPHABET, *(a + b for a, b in learned), BOS, EOS])
-        return cls({symbol: i for i, symbol in enumerate(symbols)}, learned)
 
 
 # OpenAI's approximation, and the exact one of OpenCLIP
@@ -257,15 +242,10 @@ class TextEncoder(nn.Module):
         ValueError if it cannot be read or its tensors are not exactly those of a text encoder.
         """
         config, state, file = read_weights(path)
-        with reading(file, "CLIP text encoder"), torch.device("meta"):
+        with reading(file), torch.device("meta"):
             state = public_keys(state)
-            config = config or infer_config(state, file)
-            names = [field.name for field in fields(TextEncoderConfig)]
-            if lacks := [name for name in names if name not in config]:
-                raise FileError(f"{path}: config.json is not that of a CLIP text encoder, it has "
-                                f"no {', '.join(lacks)}; give the text_encoder folder")
-            model = cls(configure(TextEncoderConfig, config, state, file,
-                                  lambda c: c.num_hidden_layers))
+            model = cls(configure(TextEncoderConfig, config or infer_config(state, file), state,
+                                  file, lambda c: c.num_hidden_layers))
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
@@ -295,15 +275,15 @@ LEGACY = {  # whole keys: other public spelling -> ours; None = not needed
 def public_keys(state):
     """{key in any public spelling: tensor} -> {our key: tensor}; unknown keys stay as they are.
 
-    Keeps only the text encoder of an LDM checkpoint, and all but the last layer of OpenCLIP.
+    Keeps only the text encoder of an LDM checkpoint, without layer 24 of OpenCLIP: SD2.x reads the
+    output of layer 23, and some of its files end there.
     """
     for prefix in ("cond_stage_model.transformer.", "cond_stage_model.model."):
         inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         state = inside or state
-    last = max((int(m[1]) for key in state if (m := re.match(BLOCK, key))), default=None)
     out = {}
     for key, value in state.items():
-        name = "" if key.startswith(f"transformer.resblocks.{last}.") else key
+        name = "" if key.startswith("transformer.resblocks.23.") else key
         for pattern, ours in LEGACY.items():
             name = re.sub(f"^(?:{pattern})$", ours or "", name)
         if "{}" in name:
@@ -315,16 +295,13 @@ def public_keys(state):
 
 def infer_config(state, file):
     """Config of a file that has none: sizes from shapes, the rest as in the published models."""
-    table = state.get("text_model.embeddings.token_embedding.weight")
-    if table is None:
-        raise FileError(f"{file}: not the weights of this TextEncoder: it has no token embedding")
-    V, D = table.shape
+    V, D = state["text_model.embeddings.token_embedding.weight"].shape
     if D % 64:
         raise FileError(f"{file}: width {D} is no multiple of 64, so its number of heads is "
                          "unknown; give a folder with config.json")
-    layers = sum(key.endswith(".layer_norm1.weight") for key in state)
-    act = "quick_gelu" if D < 1024 else "gelu"  # OpenAI's ViT-L, OpenCLIP's ViT-H
-    return asdict(TextEncoderConfig(V, D, 4 * D, layers, D // 64, hidden_act=act))
+    return dict(vocab_size=V, hidden_size=D, intermediate_size=4 * D, num_attention_heads=D // 64,
+                num_hidden_layers=sum(key.endswith(".layer_norm1.weight") for key in state),
+                hidden_act="quick_gelu" if D < 1024 else "gelu")  # OpenAI's ViT-L, OpenCLIP's ViT-H
 
 
 # --------------------------------------------------------------------------------------------
@@ -336,12 +313,31 @@ class FileError(ValueError):
     """A file that does not hold what it should; the message names it and says what to do."""
 
 
+@contextlib.contextmanager
+def reading(file):
+    """Within, whatever reading an outside file raises becomes one FileError that names it."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
+        reason = f"{type(error).__name__}: {reason}"
+        fault = f"cannot be read ({reason}): check that it is whole and the right one"
+        if "Unsupported global" in reason:
+            fault = ("holds other objects than tensors; if you trust it, torch.load it with "
+                     "weights_only=False and write its tensors with safetensors.torch.save_file")
+        small = Path(file).is_file() and Path(file).stat().st_size < 1024
+        if small and Path(file).read_bytes().startswith(b"version https://git-lfs"):
+            fault = "is a Git-LFS pointer; run `git lfs pull` in its folder or download the file"
+        raise FileError(f"{file} {fault}") from error
+
+
 def read_weights(path):
     """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
-    single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
-    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
+    single file has an empty config. Pickles go through `weights_only=True`: they run no code.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -350,138 +346,63 @@ def read_weights(path):
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
             raise FileError(f"{path}: a model folder has config.json and a weight file")
-        path, config = files[0], read_json(path / "config.json")
-    elif not path.is_file():
+        with reading(path / "config.json"):
+            config = dict(json.loads((path / "config.json").read_text("utf-8")))
+        path = files[0]
+    elif not path.exists():
         raise FileError(f"{path}: no such weight file or model folder")
-    try:
+    with reading(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
-                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
-                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
-        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    for k, v in state.items():
-        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
-        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
-            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
-    return config, state, str(path)
-
-
-def read_json(file):
-    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
-    if not file.is_file() or file.stat().st_size > 2**26:
-        raise FileError(f"{file}: no such file, or one too large for a few settings")
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
-    return content
-
-
-def read_fields(cls, config, file, least, most):
-    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
-
-    FileError for a value of another kind than the field's, and for whole numbers outside least to
-    most, other numbers outside 0 to 1000.
-    """
-    def fits(value, kind):
-        if isinstance(kind, types.UnionType):
-            return any(fits(value, one) for one in kind.__args__)
-        if getattr(kind, "__origin__", None) is tuple:
-            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
-        if kind is float:
-            return type(value) in (int, float) and 0 <= value <= 1000
-        return type(value) is kind and (kind is not int or least <= value <= most)
-
-    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for f in fields(cls):
-        if f.name in values and not fits(values[f.name], f.type):
-            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
-    return values
+        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
 
 
 def configure(cls, config, state, file, layers):
-    """The entries of config.json that a config class has -> an instance of it.
+    """The entries of a config.json that a config class has -> an instance; null is the default.
 
-    FileError for whole numbers that are larger than the longest side of a tensor and the number of
-    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
-    could not be the one in the file.
+    FileError if layers(instance) exceeds the number of tensors: such a network is not even built.
     """
-    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
-    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
-        instance = cls(**read_fields(cls, config, file, 1, longest))
+    with reading(file):
+        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        instance = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
         if layers(instance) > len(state):
-            raise ValueError("it has more layers than the file has tensors")
+            raise ValueError("its config.json has more layers than the file has tensors")
     return instance
 
 
-@contextlib.contextmanager
-def reading(file, what):
-    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
-    try:
-        yield
-    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
-        if isinstance(error, FileError):
-            raise
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise FileError(f"{file}: no {what} ({reason})") from error
-
-
 def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors: every key and shape, or a FileError.
+    """Give a model built on meta exactly its tensors, floats in `dtype`; FileError names faults.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    faults = [f"missing {k}" for k in want.keys() - have.keys()]
-    faults += [f"unknown {k}" for k in have.keys() - want.keys()]
-    both = want.keys() & have.keys()
-    faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
-    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
-    faults += [f"{k} holds {state[k].dtype}" for k in both
-               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
-    if faults:
-        shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
-        name = type(model).__name__
-        raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
-    copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
-              for k, v in state.items()}
-    if broken := [k for k, v in copies.items() if not v.isfinite().all()]:
-        raise FileError(f"{file}: {broken[0]} holds numbers that are not finite in {dtype}")
-    model.load_state_dict(copies, strict=True, assign=True)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:  # missing keys; unknown keys; the first tensor of another shape
+        faults = "; ".join(line[:160].rstrip(" .") for line in str(error).split("\n\t")[1:4])
+        raise FileError(f"{file}: not the weights of a {type(model).__name__}: {faults}") from None
+    for key, v in model.state_dict(keep_vars=True).items():
+        v.data = v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
+        if not v.isfinite().all():
+            raise FileError(f"{file}: {key} holds NaN or infinity in {dtype}; get it again")
     return model
 
 
 def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
-    Each is written beside and renamed: a file that is there is whole, and the weights come last.
-    FileError when the disk is full.
+    Each is written beside and renamed: a file that is there is whole. FileError on a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
-    parts = folder / "config.json.part", folder / f"{name}.part"
     try:
-        parts[0].write_text(json.dumps(config, indent=2) + "\n")
-        save_file(state, parts[1], metadata={"format": "pt"})
-        for part in parts:
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())  # on the disk before it takes the place of another
-            os.replace(part, part.with_suffix(""))
+        (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        save_file(state, folder / f"{name}.part", metadata={"format": "pt"})
     except SafetensorError as error:
         raise FileError(f"{folder / name} cannot be written: {error}") from None
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    for file in ("config.json", name):
+        os.replace(folder / f"{file}.part", folder / file)

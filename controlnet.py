@@ -16,6 +16,8 @@ Use alone, beside unet.py:
     eps = unet(x, t, context, control(x, t, context, hint))   # hint (B, 20, 512, 512), 0 or 1
 """
 
+from dataclasses import asdict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,15 +27,14 @@ from unet import (
     FileError,
     MidBlock,
     TimeEmbedding,
-    call,
-    call_checkpointed,
-    encode_context,
     from_ldm,
+    inside,
     load_strict,
     read_config,
     read_weights,
     reading,
-    write_model,
+    runner,
+    write_weights,
 )
 
 HINT_WIDTHS = (16, 32, 96, 256)  # one stride-2 step between neighbours: 8x for SD
@@ -98,23 +99,14 @@ class ControlNet(nn.Module):
         """hint (B,K,H,W) -> (B,C,h,w). The same in every step, so a sampler calls it once."""
         return self.controlnet_cond_embedding(hint)
 
-    def encode_time(self, t):
-        """As UNet.encode_time."""
-        return self.time_embedding(t)
-
-    def encode_context(self, context):
-        """As UNet.encode_context."""
-        return encode_context(self, context)
-
-    def forward(self, x, t, context, hint, scale=1.0):
+    def forward(self, x, t, context, hint, scale=1.0, encoded=False):
         """-> (list of residuals for the UNet's skips, residual for its middle), times scale.
 
-        x (B,C,h,w), t a number or (B,), context (B,L,D), hint the one-hot map (B,K,H,W); each of
-        the last three may come encoded, the hint as (B,C,h,w); scale a number or (B,1,1,1).
+        x (B,C,h,w), t a number or (B,), context (P,L,D) as for the UNet, hint the one-hot map
+        (B,K,H,W) or, with encoded, what `encode_hint` made of it; scale a number or (B,1,1,1).
         """
-        run = call_checkpointed if self.checkpointing and self.training else call
-        if hint.shape[1:] != (self.config.block_out_channels[0], *x.shape[2:]):
-            hint = self.encode_hint(hint)
+        run = runner(self)
+        hint = hint if encoded else self.encode_hint(hint)
         assert hint.shape[2:] == x.shape[2:], (tuple(hint.shape), tuple(x.shape))
 
         emb = F.silu(self.time_embedding(t))
@@ -140,6 +132,14 @@ class ControlNet(nn.Module):
         model.load_state_dict({**own, **copied})
         return model.to(next(unet.parameters()).device)
 
+    def fit_hint(self, hint_channels):
+        """Itself, with a new hint encoder unless it reads this number of channels already."""
+        if hint_channels != self.hint_channels:
+            self.controlnet_cond_embedding = HintEncoder(
+                hint_channels, self.hint_widths, self.config.block_out_channels[0])
+            self.hint_channels = hint_channels
+        return self
+
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32):
         """Load a diffusers folder, a .safetensors in either spelling, or an LDM ControlNet.
@@ -147,28 +147,25 @@ class ControlNet(nn.Module):
         FileError for anything that is not exactly this architecture.
         """
         config, state, file = read_weights(path)
-        if any(k.startswith("control_model.") for k in state):
-            state = {k.removeprefix("control_model."): v for k, v in state.items()
-                     if k.startswith("control_model.")}
-        with reading(file, "ControlNet"), torch.device("meta"):
-            if "input_hint_block.0.weight" in state:
-                state = from_ldm_control(state)
+        with reading(file), torch.device("meta"):
+            state = inside(state, "control_model.")
+            state = from_ldm_control(state) if "input_hint_block.0.weight" in state else state
             stem = "controlnet_cond_embedding."
             if not {stem + "conv_in.weight", stem + "conv_out.weight"} <= set(state):
                 raise FileError(f"{file}: no hint encoder in it; this is not a ControlNet")
             hint_channels = state[stem + "conv_in.weight"].shape[1]
-            convs = [k for k in state if k.startswith(stem + "blocks.") and k.endswith("weight")]
-            widths = [state[f"{stem}blocks.{2 * i}.weight"].shape[0]
-                      for i in range(len(convs) // 2)]
+            convs = sum(k.startswith(stem + "blocks.") and k.endswith(".weight") for k in state)
+            widths = [state[f"{stem}blocks.{i}.weight"].shape[0] for i in range(0, convs, 2)]
             widths.append(state[stem + "conv_out.weight"].shape[1])
             model = cls(read_config(config, state, file), hint_channels, widths)
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
-        extra = {"_class_name": "ControlNetModel", "conditioning_channels": self.hint_channels,
-                 "conditioning_embedding_out_channels": self.hint_widths}
-        write_model(self, folder, extra, dtype)
+        config = {"_class_name": "ControlNetModel", "conditioning_channels": self.hint_channels,
+                  "conditioning_embedding_out_channels": self.hint_widths, **asdict(self.config)}
+        write_weights(folder, "diffusion_pytorch_model.safetensors", config, self.state_dict(),
+                      dtype)
 
 
 def from_ldm_control(state):

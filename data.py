@@ -1,10 +1,10 @@
-"""Data for DGInStyle: street-scene folders, label maps, rare class sampling, augmentation.
+"""Data for DGInStyle: street-scene folders, label maps, rare class sampling, conditions.
 
 A label map is (H, W) uint8 with trainIds 0..K-1 and 255 = ignore. `Pairs` reads GTA, Cityscapes,
 BDD100K, Mapillary Vistas v1.2, ACDC, Dark Zurich, the authors' generated set and their rare-class
 subset as they lie on disk: no conversion step, ids are mapped on reading.
 From DGInStyle (arXiv 2312.03048): rare class sampling (RCS), the label crop and the large-segment
-mask of the generator, and the augmentation of the segmenter (the recipe of DAFormer).
+mask of the generator.
 Shapes: H W pixels, K classes. Images are (H, W, 3) uint8 RGB; `rng` is a numpy Generator.
 
 Use alone:
@@ -19,12 +19,12 @@ of its class, every draw is seeded, and the RCS subset needs no rejection.
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import re
 import shutil
 import sys
-import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +35,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -44,20 +45,35 @@ class UserError(ValueError):
     """What the user can put right: shown as one sentence, without a traceback."""
 
 
-def _is_number(value, most):  # a whole number from 0 to `most`; True and 1.0 are none
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-
-
-def _read_json(path, kind=dict):
-    """The dict (or list) in a JSON file of at most 256 MB. UserError for anything else."""
+@contextlib.contextmanager
+def reading(path, kind="a file"):
+    """Turn whatever reading the file `path` raises into one UserError that names it."""
     try:
-        if not path.is_file() or path.stat().st_size > 2**28:
-            raise ValueError("no such file, or one too large")
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is no JSON file: {e}") from e
-    if not isinstance(found, kind):
-        raise UserError(f"{path} holds no JSON {kind.__name__}")
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of Pillow, json and our own checks: any kind
+        if is_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` "
+                            "where it was cloned") from error
+        raise UserError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def is_pointer(path):
+    """Whether a file is the few lines that a clone without Git LFS has in place of a large file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(23) == b"version https://git-lfs"
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(path, kind=dict):
+    """The dict (or list) in a JSON file. UserError for anything else."""
+    with reading(path, f"a JSON {kind.__name__}"):
+        found = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds a {type(found).__name__}")
     return found
 
 
@@ -85,18 +101,15 @@ class Classes:
 
     def __post_init__(self):
         K = len(self.names)
-        if not 0 < K < 255:
-            raise ValueError(f"{K} classes: a label file has room for 1 to 254")
-        if K > len(set(self.names)) or not all(
-                isinstance(n, str) and n.strip() and n.isprintable() and len(n) < 100
-                for n in self.names):
-            raise ValueError("the names must be different words or phrases")
-        if K != len(self.colours) or not all(
-                len(c) == 3 and all(_is_number(v, 255) for v in c) for c in self.colours):
-            raise ValueError(f"{K} names need as many colours [r, g, b] of 0 to 255")
+        if not 0 < K < 255 or len(set(self.names)) < K or len(self.colours) != K:
+            raise ValueError(f"{K} names: they must be 1 to 254 different ones with a colour each")
+        if not all(len(c) == 3 and all(v in range(256) for v in c) for c in self.colours):
+            raise ValueError("a colour is [r, g, b] of 0 to 255")
+        if self.ids == {}:
+            raise ValueError("ids is empty: leave it out if the labels hold trainIds")
         for raw, train_id in (self.ids or {}).items():
-            if not (_is_number(raw, 65535) and (
-                    train_id is None or (_is_number(train_id, K - 1) and raw != IGNORE))):
+            if raw not in range(65536) or (
+                    train_id is not None and (train_id not in range(K) or raw == IGNORE)):
                 raise ValueError(f"the ids lead from {raw} to {train_id}: they must lead from "
                                  f"0..65535 to 0..{K - 1} or null, and 255 to null")
 
@@ -114,18 +127,12 @@ class Classes:
 
         UserError for a file that is not there or says something else.
         """
-        try:
-            spec, ids = _read_json(Path(path)), None
-            if "ids" in spec:
-                ids = {int(raw): t for raw, t in spec["ids"].items()}
-                if list(map(str, ids)) != list(spec["ids"]):
-                    raise ValueError("ids are plain numbers, each once")
-            names, colours = (spec[key] for key in ("names", "colours"))
-            if not isinstance(names, list) or not isinstance(colours, list):
-                raise TypeError("names and colours are lists")
-            return cls(tuple(names), tuple(map(tuple, colours)), ids)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path} is no class file with names, colours and ids: {e}") from e
+        spec = read_json(path)
+        with reading(path, "a class file with names, colours and ids"):
+            ids = spec.get("ids")
+            if ids is not None:
+                ids = {int(raw): train_id for raw, train_id in ids.items()}
+            return cls(tuple(spec["names"]), tuple(map(tuple, spec["colours"])), ids)
 
 
 CITYSCAPES = Classes(
@@ -139,95 +146,49 @@ CITYSCAPES = Classes(
     ids=CITYSCAPES_IDS)
 
 
-BROKEN = OSError, SyntaxError, ValueError  # what Pillow raises
-
-
 @contextlib.contextmanager
 def _open(path):
-    """A picture file, opened. The formats are those that Pillow decodes by itself."""
-    if not os.path.isfile(path):  # a pipe would never end
-        raise ValueError("it is no file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "TIFF", "BMP"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels (for predict, "
-                         "--max-pixels raises that)") from e
-    with image:
+    """A picture file, opened with what Pillow decodes by itself. UserError for what it cannot."""
+    with reading(path, "an image"), Image.open(
+            path, formats=("PNG", "JPEG", "WEBP", "TIFF", "BMP")) as image:
         yield image
-
-
-def _orientation(image):
-    """EXIF orientation of an open picture, 1 (upright) to 8; 1 for a tag that makes no sense."""
-    try:
-        tag = image.getexif().get(0x0112) if "exif" in image.info else 1
-    except Exception:  # Pillow has no error of its own for broken EXIF, which hurts no pixel
-        tag = 1
-    return tag if tag in range(1, 9) else 1
-
-
-def _turn(array, orientation):  # stored pixels (H, W, ...) → as a viewer shows them
-    array = array.swapaxes(0, 1) if orientation > 4 else array
-    array = array[::-1] if orientation in (3, 4, 7, 8) else array
-    return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
-
-
-def _decode(path, label=False, orientation=None):
-    """Picture → uint8 (H, W, 3), a label → its raw values (H, W), uint8 or 16 bits; both upright.
-
-    `orientation` stands in for the file's own. UserError for what cannot be read.
-    """
-    try:
-        with _open(path) as image:
-            mode, orientation = image.mode, orientation or _orientation(image)
-            stored = image.tile[0][3] if image.tile else mode
-            # never convert a label to "L": it would turn palette indices into luminance
-            raw = label or mode == "RGB" or mode.startswith("I")
-            array = np.array(image if raw else image.convert("RGB"))
-    except BROKEN as e:
-        raise UserError(f"{path} cannot be read as an image: {e}") from e
-    if label and (array.ndim > 2 or array.dtype.kind not in "bui"):
-        raise UserError(f"{path} has mode {mode}: a label must be one channel of class indices, "
-                        "not colours")
-    if label and array.itemsize > 2:
-        if array.min() < 0 or array.max() > 65535:
-            raise UserError(f"{path} holds {array.min()} to {array.max()}: no class indices")
-        array = array.astype(np.uint16)
-    array = array.astype(np.uint8) if array.dtype == bool else array
-    if label and stored in ("1", "L;2", "L;4"):  # 2 and 4 bits come spread over 0..255
-        array = array.astype(np.uint8) // {"1": 1, "L;2": 85, "L;4": 17}[stored]
-    if not label and mode.startswith("I"):  # 16 bits of grey
-        array = np.rint(array / 257).clip(0, 255).astype(np.uint8)[..., None].repeat(3, axis=2)
-    return np.ascontiguousarray(_turn(array, orientation))
 
 
 def read_image(path):
     """Picture file → (H, W, 3) uint8 RGB, upright by its EXIF. UserError for what is no picture."""
-    return _decode(path)
+    with _open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits of grey: convert() would cut them at 255
+            grey = np.rint(np.array(image) / 257).clip(0, 255).astype(np.uint8)
+            return grey[..., None].repeat(3, axis=2)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _look_up(table, array):  # table[array]; for bytes five times as fast
-    if array.dtype != np.uint8:
-        return table[array]
-    found = bytearray(np.ascontiguousarray(array)).translate(table.tobytes())
-    return np.frombuffer(found, np.uint8).reshape(array.shape)
+def _read_raw(path):
+    """Label file → its values as they are stored, upright by its EXIF."""
+    with _open(path) as image:
+        # never convert a label to "L": it would turn palette indices into luminance
+        if image.mode not in ("L", "P", "I", "I;16", "I;16B") or image.tile[0][3] in ("L;2", "L;4"):
+            raise ValueError(f"its mode is {image.mode}: a label must be one channel of class "
+                             "indices of 8 or 16 bits, not colours")
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.array(image)
 
 
-def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=(), orientation=None):
-    """Label file → (H, W) uint8, 0..K-1 and 255, upright by `orientation` or else its own EXIF.
+def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
+    """Label file → (H, W) uint8, 0..K-1 and 255, upright by its EXIF.
 
     `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 and the values
     `also_ignore` are ignored. UserError for colour labels and for any other value.
     """
-    raw = _decode(path, label=True, orientation=orientation)
+    raw = _read_raw(path)
     table = {c: c for c in range(len(classes))} if ids is None else ids
     unknown = len(classes)  # no trainId
-    lut = np.full(256 if raw.dtype == np.uint8 else 65536, unknown, np.uint8)
+    lut = np.full(65537, unknown, np.uint8)  # the last entry is for values beyond 16 bits
     for value, train_id in (dict.fromkeys((IGNORE, *also_ignore)) | table).items():
-        if 0 <= value < len(lut):
-            lut[value] = IGNORE if train_id is None else train_id
-    label = _look_up(lut, raw)
+        lut[value] = IGNORE if train_id is None else train_id
+    index = raw if raw.itemsize == 1 else raw.astype(np.int32).clip(-1, 65536)
+    label = lut.take(index)
     if (odd := label == unknown).any():
         kind = "trainIds" if ids is None else "raw ids"
         raise UserError(f"{path} holds {np.unique(raw[odd])[:8].tolist()}, which are neither "
@@ -241,20 +202,13 @@ def _palette(classes):  # → (256, 3) uint8; ignore and unused entries are blac
 
 def colourise(label, classes=CITYSCAPES):
     """(H, W) label → (H, W, 3) uint8 RGB; ignore is black."""
-    out, palette = np.empty((*label.shape, 3), np.uint8), _palette(classes)
-    for channel in range(3):  # palette[label] would make indices of eight bytes
-        out[..., channel] = _look_up(palette[:, channel], label)
-    return out
+    return _palette(classes).take(label, axis=0)
 
 
 def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
     """(H, W, 3) uint8 image and its colour label, blended with weight `alpha` → the same shape."""
-    out = np.empty_like(image)
-    for y in range(0, len(image), 256):  # in floats a large picture would not fit into memory
-        rows = np.s_[y : y + 256]
-        colours = colourise(label[rows], classes)
-        out[rows] = np.rint(image[rows] * (1 - alpha) + colours * alpha)
-    return out
+    blend = image * (1 - alpha) + colourise(label, classes) * alpha
+    return np.rint(blend).astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -292,61 +246,48 @@ def save_label(path, label, classes=CITYSCAPES):
 # ---------------------------------------------------------------------------------------------
 # Data set folders
 
-_GT = (("_gt_labelTrainIds", None), ("_gt_labelIds", CITYSCAPES_IDS))
-# layout: image folder, (its part that differs, that part in the label folders), tag of image names,
-# label tags in order of preference with the ids behind them (None = trainIds), default split. The
-# first one whose image folder exists is taken; `Pairs` tells apart those that share a folder
-LAYOUTS = {
-    "cityscapes": ("leftImg8bit/{split}", ("leftImg8bit", "gtFine"), "_leftImg8bit", (
-        ("_gtFine_labelTrainIds", None), ("_gtFine_labelIds", CITYSCAPES_IDS)), "train"),
-    "bdd100k": ("images/10k/{split}", ("images/10k", "labels/sem_seg/masks"), "",
-                (("", None),), "val"),
-    "mapillary": ("{split}/images", ("images", "labels", "v1.2/labels"), "",
-                  (("_labelTrainIds", None), ("", MAPILLARY_IDS)), "validation"),
-    "acdc": ("rgb_anon/{condition}/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
-    "dark_zurich": ("rgb_anon/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
-    "plain": ("images", ("images", "labels"), "", (("_labelTrainIds", None), ("", "look")), None),
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a data set has its images and labels, and what the label values mean.
+
+    images  folder of the images, with {split} and {condition}; several may match
+    swap    part of an image's path, and what stands there in the paths of labels: one or more
+    tag     end of image names that label names do not have
+    ends    ends of label names, the preferred one first → their ids (None = trainIds)
+    split   the default split; None for folders without splits
+    """
+
+    images: str
+    swap: tuple[str, ...]
+    tag: str
+    ends: dict[str, dict | None]
+    split: str | None
+
+
+_GT = {"_gt_labelTrainIds": None, "_gt_labelIds": CITYSCAPES_IDS}
+LAYOUTS = {  # the first one whose image folder exists is taken
+    "cityscapes": Layout(
+        "leftImg8bit/{split}", ("leftImg8bit", "gtFine"), "_leftImg8bit",
+        {"_gtFine_labelTrainIds": None, "_gtFine_labelIds": CITYSCAPES_IDS}, "train"),
+    "bdd100k": Layout("images/10k/{split}", ("images/10k", "labels/sem_seg/masks"), "",
+                      {"": None}, "val"),
+    "mapillary": Layout("{split}*/images", ("images", "labels", "v1.2/labels"), "",
+                        {"_labelTrainIds": None, "": MAPILLARY_IDS}, "val"),  # val*: validation
+    "acdc": Layout("rgb_anon/{condition}/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
+    "dark_zurich": Layout("rgb_anon/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
+    "plain": Layout("images", ("images", "labels"), "",
+                    {"_labelTrainIds": None, "": CITYSCAPES_IDS}, None),  # or trainIds: see Pairs
 }
 
 
-def _pictures(folder, above=()):
-    """Picture files below a folder. Linked folders are entered, but not those they lie in."""
-    here = os.path.realpath(folder)
-    for entry in os.scandir(folder) if here not in above else ():
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _pictures(entry.path, (*above, here))
-        elif entry.is_file() and entry.name.lower().endswith((".png", ".jpg", ".jpeg")):
-            yield Path(entry.path)
-
-
-def _header(path):
-    """[width, height, EXIF orientation] of a picture, read without its pixels; None if broken."""
-    try:
-        with _open(path) as image:
-            return [*image.size, _orientation(image)]
-    except BROKEN:
-        return None
-
-
-def _fit_label(image, label):
-    """Headers of a pair → (orientation that turns the label like its upright image, why not).
-
-    The label's own orientation if the upright sizes agree then; the image's if only the stored
-    sizes agree, as of a label drawn on the stored pixels. Where orientations differ and both sizes
-    agree (half turns, mirrors, squares) nobody can tell, and (None, reason) leaves the pair out.
-    """
-    if image is None or label is None:
-        return None, f"{'a label' if image else 'contents'} that cannot be read"
-    (*size, turn), (*label_size, own) = image, label
-    stored = size == label_size
-    upright = size[::-1 if turn > 4 else 1] == label_size[::-1 if own > 4 else 1]
-    if not stored and not upright:
-        return None, "a label of another size"
-    if stored and upright and turn != own:
-        return None, "an EXIF orientation that its label does not share: save both upright"
-    return own if upright else turn, None
+def _shown(path):
+    """(width, height) of a picture file as it is shown, from its header, and the EXIF orientation
+    where it is a half turn or a mirror, which no size tells."""
+    with _open(path) as image:
+        orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+        size = image.size[::-1] if orientation in range(5, 9) else image.size
+        return *size, orientation if orientation in (2, 3, 4) else 1
 
 
 class Pairs:
@@ -354,144 +295,151 @@ class Pairs:
 
     classes    trainIds to deliver. Public sets lead to the 19 of Cityscapes; for other names or ids
                their raw ids go through `classes.ids`, and so does labels/NAME.png of a plain folder
-    split      train or val of the published sets (Mapillary's training and validation); default
-               train for Cityscapes, val for the others. Plain folders have none and ignore it
+    split      train or val of the published sets; default train for Cityscapes, val for the others.
+               Plain folders have none and ignore it
     condition  fog, night, rain or snow: one part of ACDC in its original folders
 
     `images` and `labels` are sorted lists of equal length, `skipped` lists (image, reason): no
-    label, one of another size, or a broken file. `layout` is a key of LAYOUTS, or gta, generated or
-    rcs_subset for plain folders known by their contents. UserError for folders that are missing or
-    empty, or when no image has a label.
+    label, one of another size, or a broken file. Only headers are read. `layout` is a key of
+    LAYOUTS, or gta, generated or rcs_subset for plain folders known by their contents. UserError
+    for folders that are missing or empty, or when no image has a label.
     """
 
     def __init__(self, root, classes=CITYSCAPES, split=None, condition=None):
-        self.root, self.classes, self.also_ignore, self.unused = Path(root), classes, (), 0
-        for self.layout, (where, _, self._tag, _, default) in LAYOUTS.items():
-            own = {"train": "training", "val": "validation"} if self.layout == "mapillary" else {}
-            self.split = default and own.get(split, split or default)
-            where = where.format(split=self.split, condition=condition or "*")
-            folders = [f for f in self.root.glob(where) if f.is_dir()]
-            if folders and (self.layout == "acdc" or not condition):
+        self.root, self.classes, self.condition = Path(root), classes, condition
+        self.also_ignore, self.skipped, self.doubt, found = (), [], "", []
+        folders = self._find_folders(split)
+        tables = self._tables()
+        files = (Path(file) for folder in folders for file in glob.iglob(
+            f"{glob.escape(str(folder))}/**/*.*", recursive=True))  # enters linked folders
+        for image in sorted(f for f in files if f.suffix.lower() in (".png", ".jpg", ".jpeg")):
+            label, end, fault = self._find_label(image, tables)
+            if fault:
+                self.skipped.append((image, fault))
+            else:
+                found.append((image, label, end))
+        if not found:
+            what = "it has no .png or .jpg"
+            if self.skipped:
+                what = f"{self.skipped[0][0].name} has {self.skipped[0][1]}"
+            raise UserError(f"no image in {folders[0]} is of use: {what}")
+        self.images, self.labels, ends = map(list, zip(*found, strict=True))
+        if self.layout == "plain":
+            self._look_inside(tables, ends)
+        self._ids = [tables[end] for end in ends]
+
+    def _find_folders(self, split):
+        """Set `layout` and `split` → the image folders."""
+        for self.layout, layout in LAYOUTS.items():
+            self.split = layout.split and (split or layout.split)
+            where = layout.images.format(split=self.split, condition=self.condition or "*")
+            folders = [folder for folder in self.root.glob(where) if folder.is_dir()]
+            if folders and (self.layout == "acdc" or not self.condition):
                 break
         else:
-            asked = " and ".join(filter(None, (split, condition)))
-            raise UserError(f"{root} is no data set folder{asked and f' with {asked}'}: it needs "
-                            "images/ and labels/, or one of the published layouts")
-        self.condition = condition
-        self.images, self.labels, self._ids, self.skipped = [], [], [], []
-        for path in sorted(path for folder in folders for path in _pictures(folder)):
-            self._add(path)
-        shared = Counter(self.labels)
-        self._leave_out([shared[label] > 1 and "a label that another picture of this name shares"
-                         for label in self.labels], "images", "labels", "_ids")
-        self._compare()
-        if not self.images and self.skipped:
-            raise UserError(f"none of the {len(self.skipped)} images in {self.root / where} is of "
-                            f"use: {self.skipped[0][0].name} has {self.skipped[0][1]}")
-        if not self.images:
-            raise UserError(f"there are no .png or .jpg images in {self.root / where}")
-        if self.layout == "plain":
-            self._look()
-        times = (f / time for f in folders for time in ("night", "twilight", "day"))
-        if self.layout == "dark_zurich" and not any(time.is_dir() for time in times) and (
+            for layout in LAYOUTS.values() if not self.condition else ():
+                wanted, *others = (layout.images.format(split=name, condition="*")
+                                   for name in (split or layout.split, "train", "val"))
+                if there := [other for other in others if any(self.root.glob(other))]:
+                    raise UserError(f"{self.root} holds {there[0]} only: {wanted} is missing")
+            asked = " and ".join(filter(None, (split, self.condition)))
+            raise UserError(f"{self.root} is no data set folder{asked and f' with {asked}'}: it "
+                            "needs images/ and labels/, or one of the published layouts")
+        if self.layout == "dark_zurich" and not (folders[0] / "night").is_dir() and (
                 "zurich" not in self.root.name.lower()):
             self.layout = "acdc"  # flattened into rgb_anon/SPLIT, as the segmenter's authors did
+        return folders
 
-    def _add(self, path):
-        _, (part, *others), tag, options, _ = LAYOUTS[self.layout]
-        if self.classes.own_ids and self.layout != "plain":
-            same = self.classes.names == CITYSCAPES.names  # trainIds on disk are those of the 19
-            options = [(end, ids and self.classes.ids) for end, ids in options] if same else [
-                (options[-1][0], self.classes.ids)]
-        place = path.relative_to(self.root).as_posix().removesuffix(path.suffix).removesuffix(tag)
-        for end, ids in options:
+    def _tables(self):
+        """Ends of label names → the ids that their values are read by."""
+        ends = LAYOUTS[self.layout].ends
+        if not self.classes.own_ids:
+            return dict(ends)
+        if self.layout == "plain" or self.classes.names == CITYSCAPES.names:
+            return {end: ids and self.classes.ids for end, ids in ends.items()}
+        return {[*ends][-1]: self.classes.ids}  # trainIds on disk are those of the 19
+
+    def _find_label(self, image, tables):
+        """Image file → (its label file, end of that name, why the two are not used or None)."""
+        layout, place = LAYOUTS[self.layout], image.relative_to(self.root).with_suffix("")
+        place, (part, *others) = place.as_posix().removesuffix(layout.tag), layout.swap
+        for end in tables:
             for other in others:
                 label = self.root / f"{place.replace(part, other, 1)}{end}.png"
-                if label.is_file():
-                    self.images.append(path)
-                    self.labels.append(label)
-                    self._ids.append(ids)
-                    return
-        wanted = " or ".join(f"NAME{end}.png" for end, _ in options)
-        self.skipped.append((path, f"no {wanted} in {others[0]}"))
+                if not label.is_file():
+                    continue
+                try:
+                    same = _shown(image) == _shown(label)
+                except UserError:
+                    if is_pointer(image) or is_pointer(label):
+                        return label, end, "a Git LFS pointer: run `git lfs pull` in its clone"
+                    return label, end, "contents or a label that cannot be read"
+                return label, end, None if same else "a label of another size or turn"
+        wanted = " or ".join(f"NAME{end}.png" for end in tables)
+        return None, None, f"no {wanted} in {others[0]}"
 
-    def _compare(self):
-        """Leave out broken and unequal pairs, and find out how each label is to be turned."""
-        files = self.images + self.labels
-        keys = [_key(self.root, path) for path in files]
-        heads = _remember(self.root / ".sizes.json", keys, files, partial(map, _header),
-                          "picture sizes", _is_header, least=2000)  # fewer take a moment
-        fits = list(map(_fit_label, heads, heads[len(self.images):]))
-        self._orientations = [orientation for orientation, _ in fits]
-        self._leave_out([reason for _, reason in fits])
-
-    def _leave_out(self, reasons, *names):
-        """Skip the pairs that have a reason."""
-        self.skipped += [pair for pair in zip(self.images, reasons, strict=True) if pair[1]]
-        self._choose([i for i, reason in enumerate(reasons) if not reason], *names)
-
-    def _look(self):
-        """Whose plain folder it is, and whether labels/NAME.png holds trainIds or ids.
+    def _look_inside(self, tables, ends):
+        """Set `layout` of a plain folder, and whether NAME.png holds trainIds or ids.
 
         For the 19 classes some files are read: a value above 19 can only be a Cityscapes id. 19
         alone may be a traffic light, or ignore in the authors' sets: `read_label` refuses it.
         """
         K, names = len(self.classes), [path.stem for path in self.images]
-        raw = [path for path, ids in zip(self.labels, self._ids, strict=True) if ids == "look"]
-        table = self.classes.ids
+        raw = [path for path, end in zip(self.labels, ends, strict=True) if end == ""]
         if raw and not self.classes.own_ids:
-            some = (_decode(path, label=True) for path in raw[::max(1, len(raw) // 8)])
-            values = set().union(*(np.unique(label).tolist() for label in some))
-            table = CITYSCAPES_IDS if max(values - {IGNORE}, default=0) > 19 else None
-            self.layout = "gta" if table else "plain"
+            some = [_read_raw(path).ravel() for path in raw[::max(1, len(raw) // 8)]]
+            if max(label[label != IGNORE].max(initial=0) for label in some) > 19:
+                self.layout = "gta"
+            else:
+                tables[""] = None
+            self._doubt_ids(some, tables[""] or {c: c for c in range(K)})
         if all(re.match(r"\d\d?_", name) and int(name.split("_")[0]) < K for name in names):
             self.layout = "rcs_subset"
         # dginstyle.py generate leaves a manifest, and settings and previews if it was cut short
         started = (self.root / "settings.json").is_file() and (self.root / "vis").is_dir()
-        if started or [*self.root.glob("manifest.jsonl"), *self.root.glob("manifest.*.part")]:
+        if started or (self.root / "manifest.jsonl").is_file():
             self.layout = "generated"
         elif not raw and any(re.search(r"^[an]_|_genid\d", name) for name in names):
             self.layout, self.also_ignore = "generated", (K,)  # the authors' set: K means ignore
-        self._ids = [table if ids == "look" else ids for ids in self._ids]
 
-    def _choose(self, indices, *names):
-        for name in names or ("images", "labels", "_ids", "_orientations"):
-            setattr(self, name, [getattr(self, name)[i] for i in indices])
+    def _doubt_ids(self, labels, table):
+        """Set `doubt`, for the report, where some labels look as if they held ids of another set.
+
+        That is, where more than half of their pixels are ignored, or 15 % are of a class that never
+        fills streets: GTA, Cityscapes, CamVid and the toy world stay below 5 %.
+        """
+        pixels = np.random.default_rng(0).choice(np.concatenate(labels), 10_000).tolist()
+        share = Counter(table.get(value) for value in pixels)
+        thin = ("wall", "fence", "pole", "traffic light", "traffic sign", "rider", "motorcycle",
+                "bicycle")
+        odd = [name for name in thin if share[CITYSCAPES.names.index(name)] > 1500]
+        odd += ["ignore"] if share[None] > 5000 else []
+        if odd:
+            self.doubt = f"; many pixels are {' or '.join(odd)}: do the labels need --classes?"
 
     def keep(self, indices):
         """Leave only the pairs `indices`, in this order."""
-        self.unused += len(self) - len(indices)
-        self._choose(indices)
+        for name in ("images", "labels", "_ids"):
+            setattr(self, name, [getattr(self, name)[i] for i in indices])
 
     def __len__(self):
-        return len(self.images)
-
-    @property
-    def folders(self):
-        """Where its pictures and labels lie, resolved, and the folder above them."""
-        tops = {path.relative_to(self.root).parts[0] for path in self.images + self.labels}
-        return {self.root.resolve(), *((self.root / top).resolve() for top in tops)}
+        return len(self.labels)
 
     def name(self, i):
         """File stem without the tag of its data set, e.g. aachen_000000_000019."""
-        return self.images[i].stem.removesuffix(self._tag)
+        return self.images[i].stem.removesuffix(LAYOUTS.get(self.layout, LAYOUTS["plain"]).tag)
 
     def image(self, i):
         """(H, W, 3) uint8 RGB, upright."""
-        return _decode(self.images[i])
+        return read_image(self.images[i])
 
     def label(self, i):
-        """(H, W) uint8, 0..K-1 and 255 = ignore, turned like its image."""
-        return read_label(self.labels[i], self.classes, self._ids[i], self.also_ignore,
-                          self._orientations[i])
+        """(H, W) uint8, 0..K-1 and 255 = ignore, upright."""
+        return read_label(self.labels[i], self.classes, self._ids[i], self.also_ignore)
 
     def pair(self, i):
-        """image(i), label(i). UserError when their sizes differ, as of files changed meanwhile."""
-        image, label = self.image(i), self.label(i)
-        if image.shape[:2] != label.shape:
-            raise UserError(f"image {self.images[i]} and label {self.labels[i]} differ in size: "
-                            f"{image.shape[:2]} and {label.shape} (height, width)")
-        return image, label
+        """image(i), label(i)."""
+        return self.image(i), self.label(i)
 
     def report(self):
         """One line: layout, pairs, how labels are read, what is left out and why."""
@@ -500,9 +448,91 @@ class Pairs:
         text = f"{self.root} ({kind}): {len(self)} pairs, {mapped} with labels mapped from raw ids"
         text += " of the class file" if mapped and self.classes.own_ids else ""
         text += f"; {self.also_ignore[0]} read as ignore" if self.also_ignore else ""
-        text += f"; {self.unused} pairs not chosen" if self.unused else ""
         left_out = Counter(reason for _, reason in self.skipped).items()
-        return text + "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
+        text += "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
+        return text + self.doubt
+
+
+class LabelMaps(Pairs):
+    """A folder of NAME_labelTrainIds.png without pictures: enough to generate from."""
+
+    layout = "label maps"
+
+    def __init__(self, root, classes=CITYSCAPES):
+        self.root, self.classes = Path(root), classes
+        self.labels = sorted(f for f in self.root.glob("*_labelTrainIds.png") if f.is_file())
+        self.images, self.skipped, self.also_ignore = [], [], ()
+        self._ids = [None] * len(self.labels)
+
+    def name(self, i):
+        return self.labels[i].stem.removesuffix("_labelTrainIds")
+
+    def report(self):
+        return f"{self.root} (label maps): {len(self)} labels without pictures"
+
+
+class Joined:
+    """Several data sets behind one another, with the interface of Pairs."""
+
+    def __init__(self, sets):
+        self.sets = list(sets)
+        self.ends = np.cumsum([len(one) for one in self.sets])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def find(self, i):
+        """→ (number of the set that holds index i, index in that set)."""
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        return k, i - (int(self.ends[k - 1]) if k else 0)
+
+    def name(self, i):
+        k, j = self.find(i)
+        return self.sets[k].name(j)
+
+    def image(self, i):
+        k, j = self.find(i)
+        return self.sets[k].image(j)
+
+    def label(self, i):
+        k, j = self.find(i)
+        return self.sets[k].label(j)
+
+    def pair(self, i):
+        k, j = self.find(i)
+        return self.sets[k].pair(j)
+
+
+WORLDS = {}  # first word of a --data word that names no folder → its opener(spec, classes, split)
+
+
+def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
+    """One word of --data → the data set: FOLDER[:CONDITION][:N] or a word of WORLDS.
+
+    CONDITION (fog, night, rain, snow) is one part of ACDC; N pairs are chosen by `seed`.
+    split: train, val or test; published sets have no labels for the test split, so val stands in.
+    labels_only: a folder of *_labelTrainIds.png will do, as it does to generate from.
+    UserError for what is not there, in particular fewer pairs than N.
+    """
+    spec = str(spec)
+    if not spec or "\0" in spec:
+        raise UserError(f"--data {spec!r} is no name of a folder")
+    opener = WORLDS.get(spec.partition(":")[0])
+    if opener and not Path(spec).exists():
+        return opener(spec, classes, split or "train")
+    if labels_only and any(Path(spec).glob("*_labelTrainIds.png")):
+        return LabelMaps(spec, classes)
+    root, condition, number = re.fullmatch(
+        r"(.+?)(?::(fog|night|rain|snow))?(?::([0-9]+))?", spec, re.DOTALL).groups()
+    if Path(spec).exists():  # a folder whose own name looks like that
+        root, condition, number = spec, None, None
+    pairs = Pairs(root, classes, "val" if split == "test" else split, condition)
+    if number is not None:
+        if not 0 < int(number) <= len(pairs):
+            raise UserError(f"{spec} asks for {number} pairs: {root} holds {len(pairs)}")
+        chosen = np.random.default_rng(seed).permutation(len(pairs))[:int(number)]
+        pairs.keep(np.sort(chosen))
+    return pairs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -513,7 +543,7 @@ def _count(num_classes, label):  # → (K,) pixels per class
     return np.array(Image.fromarray(label).histogram()[:num_classes])
 
 
-def _count_file(classes, also_ignore, job):  # a job of another process → {"0": pixels, ...}
+def _count_file(classes, also_ignore, job):  # in another process → {"0": pixels, ...} or an error
     try:
         row = _count(len(classes), read_label(job[0], classes, job[1], also_ignore))
     except UserError as error:
@@ -525,102 +555,49 @@ def class_counts(data, workers=4, on_error="stop"):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
     One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
-    size and time of its file and the way it is read stay the same, so that a second call, or one of
-    another process after the first, reads no label. The authors' JSON files in ROOT spare the pass.
-    Several data sets joined in `data.sets` are counted one by one; any object without a list
-    `labels` of files but with `label(i)` and a length is counted in this process and not kept.
+    size and time of its file and the way it is read stay the same. Joined sets are counted one by
+    one; objects that have label(i) and a length but no list `labels` of files are counted in this
+    process and not kept.
     UserError for a label that cannot be read; on_error="skip": its row is 0, `data.skipped` has it.
     """
     if hasattr(data, "sets"):
-        return np.concatenate([class_counts(part, workers, on_error) for part in data.sets])
+        return np.concatenate([class_counts(one, workers, on_error) for one in data.sets])
     classes = getattr(data, "classes", CITYSCAPES)
     if not hasattr(data, "labels"):
         every = tqdm(range(len(data)), "class counts", leave=False)
         return np.stack([_count(len(classes), data.label(i)) for i in every])
 
-    authors = {} if classes.own_ids else _authors_counts(data.root)
-    rows = [authors.get(path.stem.removesuffix("_labelTrainIds")) for path in data.labels]
+    file = data.root / ".class_counts.json"
+    cache = read_json(file) if file.is_file() else {}
+    keys = [_key(data, i) for i in range(len(data))]
+    rows = [cache.get(key) for key in keys]
     todo = [i for i, row in enumerate(rows) if row is None]
     jobs = [(data.labels[i], data._ids[i]) for i in todo]
-    keys = [_key(data.root, path, (classes.names, ids, data.also_ignore)) for path, ids in jobs]
-
     with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is asked to
-        def run(work):
-            many = partial(pool.map, chunksize=16) if len(work) >= 32 and workers > 1 else map
-            return many(partial(_count_file, classes, data.also_ignore), work)
-
-        counted = _remember(data.root / ".class_counts.json", keys, jobs, run, "class counts",
-                            _is_counts)
-    for i, row in zip(todo, counted, strict=True):
-        if isinstance(row, str) and on_error == "stop":
-            raise UserError(row)
-        if isinstance(row, str):
-            data.skipped.append((data.labels[i], row))
-            row = {}
-        rows[i] = row
-    return np.array([[row.get(str(c), 0) for c in range(len(classes))] for row in rows], np.int64)
-
-
-def _key(root, path, reading=()):
-    """Text that changes with a file's name, size or time, or with the way it is read."""
-    stat, place = path.stat(), path.relative_to(root).as_posix()
-    return f"{place} {stat.st_size} {stat.st_mtime_ns} {zlib.crc32(repr(reading).encode())}"
+        many = partial(pool.map, chunksize=16) if len(jobs) >= 32 and workers > 1 else map
+        counted = many(partial(_count_file, classes, data.also_ignore), jobs)
+        counted = tqdm(counted, "class counts", len(jobs), delay=1, leave=False)
+        for i, row in zip(todo, counted, strict=True):
+            rows[i] = row
+    fresh = {keys[i]: rows[i] for i in todo if isinstance(rows[i], dict)}
+    if fresh:
+        _save_cache(file, cache | fresh)
+    for i in todo:
+        if isinstance(rows[i], str):
+            if on_error == "stop":
+                raise UserError(rows[i])
+            data.skipped.append((data.labels[i], rows[i]))
+            rows[i] = {}
+    with reading(file, "class counts (it can be deleted)"):
+        return np.array([[row.get(str(c), 0) for c in range(len(classes))] for row in rows],
+                        np.int64)
 
 
-def _is_header(row):  # as of `_header`
-    return isinstance(row, list) and len(row) == 3 and row[2] != 0 and all(
-        _is_number(v, most) for v, most in zip(row, (2**31, 2**31, 8), strict=True))
-
-
-def _is_counts(row):  # {"0": pixels, ...}
-    return isinstance(row, dict) and all(
-        re.fullmatch("[0-9]{1,3}", c) and _is_number(n, 2**40) for c, n in row.items())
-
-
-def _remember(file, keys, jobs, run, text, good, least=1):
-    """The results of run(jobs), of which those that the JSON `file` knows by their key are not run.
-
-    `least` new ones are kept in it, but never a None or the text of an error. A folder that cannot
-    be written makes the next call do it all again. UserError for an entry that is not good(entry).
-    """
-    cache = _read_json(file) if file.is_file() else {}
-    if not all(map(good, cache.values())):
-        raise UserError(f"{file} holds no {text}: delete it")
-    todo = [i for i, key in enumerate(keys) if key not in cache]
-    results = run([jobs[i] for i in todo])
-    for i, result in zip(todo, tqdm(results, text, len(todo), delay=1, leave=False), strict=True):
-        cache[keys[i]] = result
-    if len(todo) >= least:
-        _save_cache(file, {key: result for key, result in cache.items()
-                           if not isinstance(result, (str, type(None)))})
-    return [cache[key] for key in keys]
-
-
-def _authors_counts(root):
-    """{label name: {"0": pixels, ...}} from the JSON files of the authors' converter, if any.
-
-    sample_class_stats.json is [{"0": n, ..., "file": path}], samples_with_class.json says the same
-    as {"0": [[path, n], ...]}. Their paths are those of the converter's day: base names count.
-    """
-    def name(path):
-        return Path(path).stem.removesuffix("_labelTrainIds")
-
-    found, (stats, file) = {}, (root / f"{stem}.json" for stem in (
-        "sample_class_stats", "samples_with_class"))
-    rows = _read_json(stats, list) if stats.is_file() else []
-    classes = _read_json(file) if not rows and file.is_file() else {}
-    try:
-        for row in rows:
-            found[name(row["file"])] = {c: n for c, n in row.items() if c != "file"}
-        for c, files in classes.items():
-            for path, n in files:
-                found.setdefault(name(path), {})[c] = n
-        if not all(map(_is_counts, found.values())):
-            raise ValueError("a count is no number of pixels")
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{stats if rows else file} holds no class counts ({e}): delete it to go "
-                        "without") from e
-    return found
+def _key(data, i):
+    """Text that changes with a label's name, size or time, or with the way it is read."""
+    path, how = data.labels[i], (data.classes.names, data._ids[i], data.also_ignore)
+    stat, place = path.stat(), path.relative_to(data.root).as_posix()
+    return f"{place} {stat.st_size} {stat.st_mtime_ns} {zlib.crc32(repr(how).encode())}"
 
 
 def _save_cache(path, cache):
@@ -747,30 +724,46 @@ def weather_prompt(names, weather):
     return f"A city street scene with {names}, in {weather} weather."
 
 
+def read_prompts(path):
+    """File of prompt templates, one a line, with {classes} and, if wanted, {weather} → list of str.
+
+    Blank lines and lines that begin with # are left out. UserError for other braces or no template.
+    """
+    with reading(path, "prompt templates"):
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+        templates = [line for line in lines if line and not line.startswith("#")]
+        if not templates:
+            raise ValueError("it has no line that is a template")
+        for template in templates:
+            words = template.replace("{classes}", "").replace("{weather}", "")
+            if "{classes}" not in template or "{" in words or "}" in words:
+                raise ValueError("a template has {classes} and perhaps {weather} in it, and no "
+                                 f"other braces, unlike {template!r}")
+    return templates
+
+
+def fill_prompt(template, names, weather):
+    """The prompt of a template of `read_prompts`; `names` is a caption."""
+    return template.replace("{weather}", weather).replace("{classes}", names)
+
+
 def connected_components(label):
     """(H, W) label or mask → (int32 (H, W) numbers 1..n in reading order, n).
 
     A component is a set of equal pixels joined by sides or corners (8-connected). False in a mask
-    and ignore in a label get 0. Rows are cut into runs of equal pixels; touching runs are edges,
-    and every tree of runs is hooked to the smallest run it touches until no edge joins two trees.
+    and ignore in a label get 0. Pixels are hooked to the smallest one that they touch, and trees of
+    pixels to the smallest tree, until no edge joins two trees.
     """
     label = np.asarray(label)
-    start = np.ones(label.shape, bool)  # a run starts here
-    start[:, 1:] = label[:, 1:] != label[:, :-1]
-    run = np.cumsum(start, dtype=np.int32) - 1  # (H * W,)
-    up, up_left, up_right = np.zeros((3, *label.shape), bool)
-    up[1:] = label[1:] == label[:-1]
-    up[:, 1:] &= ~(up[:, :-1] & ~start[:, 1:])  # one edge is enough where runs touch for long
-    corner = start[1:, 1:] & start[:-1, 1:]  # otherwise the two are joined by a side as well
-    up_left[1:, 1:] = corner & (label[1:, 1:] == label[:-1, :-1])
-    up_right[1:, :-1] = corner & (label[1:, :-1] == label[:-1, 1:])
-    W, edges = label.shape[1], []
-    for mask, back in ((up, W), (up_left, W + 1), (up_right, W - 1)):
-        at = np.flatnonzero(mask)
-        edges.append((run[at], run[at - back]))
+    pixel = np.arange(label.size, dtype=np.int32).reshape(label.shape)
+    edges = []
+    for here, there in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1]),
+                        (np.s_[1:, 1:], np.s_[:-1, :-1]), (np.s_[1:, :-1], np.s_[:-1, 1:])):
+        same = label[here] == label[there]
+        edges.append((pixel[here][same], pixel[there][same]))
     a, b = np.concatenate(edges, axis=1)
-    identity = np.arange(run[-1] + 1, dtype=np.int32)
-    parent = identity
+    shape, pixel, label = label.shape, pixel.ravel(), label.ravel()
+    parent = pixel
     while a.size:
         hooked = parent.copy()
         np.minimum.at(hooked, np.maximum(a, b), np.minimum(a, b))
@@ -779,11 +772,9 @@ def connected_components(label):
         a, b = parent[a], parent[b]
         apart = np.flatnonzero(a != b)
         a, b = a[apart], b[apart]
-    value = label[start]
-    counted = value if label.dtype == bool else value != IGNORE
-    number = np.cumsum((parent == identity) & counted, dtype=np.int32)
-    component = np.where(counted, number[parent], 0)[run].reshape(label.shape)
-    return component, int(number[-1])
+    counted = label if label.dtype == bool else label != IGNORE
+    number = np.cumsum((parent == pixel) & counted, dtype=np.int32)
+    return np.where(counted, number[parent], 0).reshape(shape), int(number[-1])
 
 
 def large_segments(label, threshold):
@@ -799,78 +790,7 @@ def large_segments(label, threshold):
 
 
 # ---------------------------------------------------------------------------------------------
-# Augmentation of the segmenter
-
-
-def photometric_distortion(image, rng):
-    """(H, W, 3) uint8 RGB → the same, each step with probability 1/2 and cut to uint8 after it.
-
-    Brightness + U(-32, 32); contrast x U(.5, 1.5), here or at the end; HSV saturation x U(.5, 1.5);
-    hue + one of -18..17 in steps of 2 degrees: mmseg's, without its rounding of HSV to bytes.
-    """
-    levels = np.arange(256, dtype=np.float32)
-
-    def cut(x):
-        return x.clip(0, 255).astype(np.uint8)
-
-    def contrast(x):
-        return _look_up(cut(levels * rng.uniform(0.5, 1.5)), x) if rng.random() < 0.5 else x
-
-    def strips(change, x, amount):  # of a few rows, whose intermediate results stay in the cache
-        return np.concatenate([cut(change(x[:, y:y + 32].astype(np.float32), amount))
-                               for y in range(0, x.shape[1], 32)], axis=1)
-
-    planes = np.array(image.transpose(2, 0, 1), order="C")  # a copy: the argument stays
-    if rng.random() < 0.5:
-        planes = _look_up(cut(levels + rng.uniform(-32, 32)), planes)
-    if early := rng.random() < 0.5:
-        planes = contrast(planes)
-    if rng.random() < 0.5:
-        planes = strips(_saturate, planes, rng.uniform(0.5, 1.5))
-    if rng.random() < 0.5:
-        planes = strips(_shift_hue, planes, int(rng.integers(-18, 18)) / 180)
-    return (planes if early else contrast(planes)).transpose(1, 2, 0)
-
-
-def _saturate(x, factor):
-    """HSV saturation times `factor`: (3, H, W) float32 RGB in 0..255 → the same, + 0.5 to round.
-
-    At fixed hue and value, S scales the distances from the maximum. S stays <= 1.
-    """
-    value = x.max(0)
-    factor = np.minimum(factor, value / (value - x.min(0)).clip(1))
-    return value - (value - x) * factor + 0.5
-
-
-def _shift_hue(x, turn):
-    """HSV hue + `turn` of a full turn: (3, H, W) float32 RGB in 0..255 → the same.
-
-    Cut to bytes, what torchvision's adjust_hue gives, but for a level where it rounds otherwise.
-    """
-    (r, g, b), value, low = x, x.max(0), x.min(0)
-    chroma = value - low
-    red, green = value == r, value == g
-    hue = np.where(red, g - b, np.where(green, b - r, r - g)) / chroma.clip(1)  # in sixths
-    hue += np.where(red, 0, np.where(green, 2, 4)).astype(np.float32) + 6 * turn
-    hue -= 6 * np.floor(hue / 6)
-    share = np.stack([abs(hue - 3) - 1, 2 - abs(hue - 2), 2 - abs(hue - 4)]).clip(0, 1)
-    return (low + chroma * share) * (255.999 / 255)
-
-
-def cat_max_box(label, size, rng, cat_max_ratio=0.75, tries=10):
-    """Uniform box of `size` (int or (h, w)) in an (H, W) label → (rows, columns), two slices.
-
-    Drawn again up to `tries` times until no class fills `cat_max_ratio` or more of the pixels that
-    are not ignore, which takes two classes at least (DAFormer's training crop).
-    """
-    h, w = (size, size) if isinstance(size, int) else size
-    for _ in range(tries + 1):
-        top, left, _ = crop_box(label, (h, w), rng)
-        box = slice(top, top + h), slice(left, left + w)
-        n = _count(IGNORE, label[box])
-        if n.max() < cat_max_ratio * n.sum():
-            break
-    return box
+# Sizes of pairs
 
 
 def resize_to_fit(image, label, size):
@@ -883,10 +803,8 @@ def resize_to_fit(image, label, size):
     scale = min(max(size) / max(H, W), min(size) / min(H, W))
     to = [int(H * scale + 0.5), int(W * scale + 0.5)]
     image = TF.resize(torch.tensor(image).permute(2, 0, 1), to, antialias=False)
-    if label is not None:  # the pixels that torch takes as the nearest
-        y, x = (np.arange(n, dtype=np.float32) * np.float32(old / n)
-                for n, old in zip(to, (H, W), strict=True))
-        label = label[y.astype(int).clip(0, H - 1)][:, x.astype(int).clip(0, W - 1)]
+    if label is not None:
+        label = TF.resize(torch.tensor(label)[None], to, InterpolationMode.NEAREST)[0].numpy()
     return image.permute(1, 2, 0).contiguous().numpy(), label
 
 
@@ -903,149 +821,6 @@ def cover(image, label, size, exact=False):
     if image is not None:
         image = np.asarray(Image.fromarray(image).resize(to, Image.BILINEAR))
     return image, np.asarray(Image.fromarray(label).resize(to, Image.NEAREST))
-
-
-@dataclass
-class SegmenterDraw:
-    """draw(rng) → one training crop: image uint8 (3, h, w), label int64 (h, w).
-
-    Any picture of the Joined `pairs` is as likely as any other. Generated ones are scaled to cover
-    the crop of `size` (h, w); the others to fit within `fit` (h, w), if given, and then enlarged if
-    they are smaller than the crop. With `rcs` source pictures show a rare class: one drawn by RCS
-    or, in the authors' RCS subset, which was drawn so, the one their name begins with. Up to ten
-    boxes are tried until one has more than `crop_pixels` of it.
-    samplers: one RareClassSampler or None for every set; augment: photometric distortion.
-    """
-
-    pairs: "Joined"
-    samplers: list
-    size: tuple[int, int]
-    fit: tuple[int, int] | tuple[()] = ()
-    augment: bool = True
-    rcs: bool = True
-    crop_pixels: float = 1500
-
-    def __call__(self, rng):
-        k, i = self.pairs.find(int(rng.integers(len(self.pairs))))
-        part, cls = self.pairs.sets[k], None
-        if self.samplers[k]:
-            cls, i = self.samplers[k].draw(rng)
-        elif self.rcs and part.layout == "rcs_subset":
-            cls = int(part.name(i).partition("_")[0])
-        image, label = part.pair(i)
-        made = part.layout == "generated"
-        if self.fit and not made:
-            image, label = resize_to_fit(image, label, self.fit[::-1])
-        image, label = cover(image, label, self.size, exact=made)
-        for _ in range(10):
-            box = cat_max_box(label, self.size, rng)
-            if cls is None or np.count_nonzero(label[box] == cls) > self.crop_pixels:
-                break
-        image, label = image[box], label[box]
-        if rng.random() < 0.5:
-            image, label = image[:, ::-1], label[:, ::-1]
-        if self.augment:
-            image = photometric_distortion(image, rng)
-        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return image, torch.from_numpy(label.astype(np.int64))
-
-
-class LabelMaps:
-    """A folder of NAME_labelTrainIds.png without pictures: enough to generate from."""
-
-    layout = "label maps"
-
-    def __init__(self, root, classes=CITYSCAPES):
-        self.classes, self.root = classes, Path(root)
-        self.labels = sorted(f for f in self.root.glob("*_labelTrainIds.png") if f.is_file())
-        self._ids, self.also_ignore, self.skipped = [None] * len(self.labels), (), []
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, i):
-        return self.labels[i].stem.removesuffix("_labelTrainIds")
-
-    def label(self, i):
-        """(H, W) uint8, 0..K-1 and 255 = ignore."""
-        return read_label(self.labels[i], self.classes)
-
-    def report(self):
-        return f"{self.root} (label maps): {len(self)} labels without pictures"
-
-
-class Joined:
-    """Several data sets behind one another, with the interface of Pairs."""
-
-    def __init__(self, sets):
-        self.sets = list(sets)
-        self.heard = None  # a list here gets the name of every pair that is asked for
-        self.ends = np.cumsum([len(s) for s in self.sets])
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def find(self, i):
-        """-> the number of the set that holds index i, and the index in it."""
-        k = int(np.searchsorted(self.ends, i, side="right"))
-        j = i - (int(self.ends[k - 1]) if k else 0)
-        if self.heard is not None:
-            self.heard.append(self.sets[k].name(j))
-        return k, j
-
-    def __getattr__(self, method):
-        if method not in ("name", "image", "label", "pair", "weather"):
-            raise AttributeError(method)
-
-        def delegate(i):
-            k, j = self.find(i)
-            return getattr(self.sets[k], method)(j)
-
-        return delegate
-
-
-def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
-    """One word of --data → the data set: FOLDER[:PART][:N] or toy:STYLE[:N].
-
-    PART (fog, night, rain, snow) is one part of ACDC; N pairs are chosen by `seed`. toy: streets
-    of toy/streets.py in STYLE (default sunny; all: every style in turn), by default 500, to
-    measure on 50.
-    split: train, val or test; published sets have no labels for the test split, so val stands in.
-    labels_only: a folder of *_labelTrainIds.png will do, as it does to generate from.
-    UserError for what is not there, in particular fewer pairs than N.
-    """
-    spec = str(spec)
-    if spec.partition(":")[0] == "toy" and not Path(spec).exists():
-        return _open_toy(spec, classes, split or "train")
-    if labels_only and any(f.is_file() for f in Path(spec).glob("*_labelTrainIds.png")):
-        return LabelMaps(spec, classes)
-    if not spec or "\0" in spec:
-        raise UserError(f"--data {spec!r}: that is no name of a folder")
-    root, part, number = re.fullmatch(
-        r"(.+?)(?::(fog|night|rain|snow))?(?::([0-9]+))?", spec, re.DOTALL).groups()
-    if Path(spec).exists():  # a folder whose own name looks like that
-        root, part, number = spec, None, None
-    pairs = Pairs(root, classes, "val" if split == "test" else split, part)
-    if number is not None:
-        if not 0 < int(number) <= len(pairs):
-            raise UserError(f"{spec} asks for {number} pairs: {root} holds {len(pairs)}")
-        chosen = np.random.default_rng(seed).permutation(len(pairs))[:int(number)]
-        pairs.keep(np.sort(chosen))
-    return pairs
-
-
-def _open_toy(spec, classes, split):
-    from toy.streets import STYLES, ToyStreets  # only who asks for toy streets needs the file
-
-    _, style, n, *rest = *spec.split(":"), "", ""
-    if classes.names != CITYSCAPES.names:
-        raise UserError(f"{spec}: toy streets have Cityscapes' classes, not --classes")
-    if style not in ("", "all", *STYLES):
-        raise UserError(f"{spec}: choose a style from all, {', '.join(STYLES)}")
-    if n and not (re.fullmatch("[0-9]{1,7}", n) and 1 <= int(n) <= 10**6) or any(rest):
-        raise UserError(f"{spec}: a split has pictures 1 to 1,000,000, {n!r} is no such number")
-    styles = STYLES if style == "all" else (style or "sunny",)
-    return ToyStreets(styles, int(n or (50 if split == "test" else 500)), split)
 
 
 def scaled_crop(image, label, size, rng, ratios):
@@ -1065,6 +840,10 @@ def scaled_crop(image, label, size, rng, ratios):
     if label is not None:
         label = np.asarray(Image.fromarray(label).resize(size[::-1], Image.NEAREST, box=box))
     return np.asarray(image), label
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
 
 
 def main(argv=None):
@@ -1095,8 +874,6 @@ def main(argv=None):
         for name, n, p in zip(classes.names, counts.T, rcs_probabilities(counts), strict=True):
             print(f"{name:16}{n.sum():15,}{n.sum() / counts.sum():9.3%}{p:9.4f}{sum(n > 0):8}")
     except (UserError, OSError) as e:
-        if isinstance(e, OSError) and e.errno is None:
-            raise  # a fault of the code
         print(f"data.py: {e}", file=sys.stderr)
         return 2
     return 0

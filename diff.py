@@ -3,11 +3,11 @@
 Paper: Ji et al., arXiv 2406.00777: diffusion feature fusion (DIFF), trained by implicit posterior
 knowledge learning (IPKL). In its order:
 
-    1  STEPS, invert, diffusion_features    stochastic DDIM inversion, and what is read on the way
+    1  STEPS, invert, diffusion_features    stochastic DDIM inversion, read on the way by hooks
     2  Bottleneck, Mixing                   fusion of the layers and timesteps of one stride
     3  FineDecoder, Diff                    three maps -> a pyramid of four -> DAFormer's head
     4  Diff.loss                            IPKL: a branch that knows the labels teaches the other
-    5  FeatureCache, from_pretrained        features on disk; files hold what was trained, no prior
+    5  from_pretrained, save_pretrained     files hold what was trained, and the prior's hash
 
 Shapes: B pictures, J texts of all pictures together, H W pixels, C h w latents, S timesteps read,
 M maps a timestep, K classes. With SD (VAE factor 8) the last three levels of the UNet's decoder
@@ -17,7 +17,7 @@ both are half of that, like the maps of segformer.py's tiny preset.
 Use alone, beside unet.py and segformer.py (vae: anything with `factor` and `encode`, like vae.py):
     prior = Prior(unet, vae, texts)  # texts (1+n, 77, 768): "" and n class prompts, encoded
     model = Diff(DiffConfig(num_classes=19), prior)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5)  # the prior is not among them
+    optimizer = torch.optim.AdamW(parameter_groups(model, 6e-5, 0.01))  # without the prior
     model.loss(images, labels).backward()  # RGB in [0, 1]; 255 = ignore
     labels = model.eval()(images).argmax(1)  # (B, H/4, W/4)
 
@@ -28,35 +28,27 @@ Differences from the released code. Four of them change results and can be undon
     own_noise   every text draws noise of its own, and the average of the merged latents has too
                 little of it; here the texts of a picture share one draw
     undetached  consistency pulls the teacher towards the pupil as well; here it is detached
+Three more change results and stay: both branches of IPKL start from one draw of the VAE's posterior
+(there: one each); noise is fixed when measuring (there: drawn); sides that 64 does not divide are
+padded (there: an error). The alternative fusion, no default in either, is the paper's; in the
+release it is another network: a stride has three bottlenecks of 2C channels and 27 weights, and all
+three read the same 18 of its 54 maps.
 The rest changes nothing: no guidance between two empty texts, where it cancels and costs half of
 all work; no step from t = 91 on, nor the calls at 105, 121 and 139, since the last maps read are
-those of 91; no fusion at stride 64, which no layer reads; texts encoded once. The alternative
-fusion, not the default there either, takes the wrong timesteps in the release; here the right ones.
+those of 91; no fusion at stride 64, which no layer reads; texts encoded once.
 """
 
+import contextlib
 import hashlib
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from segformer import DAFormerHead, SegFormerHead, SeparableASPP
-from unet import (
-    FileError,
-    UNet,
-    configure,
-    load_strict,
-    read_json,
-    read_weights,
-    reading,
-    write_weights,
-)
+from unet import FileError, UNet, configure, load_strict, read_weights, reading, write_weights
 
 IGNORE = 255  # the label that no class has
 RELEASED = ("v_as_eps", "sum_texts", "own_noise", "undetached")  # see above
@@ -67,12 +59,12 @@ RELEASED = ("v_as_eps", "sum_texts", "own_noise", "undetached")  # see above
 SAVED = (91, 52, 30, 22, 18, 14, 11, 7, 3)  # the nine timesteps read, in the order of their maps
 VISITED = (*range(24), 26, 30, 34, 40, 45, 52, 60, 69, 80, 91)  # on the way; published: on to 139
 # name: (timesteps of the UNet's calls, those read, True: no inversion, each level noised directly).
-# The picture's latents count as those of the first timestep: 0, in "5" 1. The timesteps of "5" and
-# "1" stand in the release as comments; that "1" is noised directly, and "direct", are ours. Without
-# steps there are no latents to merge by the label masks: IPKL's branch knows what, but not where.
+# The picture's latents count as those of timestep 0. "5" is a comment in the release's settings,
+# "1" its `do_one_step`, "direct" is ours. Without steps there are no latents to merge by the label
+# masks: IPKL's branch knows what, but not where.
 STEPS = {
     "full": (VISITED, SAVED, False),
-    "5": ((1, 20, 40, 60, 80), (80, 60, 40, 20, 1), False),
+    "5": ((0, 1, 20, 40, 60), (60, 40, 20, 1, 0), False),
     "1": ((100,), (100,), True),
     "direct": (SAVED[::-1], SAVED, True),
 }
@@ -124,15 +116,11 @@ class Prior:
         return cls(models.unet, models.vae, texts, tuple(prompts), schedule.prediction_type,
                    schedule.abar)
 
-    @cached_property
-    def contexts(self):
-        """Keys and values of all texts, encoded once for all pictures and steps."""
-        return self.unet.encode_context(self.texts.to(self.unet.conv_in.weight))
-
     def context(self, rows):
-        """Row numbers of `texts` -> their keys and values; one row for all where they agree."""
-        rows = index(rows[:1] if len(set(rows)) == 1 else rows, self.unet.conv_in.weight.device)
-        return {attn: [y[rows] for y in pair] for attn, pair in self.contexts.items()}
+        """Row numbers -> rows of `texts` (P,L,D) as the UNet wants them; one where they agree."""
+        weight = self.unet.conv_in.weight
+        rows = rows[:1] if len(set(rows)) == 1 else rows
+        return self.texts.to(weight)[torch.tensor(rows).to(weight.device, non_blocking=True)]
 
     def encode(self, images, noise):
         """images (B,3,H,W) in [0,1] -> latents (B,C,h,w), drawn from the posterior, float32."""
@@ -183,17 +171,10 @@ def texts_and_masks(classes, labels, size):
 
     labels (B,H,W) -> rows of Prior.texts [[0, …], …], masks (J,1,h,w) with 1 where a text counts.
     """
-    shown = [(labels == c).flatten(1).any(1) for c in classes]
-    shown = torch.stack(shown, 1).tolist() if shown else [[]] * len(labels)  # the one wait
-    rows = [[0, *(i for i, there in enumerate(row, 1) if there)] for row in shown]
+    rows = [[0, *(i for i, c in enumerate(classes, 1) if (label == c).any())] for label in labels]
     maps = [label == classes[i - 1] if i else torch.ones_like(label, dtype=torch.bool)
             for row, label in zip(rows, labels, strict=True) for i in row]
     return rows, F.interpolate(torch.stack(maps)[:, None].float(), size, mode="nearest")
-
-
-def index(numbers, device):
-    """Row numbers as a tensor there; a GPU does not have to finish first, as for a list."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -218,20 +199,20 @@ def diffusion_features(prior, z, labels=None, noise=None, *, steps="full", guida
     counts = [len(row) for row in rows]  # texts of each picture; the sum is J
     picture = [b for b, n in enumerate(counts) for _ in range(n)]
     empty = [sum(counts[:b]) for b in picture]  # where the "" of the same picture stands
-    picture, empty = (index(numbers, z.device) for numbers in (picture, empty))
+    picture, empty = (torch.tensor(n).to(z.device, non_blocking=True) for n in (picture, empty))
     context, x, kept = prior.context(sum(rows, [])), z, {}
     own_noise, sum_texts = ("own_noise" in released), ("sum_texts" in released)
 
     for t, s in zip(visited, [*visited[1:], None], strict=True):
         if direct:
             x = abar[t] ** 0.5 * z + (1 - abar[t]) ** 0.5 * noise(z.shape).to(z, non_blocking=True)
-        each, inner = x[picture], [] if t in saved else None  #             (J,C,h,w)
-        hidden = prior.unet.trunk(each.to(prior.unet.conv_in.weight.dtype), t, context, inner=inner)
+        each = x[picture]  #                                                (J,C,h,w)
+        with decoder_maps(prior.unet) as levels:
+            eps = prior.unet(each.to(prior.unet.conv_in.weight.dtype), t, context).float()
         if t in saved:
-            kept[t] = read_levels(prior.unet, inner, counts, sum_texts)
+            kept[t] = read_levels(levels, counts, sum_texts)
         if direct or s is None:
             continue  # the output of this call is of no use
-        eps = prior.unet.out(hidden).float()
         if prior.prediction_type == "v_prediction" and "v_as_eps" not in released:
             eps = abar[t] ** 0.5 * eps + (1 - abar[t]) ** 0.5 * each
         eps = eps[empty] + guidance * (eps - eps[empty])  # "" itself stays as it is
@@ -247,21 +228,49 @@ def diffusion_features(prior, z, labels=None, noise=None, *, steps="full", guida
             for level in zip(*(kept[t] for t in saved), strict=True)]
 
 
-def read_levels(unet, inner, counts, sum_texts=False):
-    """What `UNet.trunk` has put into `inner`, J texts -> the last three levels [(B,M,C',h',w')].
+@contextlib.contextmanager
+def decoder_maps(unet):
+    """Forward hooks that keep the maps (B,C',h',w') of a UNet's decoder while the context lasts.
+
+    Yields two lists a level, coarse first, which calls of the UNet fill: what its resnets add to
+    their shortcuts, and what its transformer blocks put out (none on a level without attention).
+    """
+    hooks = []
+
+    def watch(block):
+        resnets, transformers = [], []
+
+        def keep_tokens(module, args, out):  # (B,N,C), of the height and width of the last resnet
+            transformers.append(out.transpose(1, 2).unflatten(2, resnets[-1].shape[2:]))
+
+        for layer in block.resnets:
+            hooks.append(layer.conv2.register_forward_hook(lambda *call: resnets.append(call[-1])))
+        for layer in getattr(block, "attentions", []):
+            hooks.append(layer.transformer_blocks[0].register_forward_hook(keep_tokens))
+        return resnets, transformers
+
+    try:
+        yield [watch(block) for block in unet.up_blocks]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def read_levels(levels, counts, sum_texts=False):
+    """What `decoder_maps` kept of J texts -> its last three levels [(B,M,C',h',w')].
 
     M: the resnets' maps as "" makes them, then the transformers' as the mean of all texts of the
     picture (sum_texts: their sum, with "" twice as in the release, where guidance doubles it).
     """
-    levels = []
-    for block in list(unet.up_blocks)[:-4:-1]:  # from the finest on
-        kinds = 1 + hasattr(block, "attentions")  # resnet, transformer, resnet, …
-        maps, inner = inner[-kinds * len(block.resnets) :], inner[: -kinds * len(block.resnets)]
-        resnets = [torch.stack([h[0] for h in m.split(counts)]) for m in maps[::kinds]]
-        attentions = [torch.stack([y.sum(0) + y[0] if sum_texts else y.mean(0)
-                                   for y in m.split(counts)]) for m in maps[1::2] if kinds == 2]
-        levels.append(torch.stack(resnets + attentions, dim=1))
-    return levels[::-1]
+    def merge(maps):
+        return maps.sum(0) + maps[0] if sum_texts else maps.mean(0)
+
+    out = []
+    for resnets, transformers in levels[-3:]:
+        maps = [torch.stack([texts[0] for texts in y.split(counts)]) for y in resnets]
+        maps += [torch.stack([merge(texts) for texts in y.split(counts)]) for y in transformers]
+        out.append(torch.stack(maps, dim=1))
+    return out
 
 
 # --------------------------------------------------------------------------------------------
@@ -398,8 +407,7 @@ class Diff(nn.Module):
     less than three levels.
     """
 
-    def __init__(self, config, prior, cache=None):
-        """cache: a folder for the features of fixed pictures, see FeatureCache, or None."""
+    def __init__(self, config, prior):
         super().__init__()
         self.config, self.prior, c = config, prior, config
         levels, S = list(prior.unet.up_blocks)[-3:], len(STEPS[c.steps][1])
@@ -416,12 +424,13 @@ class Diff(nn.Module):
         self.decode_head = (SegFormerHead(c) if c.head == "segformer" else
                             DAFormerHead(c, SeparableASPP(c.decoder_dim)))
         for name, m in self.named_modules():
-            if isinstance(m, nn.Conv2d) and m.bias is None:
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            elif name.endswith((".conv_seg", ".linear_pred")):
-                nn.init.normal_(m.weight, std=0.01)
-                nn.init.zeros_(m.bias)
-        self.cache = None if cache is None else FeatureCache(cache, self.settings())
+            if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+                if name.endswith((".conv_seg", ".linear_pred")):
+                    nn.init.normal_(m.weight, std=0.01)
+                else:
+                    nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
     @property
     def stride(self):
@@ -433,13 +442,6 @@ class Diff(nn.Module):
         """Sides must be multiples of this for `features` and `loss`: 64 for SD."""
         return self.prior.vae.factor * 2 ** (len(self.prior.unet.up_blocks) - 1)
 
-    def settings(self):
-        """All that the frozen part's numbers depend on, for JSON."""
-        c, prior = self.config, self.prior
-        return {"prior": prior.hash, "precision": str(prior.unet.conv_in.weight.dtype),
-                "steps": c.steps, "guidance": c.guidance, "classes": list(prior.classes),
-                "released": sorted(set(c.released) - {"undetached"})}
-
     @torch.compiler.disable  # else --compile unrolls every call of the UNet
     @torch.no_grad()
     def extract(self, images, labels=None, noise=None):
@@ -447,21 +449,12 @@ class Diff(nn.Module):
 
         labels (nB,H,W) or None: n label maps a picture, first one of each -> maps of nB rows.
         noise: as there, called for the VAE's posterior first; None: drawn in training, else fixed.
-        With a cache it is fixed always. ValueError for images of integers or of other sides.
+        ValueError for images of integers or of sides that `multiple` does not divide.
         """
         if not images.is_floating_point() or any(n % self.multiple for n in images.shape[2:]):
             raise ValueError(f"images must be floats in [0, 1] with sides divisible by "
                              f"{self.multiple}, not {images.dtype} {tuple(images.shape)}")
-        if self.cache is None:
-            noise = noise or (drawn_noise(images.device) if self.training else fixed_noise())
-            return self.compute(images, labels, noise)
-        labels = [None] * len(images) if labels is None else labels
-        rows = [self.cache(self.compute, images[k % len(images)], label, self.prior.classes)
-                for k, label in enumerate(labels)]
-        return [torch.cat(level) for level in zip(*rows, strict=True)]
-
-    def compute(self, images, labels, noise):
-        """`extract` without cache, checks and defaults."""
+        noise = noise or (drawn_noise(images.device) if self.training else fixed_noise())
         c = self.config
         with torch.autocast(images.device.type, enabled=False):  # in the prior's own precision
             z = self.prior.encode(images, noise)
@@ -494,13 +487,14 @@ class Diff(nn.Module):
 
         images (B,3,H,W) in [0,1], labels (B,H,W) trainIds, 255 = ignore. The conditional branch is
         told the classes and where they are; it teaches the other, which is all there is at test
-        time. Both run through the UNet together.
+        time. Both run through the UNet together, then it first through decoder and head.
         """
         if not self.config.ipkl:
             return cross_entropy(self.decode_head(self.features(images, noise)), labels)
         maps = self.extract(images, torch.cat([torch.full_like(labels, IGNORE), labels]), noise)
-        halves = zip(*(m.chunk(2) for m in maps), strict=True)
-        logits_u, logits_c = (self.decode_head(self.pyramid(half)) for half in halves)
+        maps_u, maps_c = zip(*(m.chunk(2) for m in maps), strict=True)
+        logits_c = self.decode_head(self.pyramid(maps_c))  # BatchNorm sees it first
+        logits_u = self.decode_head(self.pyramid(maps_u))
         teacher = logits_c if "undetached" in self.config.released else logits_c.detach()
         distance = F.mse_loss(logits_u.float(), teacher.float())  # at the logits' own size
         return (cross_entropy(logits_c, labels) + cross_entropy(logits_u, labels)
@@ -510,7 +504,7 @@ class Diff(nn.Module):
     # 5  Files
 
     @classmethod
-    def from_pretrained(cls, path, prior, dtype=torch.float32, cache=None):
+    def from_pretrained(cls, path, prior, dtype=torch.float32):
         """A folder of `save_pretrained`, in eval. FileError if it was trained on another prior."""
         config, state, file = read_weights(path)
         if config.get("architecture") != "Diff":
@@ -518,9 +512,8 @@ class Diff(nn.Module):
         if config.get("prior") != prior.hash:
             raise FileError(f"{file}: trained on the features of prior {config.get('prior')}, not "
                             f"of {prior.hash}: give the Stable Diffusion it was trained with")
-        with reading(file, "DIFF segmenter"), torch.device("meta"):
+        with reading(file), torch.device("meta"):
             model = cls(configure(DiffConfig, config, state, file, lambda c: 1), prior)
-        model.cache = None if cache is None else FeatureCache(cache, model.settings())
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
@@ -529,41 +522,16 @@ class Diff(nn.Module):
         write_weights(folder, "model.safetensors", config, self.state_dict(), dtype)
 
 
+def parameter_groups(model, lr, weight_decay):
+    """For AdamW: the head at ten times the rate; everything decays, norms and biases included."""
+    head = {id(p) for p in model.decode_head.parameters()}
+    return [{"params": [p for p in model.parameters() if (id(p) in head) == heads],
+             "lr": lr * (10 if heads else 1), "weight_decay": weight_decay}
+            for heads in (False, True)]
+
+
 def cross_entropy(logits, labels):
     """Logits (B,K,h,w), labels (B,H,W) -> the mean over all pixels, ignored ones count as 0."""
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
     ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return ce / labels.numel()  # as mmseg 0.16 did
-
-
-class FeatureCache:
-    """Features of fixed pictures on disk, a file each: 248 MB with SD, 512 x 512, bf16, S = 9.
-
-    FileError if the folder holds the features of another prior or of other settings.
-    """
-
-    def __init__(self, folder, settings):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "settings.json"
-        if not file.is_file():
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(settings, indent=2) + "\n")
-            os.replace(part, file)
-        if other := [k for k, v in read_json(file).items() if settings.get(k) != v]:
-            raise FileError(f"{folder}: features of another {', '.join(other)}; take a new folder")
-
-    def __call__(self, compute, image, label, classes):
-        """image (3,H,W), label (H,W) or None -> compute(image, label, noise) of the first time."""
-        key = hashlib.sha256(str(tuple(image.shape)).encode())
-        key.update(image.cpu().contiguous().numpy().data)
-        if label is not None and any((label == c).any() for c in classes):
-            key.update(label.cpu().contiguous().numpy().data)
-        file = self.folder / f"{key.hexdigest()[:32]}.safetensors"
-        if not file.is_file():
-            maps = compute(image[None], None if label is None else label[None], fixed_noise())
-            part = file.with_suffix(f".{os.getpid()}")
-            save_file({str(k): m.cpu().contiguous() for k, m in enumerate(maps)}, part)
-            os.replace(part, file)  # so that a stop leaves no half of a file
-        _, maps, _ = read_weights(file)
-        return [maps[k].to(image.device) for k in sorted(maps)]

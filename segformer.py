@@ -13,7 +13,7 @@ Use alone (needs torch and safetensors):
     model = SegFormer.from_pretrained("latest.pth").cuda()
     logits = slide_inference(model, images, crop=512, stride=256)  # images: RGB in [0, 1]
     labels = logits.argmax(1)  # (B, H, W), trainIds
-and to train: `training_loss` of a batch, with AdamW on `parameter_groups`.
+segment.py trains it.
 
 Differences from the official code: images are normalised in here; BatchNorm, not SyncBN; Dropout2d
 in every head (HF: plain Dropout); HRDA's detail crop is half of any input, not 512.
@@ -24,8 +24,6 @@ import json
 import math
 import os
 import re
-import types
-import zipfile
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,7 +35,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 IGNORE = 255
-THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's thing classes of Cityscapes
 # kind of head: where its classifier (K, E, 1, 1) lies below decode_head.
 HEADS = {"segformer": "linear_pred", "daformer": "conv_seg", "hrda": "head.conv_seg"}
 
@@ -277,8 +274,8 @@ class SegFormer(nn.Module):
             self.decode_head = DAFormerHead(c, SeparableASPP(c.decoder_dim))
         if c.head == "hrda":  # one head for both scales, and one that weighs them class by class
             attention = DAFormerHead(c, ConvBN(4 * c.decoder_dim, c.decoder_dim))
-            parts = {"head": self.decode_head, "scale_attention": attention}
-            self.decode_head = nn.ModuleDict(parts)
+            heads = {"head": self.decode_head, "scale_attention": attention}
+            self.decode_head = nn.ModuleDict(heads)
         self.init_weights()
 
     def init_weights(self):
@@ -353,7 +350,7 @@ class SegFormer(nn.Module):
         dropout, drop_path. FileError for anything but a whole segmenter.
         """
         config, state, file = read_weights(path)
-        with reading(file, "segmenter"), torch.device("meta"):
+        with reading(file), torch.device("meta"):
             found = describe(config, state, file) | overrides
             model = cls(configure(SegFormerConfig, found, state, file, lambda c: sum(c.depths)))
             state = public_keys(state)
@@ -365,7 +362,7 @@ class SegFormer(nn.Module):
         Keeps device and dtype, but replaces the parameters: call it before making an optimiser.
         """
         _, state, file = read_weights(path)
-        with reading(file, "encoder of a segmenter"):
+        with reading(file):
             state = public_keys(state)
         encoder = {k[9:]: v for k, v in state.items() if k.startswith("backbone.")}
         old = self.backbone.norm4.weight
@@ -373,18 +370,32 @@ class SegFormer(nn.Module):
         return self
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json and model.safetensors, floats in `dtype` (None: as they are)."""
-        config = {"architecture": "SegFormer", **asdict(self.config)}
-        write_weights(folder, "model.safetensors", config, self.state_dict(), dtype)
+        """Write config.json and model.safetensors, floats in `dtype` (None: as they are).
+
+        With SegFormer's head, transformers' SegformerForSemanticSegmentation reads the folder, too.
+        It takes images normalised as in `features`, and the eps of all its norms is 1e-5, so that
+        its logits are not quite ours of another `norm_eps` (toy/segformer: off by 1e-5).
+        """
+        c, state = self.config, self.state_dict()
+        config = {"architecture": "SegFormer", **asdict(c)}
+        if c.head == "segformer":
+            state = transformers_keys(state)
+            config |= {"architectures": ["SegformerForSemanticSegmentation"],
+                       "model_type": "segformer", "num_attention_heads": c.num_heads,
+                       "patch_sizes": [2 * s - 1 for s in c.strides],
+                       "mlp_ratios": [c.mlp_ratio] * 4, "drop_path_rate": c.drop_path,
+                       "decoder_hidden_size": c.decoder_dim, "num_labels": c.num_classes,
+                       "classifier_dropout_prob": c.dropout}
+        write_weights(folder, "model.safetensors", config, state, dtype)
 
 
 def slide(predict, images, crop, stride, batch=8, cell=1):
     """Average the logits of overlapping windows by coverage; the last window is shifted inside.
 
-    At any time it holds the sum and one batch of windows, not all of them.
     predict maps windows (n, 3, h, w), n <= batch, to logits (n, K, h / cell, w / cell).
     images (B, 3, H, W); crop, stride: int or (h, w) pixels, multiples of cell, stride <= crop. An
-    image smaller than the crop is one window. Returns (B, K, H / cell, W / cell).
+    image smaller than the crop is one window. Returns (B, K, H / cell, W / cell): where an image
+    has more than eight batches of windows on the CPU, whose memory holds the sum of any size.
     """
     (h, w), (dy, dx) = ((v, v) if isinstance(v, int) else v for v in (crop, stride))
     if not (0 < dy <= h and 0 < dx <= w):
@@ -395,16 +406,16 @@ def slide(predict, images, crop, stride, batch=8, cell=1):
     xs = [min(i * dx, W - w) for i in range((W - w + dx - 1) // dx + 1)]
     corners = [(b, y, x) for b in range(B) for y in ys for x in xs]
     total = count = None
-    for part in (corners[i : i + batch] for i in range(0, len(corners), batch)):
-        logits = predict(torch.stack([images[b, :, y : y + h, x : x + w] for b, y, x in part]))
+    for windows in (corners[i : i + batch] for i in range(0, len(corners), batch)):
+        logits = predict(torch.stack([images[b, :, y : y + h, x : x + w] for b, y, x in windows]))
         if total is None:
-            total = logits.new_zeros(B, logits.shape[1], H // cell, W // cell)
+            home = "cpu" if len(ys) * len(xs) > 8 * batch else logits.device
+            total = logits.new_zeros(B, logits.shape[1], H // cell, W // cell, device=home)
             count = torch.zeros_like(total[:, :1])
-        for (b, y, x), z in zip(part, logits, strict=True):
+        for (b, y, x), z in zip(windows, logits.to(home), strict=True):
             rows, cols = slice(y // cell, (y + h) // cell), slice(x // cell, (x + w) // cell)
             total[b, :, rows, cols] += z
             count[b, :, rows, cols] += 1
-        del logits, z  # before the next batch needs its own
     return total.div_(count)
 
 
@@ -415,150 +426,6 @@ def slide_inference(model, images, crop, stride, batch=8):
     The recipe: crop 512, stride 256; HRDA 1024 and 512. Windows are upsampled before the average.
     """
     return slide(lambda v: resize(model(v), v.shape[2:]), images, crop, stride, batch)
-
-
-def published_fit(layout, head):
-    """The size (h, w) that pictures of a data set are scaled to fit within, or None: as they are.
-
-    DGInStyle, section 4.1: 1024 x 512 (width x height), ACDC and Dark Zurich 960 x 540; all doubled
-    for HRDA.
-    """
-    sizes = dict.fromkeys(("cityscapes", "bdd100k", "mapillary"), (512, 1024))
-    h, w = (sizes | dict.fromkeys(("acdc", "dark_zurich"), (540, 960))).get(layout, (0, 0))
-    return ((2 * h, 2 * w) if head == "hrda" else (h, w)) if h else None
-
-
-def published_crop(head):
-    """Training crop and sliding window (h, w): 512 x 512, doubled for HRDA."""
-    return (1024, 1024) if head == "hrda" else (512, 512)
-
-
-@torch.no_grad()
-def predict(model, image, window, fit=None):
-    """uint8 (H, W, 3) -> logits (K, H, W): scaled, in sliding windows, scaled back (section 4.1).
-
-    window: (h, w) pixels, half a window apart; fit: the longer side of the picture is scaled to fit
-    within the longer of (h, w), the shorter within the shorter, or None.
-    """
-    H, W = image.shape[:2]
-    device = next(model.parameters()).device
-    x = torch.tensor(image, device=device).permute(2, 0, 1)[None].float()
-    if fit:
-        scale = min(max(fit) / max(H, W), min(fit) / min(H, W))
-        x = resize(x, (int(H * scale + 0.5), int(W * scale + 0.5))).round()  # to 8 bits, as files
-    h, w = x.shape[2:]
-    pad = [max(64, 8 * math.ceil(n / 8)) - n for n in (h, w)]  # what the smallest net can take
-    x = F.pad(x / 255, (0, pad[1], 0, pad[0]), mode="replicate")
-    crop = tuple(min(a, b) for a, b in zip(window, x.shape[2:], strict=True))
-    stride = tuple(max(1, n // 2) for n in crop)
-    return resize(slide_inference(model, x, crop, stride)[..., :h, :w], (H, W))[0]
-
-
-LARGE = 2**22  # pixels: Cityscapes' pictures have half of it
-
-
-@torch.no_grad()
-def predict_label(model, image, window, fit=None):
-    """uint8 (H, W, 3) -> trainIds (H, W) uint8, the argmax of `predict`.
-
-    The logits of a picture above LARGE pixels never exist as a whole: a band at a time is made, or
-    scaled back.
-    """
-    H, W = image.shape[:2]
-    if H * W <= LARGE:
-        return predict(model, image, window, fit).argmax(0).byte()
-    planes = torch.from_numpy(image).permute(2, 0, 1)  # no copy
-    label = torch.empty(H, W, dtype=torch.uint8, device=next(model.parameters()).device)
-    if not fit:
-        for top, rows in slide_rows(model, planes, window):
-            label[top : top + rows.shape[1]] = rows[:, : H - top, :W].argmax(0)
-        return label
-    scale = min(max(fit) / max(H, W), min(fit) / min(H, W))
-    h, w = int(H * scale + 0.5), int(W * scale + 0.5)
-    small = torch.cat([resize(plane[None, None].float(), (h, w))[0] for plane in planes]).round()
-    logits = predict(model, small.byte().permute(1, 2, 0).numpy(), window)
-    for top in range(0, H, 256):  # bilinear, first between two rows of logits
-        y = (torch.arange(top, min(top + 256, H), device=logits.device) + 0.5) * h / H - 0.5
-        y, part = y.clamp(0), y.clamp(0).frac()[:, None]
-        rows = torch.lerp(logits[:, y.long()], logits[:, (y.long() + 1).clamp(max=h - 1)], part)
-        label[top : top + 256] = resize(rows[None], (len(y), W))[0].argmax(0)
-    return label
-
-
-def slide_rows(model, planes, window):
-    """As `predict` without `fit`, planes uint8 (3, H, W): yield (top, summed logits (K, n, W)).
-
-    From top to bottom, each time the n rows that no further window covers, W as padded.
-    """
-    device, (H, W) = next(model.parameters()).device, planes.shape[1:]
-    rows, columns = (torch.arange(max(64, 8 * math.ceil(n / 8))).clamp(max=n - 1) for n in (H, W))
-    h, w = min(window[0], len(rows)), min(window[1], len(columns))
-    ys, xs = ([*range(0, n - size, max(1, size // 2)), n - size]
-              for n, size in ((len(rows), h), (len(columns), w)))
-    total = torch.zeros(model.config.num_classes, h, len(columns), device=device)
-    for y, following in zip(ys, [*ys[1:], ys[-1] + h], strict=True):
-        band = planes[:, rows[y : y + h]].to(device)[:, :, columns]
-        for part in (xs[i : i + 8] for i in range(0, len(xs), 8)):
-            x = torch.stack([band[:, :, left : left + w] for left in part]).float() / 255
-            for left, z in zip(part, resize(model(x), (h, w)), strict=True):
-                total[:, :, left : left + w] += z
-        n = following - y
-        yield y, total[:, :n]
-        for row in range(h):  # in place
-            total[:, row] = total[:, row + n] if row + n < h else 0
-
-
-def training_loss(model, images, labels, teacher=None, fd=0.005):
-    """Cross-entropy, for HRDA on both scales, plus the feature distance (FD) -> a number.
-
-    images (B, 3, H, W) uint8; labels (B, H, W) int64, 255 = ignore; teacher: a frozen copy of the
-    model that keeps what ImageNet taught its encoder (DAFormer), fd the weight of the distance.
-    """
-    def cross_entropy(logits, labels):
-        logits = resize(logits.float(), labels.shape[1:])
-        rows = logits.movedim(1, -1).flatten(0, 2), labels.flatten()  # classes last: faster on CPUs
-        ce = F.cross_entropy(*rows, ignore_index=IGNORE, reduction="sum")
-        return ce / labels.numel()  # over all pixels, ignored ones included, as mmseg 0.16 did
-
-    images = images.float() / 255
-    if model.config.head == "hrda":
-        fused, detail, (y, x, h, w), maps = model.forward_hrda(images)
-        loss = 0.9 * cross_entropy(fused, labels)
-        loss = loss + 0.1 * cross_entropy(detail, labels[:, y : y + h, x : x + w])
-        images = F.interpolate(images, scale_factor=0.5, mode="bilinear")  # the context's view
-    else:
-        maps = model.features(images)
-        loss = cross_entropy(model.decode_head(maps), labels)
-    if teacher is not None:
-        with torch.no_grad():
-            taught = teacher.features(images)[-1]
-        loss = loss + fd * feature_distance(maps[-1], taught, labels)
-    return loss
-
-
-def feature_distance(features, taught, labels):
-    """Thing-class feature distance (DAFormer, arXiv 2111.14887, section 3.2) -> a number.
-
-    features, taught (B, C, h, w) of the last stage; labels (B, H, W) of Cityscapes' 19 classes. The
-    mean L2 distance over the positions that show a thing class over at least three quarters of
-    their area. 0 if there is none.
-    """
-    planes = F.one_hot(labels.masked_fill(labels == IGNORE, 19), 20).movedim(-1, 1).float()
-    share, cls = F.adaptive_avg_pool2d(planes, features.shape[2:]).max(1)
-    things = torch.tensor(THINGS).to(cls.device, non_blocking=True)
-    mask = (share >= 0.75) & torch.isin(cls, things)
-    distance = (features - taught).float().norm(dim=1)
-    return (distance * mask).sum() / mask.sum().clamp(min=1)
-
-
-def parameter_groups(model, lr, weight_decay):
-    """For AdamW: the head at ten times the rate, no weight decay on the backbone's norms."""
-    groups = {}
-    for name, p in model.named_parameters():
-        head = name.startswith("decode_head")
-        decay = 0.0 if "norm" in name and not head else weight_decay
-        groups.setdefault((lr * (10 if head else 1), decay), []).append(p)
-    return [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 
 
 def confusion_matrix(prediction, label, num_classes, ignore=IGNORE):
@@ -631,10 +498,31 @@ LEGACY = {  # runs of whole path components, i = 0..3, k = i + 1; None drops key
 }  # fmt: skip
 
 
+def legacy_table():
+    """LEGACY with i and k written out."""
+    table = [(a, b, i) for a, b in LEGACY.items() for i in range(4)]
+    return {a.format(i=i): b and b.format(k=i + 1) for a, b, i in table}
+
+
+def transformers_keys(state):
+    """What `public_keys` makes of a file of transformers -> the keys of that file."""
+    split = {k: v for k, v in state.items() if ".attn.kv." not in k}
+    for key in state.keys() - split.keys():
+        for name, half in zip("kv", state[key].chunk(2), strict=True):
+            split[key.replace(".kv.", f".{name}.")] = half
+    out = {}
+    for key, tensor in split.items():
+        path = f".{key}."
+        for theirs, ours in legacy_table().items():
+            if ours:
+                path = path.replace(f".{ours}.", f".{theirs}.")
+        out[path[1:-1]] = tensor
+    return out
+
+
 def public_keys(state):
     """{key of any known checkpoint: tensor} -> a new dict with NVlabs' keys, as used here."""
-    table = [(a, b, i) for a, b in LEGACY.items() for i in range(4)]
-    table = {a.format(i=i): b and b.format(k=i + 1) for a, b, i in table}
+    table = legacy_table()
     dropped = tuple(f".{old}." for old, new in table.items() if new is None)
     out = {}
     for key, tensor in state.items():
@@ -666,12 +554,16 @@ def describe(config, state, file):
     kind = config.get("architectures", config.get("_class_name"))
     if config and kind != ["SegformerForSemanticSegmentation"]:
         raise FileError(f"{file}: its config.json is of {kind}, no segmenter; an encoder alone "
-                         "goes to load_backbone")
+                        "goes to --pretrained (load_backbone)")
     shape = {k: tuple(v.shape) for k, v in public_keys(state).items()}
     head = [h for h, key in HEADS.items() if f"decode_head.{key}.weight" in shape]
     convs = [f"backbone.patch_embed{k}.proj.weight" for k in "1234"]
     if not head or not shape.keys() >= set(convs):
-        raise FileError(f"{file}: no whole segmenter; an encoder alone goes to load_backbone")
+        if any(k.startswith("decode_head.") for k in shape):
+            raise FileError(f"{file}: a segmenter of another kind; what is read is MiT with the "
+                            "head of SegFormer, DAFormer or HRDA, in the names of their authors")
+        raise FileError(f"{file}: no whole segmenter; an encoder alone goes to --pretrained "
+                        "(load_backbone)")
     classes, dim = shape[f"decode_head.{HEADS[head[0]]}.weight"][:2]
     found = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
     widths = found["hidden_sizes"] = tuple(shape[k][0] for k in convs)
@@ -696,12 +588,31 @@ class FileError(ValueError):
     """A file that does not hold what it should; the message names it and says what to do."""
 
 
+@contextlib.contextmanager
+def reading(file):
+    """Within, whatever reading an outside file raises becomes one FileError that names it."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
+        reason = f"{type(error).__name__}: {reason}"
+        fault = f"cannot be read ({reason}): check that it is whole and the right one"
+        if "Unsupported global" in reason:
+            fault = ("holds other objects than tensors; if you trust it, torch.load it with "
+                     "weights_only=False and write its tensors with safetensors.torch.save_file")
+        small = Path(file).is_file() and Path(file).stat().st_size < 1024
+        if small and Path(file).read_bytes().startswith(b"version https://git-lfs"):
+            fault = "is a Git-LFS pointer; run `git lfs pull` in its folder or download the file"
+        raise FileError(f"{file} {fault}") from error
+
+
 def read_weights(path):
     """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
-    single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
-    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
+    single file has an empty config. Pickles go through `weights_only=True`: they run no code.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -710,138 +621,63 @@ def read_weights(path):
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
             raise FileError(f"{path}: a model folder has config.json and a weight file")
-        path, config = files[0], read_json(path / "config.json")
-    elif not path.is_file():
+        with reading(path / "config.json"):
+            config = dict(json.loads((path / "config.json").read_text("utf-8")))
+        path = files[0]
+    elif not path.exists():
         raise FileError(f"{path}: no such weight file or model folder")
-    try:
+    with reading(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
-                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
-                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
-        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    for k, v in state.items():
-        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
-        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
-            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
-    return config, state, str(path)
-
-
-def read_json(file):
-    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
-    if not file.is_file() or file.stat().st_size > 2**26:
-        raise FileError(f"{file}: no such file, or one too large for a few settings")
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
-    return content
-
-
-def read_fields(cls, config, file, least, most):
-    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
-
-    FileError for a value of another kind than the field's, and for whole numbers outside least to
-    most, other numbers outside 0 to 1000.
-    """
-    def fits(value, kind):
-        if isinstance(kind, types.UnionType):
-            return any(fits(value, one) for one in kind.__args__)
-        if getattr(kind, "__origin__", None) is tuple:
-            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
-        if kind is float:
-            return type(value) in (int, float) and 0 <= value <= 1000
-        return type(value) is kind and (kind is not int or least <= value <= most)
-
-    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for f in fields(cls):
-        if f.name in values and not fits(values[f.name], f.type):
-            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
-    return values
+        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
 
 
 def configure(cls, config, state, file, layers):
-    """The entries of config.json that a config class has -> an instance of it.
+    """The entries of a config.json that a config class has -> an instance; null is the default.
 
-    FileError for whole numbers that are larger than the longest side of a tensor and the number of
-    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
-    could not be the one in the file.
+    FileError if layers(instance) exceeds the number of tensors: such a network is not even built.
     """
-    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
-    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
-        instance = cls(**read_fields(cls, config, file, 1, longest))
+    with reading(file):
+        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        instance = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
         if layers(instance) > len(state):
-            raise ValueError("it has more layers than the file has tensors")
+            raise ValueError("its config.json has more layers than the file has tensors")
     return instance
 
 
-@contextlib.contextmanager
-def reading(file, what):
-    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
-    try:
-        yield
-    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
-        if isinstance(error, FileError):
-            raise
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise FileError(f"{file}: no {what} ({reason})") from error
-
-
 def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors: every key and shape, or a FileError.
+    """Give a model built on meta exactly its tensors, floats in `dtype`; FileError names faults.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    faults = [f"missing {k}" for k in want.keys() - have.keys()]
-    faults += [f"unknown {k}" for k in have.keys() - want.keys()]
-    both = want.keys() & have.keys()
-    faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
-    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
-    faults += [f"{k} holds {state[k].dtype}" for k in both
-               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
-    if faults:
-        shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
-        name = type(model).__name__
-        raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
-    copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
-              for k, v in state.items()}
-    if broken := [k for k, v in copies.items() if not v.isfinite().all()]:
-        raise FileError(f"{file}: {broken[0]} holds numbers that are not finite in {dtype}")
-    model.load_state_dict(copies, strict=True, assign=True)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:  # missing keys; unknown keys; the first tensor of another shape
+        faults = "; ".join(line[:160].rstrip(" .") for line in str(error).split("\n\t")[1:4])
+        raise FileError(f"{file}: not the weights of a {type(model).__name__}: {faults}") from None
+    for key, v in model.state_dict(keep_vars=True).items():
+        v.data = v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
+        if not v.isfinite().all():
+            raise FileError(f"{file}: {key} holds NaN or infinity in {dtype}; get it again")
     return model
 
 
 def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
-    Each is written beside and renamed: a file that is there is whole, and the weights come last.
-    FileError when the disk is full.
+    Each is written beside and renamed: a file that is there is whole. FileError on a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
-    parts = folder / "config.json.part", folder / f"{name}.part"
     try:
-        parts[0].write_text(json.dumps(config, indent=2) + "\n")
-        save_file(state, parts[1], metadata={"format": "pt"})
-        for part in parts:
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())  # on the disk before it takes the place of another
-            os.replace(part, part.with_suffix(""))
+        (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        save_file(state, folder / f"{name}.part", metadata={"format": "pt"})
     except SafetensorError as error:
         raise FileError(f"{folder / name} cannot be written: {error}") from None
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    for file in ("config.json", name):
+        os.replace(folder / f"{file}.part", folder / file)

@@ -1,4 +1,4 @@
-"""Tests of dginstyle. Run: pytest  (about four minutes on two cores; no network, no GPU).
+"""Tests of dginstyle. Run: pytest  (about two minutes on two cores; no network, no GPU).
 
 In the order of the files that they test, each under its heading. What is computed is compared with
 diffusers and transformers (skipped if not installed) or with a literal loop.
@@ -7,11 +7,9 @@ diffusers and transformers (skipped if not installed) or with a literal loop.
 weights and a ControlNet with 20 hint channels, for timing and memory.
 """
 
-import argparse
 import ast
 import colorsys
 import concurrent.futures
-import contextlib
 import copy
 import functools
 import json
@@ -22,17 +20,15 @@ import random
 import re
 import shutil
 import signal
-import struct
+import socket
 import subprocess
 import sys
+import time
 import unicodedata
-import weakref
-import zlib
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -48,14 +44,15 @@ import diff
 import gallery
 import recipes
 import segformer
+import segment
 import training
 import unet as unet_module
 import vae as vae_module
-from clip_text import ALPHABET, BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
+from clip_text import BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
-from diff import Diff, DiffConfig, Prior, diffusion_features, invert
-from experiments import badinput, bench, measures, pretend, rehearse
+from diff import Diff, DiffConfig, Prior, diffusion_features
+from experiments import bench, measures, pretend, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
 from unet import UNet, UNetConfig
@@ -82,7 +79,7 @@ def tiny_models(seed=0, window=8, **options):
     control = randomise(ControlNet.from_unet(net, 20, factor=4), seed + 1)
     auto = randomise(VAE(VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1,
                                    norm_num_groups=4, scaling_factor=1.0)), seed + 2, 0.2)
-    tokenizer = Tokenizer.train(["a city street scene with road building sky car weather"], 40)
+    tokenizer = make.train_tokenizer(["a city street scene with road building sky car weather"], 40)
     text = randomise(TextEncoder(TextEncoderConfig(
         vocab_size=len(tokenizer.vocab), hidden_size=24, intermediate_size=48,
         num_hidden_layers=1, num_attention_heads=2)), seed + 3)
@@ -114,24 +111,23 @@ SD_LIKE = {
 }
 
 
-@pytest.fixture(scope="module", params=SD_LIKE)
-def oracle_pair(request):
-    """diffusers' UNet and ControlNet of one small architecture, random weights in every layer."""
+@pytest.mark.parametrize("kind", SD_LIKE)
+def test_unet_and_controlnet_equal_diffusers(kind, tmp_path):
+    """Each loads the other's folders; same inputs give the same residuals and output, with and
+    without control, with a hint or an encoded one, with one text for all samples or one each."""
     diffusers = pytest.importorskip("diffusers")
-    net = diffusers.UNet2DConditionModel(
+    net = randomise(diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64, 64, 64), norm_num_groups=8, cross_attention_dim=24,
-        **SD_LIKE[request.param])
-    control = diffusers.ControlNetModel.from_unet(net, conditioning_channels=20)
-    return randomise(net, 0), randomise(control, 1)
-
-
-def test_unet_and_controlnet_equal_diffusers(oracle_pair, tmp_path):
-    """Same folders, same inputs, same residuals and same output, with and without control."""
-    net, control = oracle_pair
+        **SD_LIKE[kind]), 0)
+    control = randomise(diffusers.ControlNetModel.from_unet(net, conditioning_channels=20), 1)
     net.save_pretrained(tmp_path / "unet")
     control.save_pretrained(tmp_path / "controlnet", variant="fp16")
-    ours, our_control = (UNet.from_pretrained(tmp_path / "unet"),
-                         ControlNet.from_pretrained(tmp_path / "controlnet"))
+    ours = UNet.from_pretrained(tmp_path / "unet")
+    our_control = ControlNet.from_pretrained(tmp_path / "controlnet")
+    ours.save_pretrained(tmp_path / "our unet")
+    our_control.save_pretrained(tmp_path / "our controlnet")
+    net = type(net).from_pretrained(tmp_path / "our unet")
+    control = type(control).from_pretrained(tmp_path / "our controlnet")
     g = torch.Generator().manual_seed(2)
     x, context = torch.randn(2, 4, 16, 24, generator=g), torch.randn(2, 7, 24, generator=g)
     hint, t = torch.rand(2, 20, 128, 192, generator=g).round(), torch.tensor([3, 901])
@@ -144,28 +140,10 @@ def test_unet_and_controlnet_equal_diffusers(oracle_pair, tmp_path):
         full = net(x, t, context, down_block_additional_residuals=want,
                    mid_block_additional_residual=want_mid).sample
         assert relative(ours(x, t, context, (have, have_mid)), full) < 1e-5
-        encoded = our_control.encode_hint(hint)
-        again, _ = our_control(x, t, context, encoded, scale=0.7)
-        assert torch.equal(again[3], have[3])  # an encoded hint is as good as the hint itself
-
-
-def test_saved_models_load_in_diffusers(tmp_path):
-    """What we write, diffusers reads: same output from its UNet, ControlNet and AutoencoderKL."""
-    diffusers = pytest.importorskip("diffusers")
-    models = tiny_models()
-    write_sd_folder(tmp_path, models)
-    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
-    hint = torch.rand(1, 20, 32, 32).round()
-    net = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
-    control = diffusers.ControlNetModel.from_pretrained(tmp_path / "controlnet")
-    auto = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
-    with torch.no_grad():
-        residuals, mid = control(x, 5, context, hint, return_dict=False)
-        want = net(x, 5, context, down_block_additional_residuals=residuals,
-                   mid_block_additional_residual=mid).sample
-        have = models.unet(x, 5, context, models.controlnet(x, 5, context, hint))
-        assert relative(have, want) < 1e-5
-        assert relative(models.vae.decode(x), auto.decode(x).sample) < 1e-5
+        again, _ = our_control(x, t, context, our_control.encode_hint(hint), 0.7, encoded=True)
+        assert torch.equal(again[3], have[3])
+        shared = net(x, t, context[:1].expand(2, -1, -1)).sample
+        assert relative(ours(x, t, context[:1]), shared) < 1e-5
 
 
 def test_published_sizes():
@@ -178,11 +156,9 @@ def test_published_sizes():
     with torch.device("meta"):
         for preset, total in (("sd1", 859_520_964), ("sd2", 865_910_724)):
             config = UNetConfig(**unet_module.PRESETS[preset])
-            options = {k: list(v) if isinstance(v, tuple) else v
-                       for k, v in unet_module.PRESETS[preset].items()}
             theirs = diffusers.UNet2DConditionModel(
-                cross_attention_dim=options.pop("cross_attention_dim", 768), sample_size=64,
-                **{"attention_head_dim": 8, **options})
+                cross_attention_dim=config.cross_attention_dim, attention_head_dim=config.heads,
+                use_linear_projection=config.use_linear_projection)
             assert shapes(UNet(config)) == shapes(theirs)
             assert sum(p.numel() for p in UNet(config).parameters()) == total
             control = diffusers.ControlNetModel.from_unet(theirs, conditioning_channels=20)
@@ -194,28 +170,18 @@ def test_published_sizes():
         assert shapes(VAE()) == shapes(theirs)
 
 
-def test_vae_in_bands_is_the_whole(monkeypatch):
-    """Large pictures are worked on in bands of rows, small ones whole: the same numbers."""
-    auto = tiny_models().vae.to(memory_format=torch.channels_last)
-    images = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad():
-        z = auto.encode(images)
-        want = auto.decode(z)
-        for band in (2500, 7 * 8 * 32, 1):  # bands of several rows, cut unevenly, of one row
-            monkeypatch.setattr(vae_module, "BAND", band)
-            assert relative(auto.encode(images), z) < 1e-5
-            assert relative(auto.decode(z), want) < 1e-5
-
-
 def test_vae_equals_diffusers(tmp_path):
-    """Encode (mean, and a sample with the same noise) and decode at a size that is not square."""
+    """Each loads the other's folder; encode (mean, and a sample with the same noise) and decode
+    agree at a size that is not square."""
     diffusers = pytest.importorskip("diffusers")
     theirs = randomise(diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=(16, 32, 32), layers_per_block=2, latent_channels=4,
         norm_num_groups=8, scaling_factor=0.18215), 0, 0.1)
-    theirs.save_pretrained(tmp_path)
-    ours = VAE.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = VAE.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = type(theirs).from_pretrained(tmp_path / "ours")
     x = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         posterior = theirs.encode(x).latent_dist
@@ -225,37 +191,25 @@ def test_vae_equals_diffusers(tmp_path):
         assert relative(ours.decode(sample), theirs.decode(sample / 0.18215).sample) < 1e-5
 
 
-def ldm_resnet(prefix, emb=True):
-    parts = ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"]
-    return [f"{prefix}.{p}" for p in parts + ["emb_layers.1"] * emb + ["skip_connection"]]
-
-
-def ldm_transformer(prefix):
-    block = f"{prefix}.transformer_blocks.0"
-    attention = [f"{block}.attn{n}.{p}" for n in (1, 2) for p in ("to_q", "to_k", "to_v",
-                                                                  "to_out.0")]
-    rest = ["norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"]
-    return attention + [f"{block}.{p}" for p in rest] + [
-        f"{prefix}.{p}" for p in ("norm", "proj_in", "proj_out")]
-
-
 def ldm_unet_keys(decoder=True):
     """The layer names of SD's UNet in an LDM checkpoint, written down from its numbering."""
-    keys = ["time_embed.0", "time_embed.2", "input_blocks.0.0"]
+    resnet = ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3", "emb_layers.1",
+              "skip_connection"]
+    transformer = [f"transformer_blocks.0.attn{n}.{p}" for n in (1, 2)
+                   for p in ("to_q", "to_k", "to_v", "to_out.0")]
+    transformer += [f"transformer_blocks.0.{p}" for p in (
+        "norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2")] + ["norm", "proj_in", "proj_out"]
+    layers = {"middle_block.0": resnet, "middle_block.1": transformer, "middle_block.2": resnet}
     for n in range(1, 12):
-        if n % 3 == 0:
-            keys.append(f"input_blocks.{n}.0.op")
-        else:
-            keys += ldm_resnet(f"input_blocks.{n}.0")
-            keys += ldm_transformer(f"input_blocks.{n}.1") if n < 9 else []
-    keys += ldm_resnet("middle_block.0") + ldm_transformer("middle_block.1")
-    keys += ldm_resnet("middle_block.2")
+        layers[f"input_blocks.{n}.0"] = resnet if n % 3 else ["op"]
+        layers[f"input_blocks.{n}.1"] = transformer if n % 3 and n < 9 else []
     for n in range(12 * decoder):
-        keys += ldm_resnet(f"output_blocks.{n}.0")
-        keys += ldm_transformer(f"output_blocks.{n}.1") if n > 2 else []
-        if n in (2, 5, 8):
-            keys.append(f"output_blocks.{n}.{1 if n == 2 else 2}.conv")
-    return keys + ["out.0", "out.2"] * decoder
+        layers[f"output_blocks.{n}.0"] = resnet
+        layers[f"output_blocks.{n}.1"] = transformer if n > 2 else ["conv"] if n == 2 else []
+        layers[f"output_blocks.{n}.2"] = ["conv"] if n in (5, 8) else []
+    keys = [f"{layer}.{name}" for layer, names in layers.items() for name in names]
+    outer = ["time_embed.0", "time_embed.2", "input_blocks.0.0"] + ["out.0", "out.2"] * decoder
+    return outer + keys
 
 
 def made_up(names):
@@ -269,70 +223,54 @@ def same(ours, theirs):
     assert all(torch.equal(ours[k].squeeze(), theirs[k].squeeze()) for k in ours)
 
 
-def test_ldm_unet_and_controlnet_names():
-    """An LDM checkpoint goes through diffusers' converter and ours to the same tensors."""
-    pytest.importorskip("diffusers")
-    from diffusers.loaders import single_file_utils as oracle
-
+def test_ldm_names_equal_diffusers():
+    """The UNet, ControlNet and autoencoder of an LDM checkpoint go through diffusers' converters
+    and ours to the same tensors: numbered blocks, reversed decoder levels, squeezed attention."""
+    oracle = pytest.importorskip("diffusers.loaders.single_file_utils")
     config = {"layers_per_block": 2, "down_block_types": [1] * 4, "up_block_types": [1] * 4,
-              "class_embed_type": None, "addition_embed_type": None, "use_linear_projection": False}
+              "class_embed_type": None, "addition_embed_type": None, "use_linear_projection": False,
+              "conditioning_embedding_out_channels": (16, 32, 96, 256)}
     state = made_up(ldm_unet_keys())
-    theirs = oracle.convert_ldm_unet_checkpoint(
-        {f"model.diffusion_model.{k}": v for k, v in state.items()}, config)
-    same(unet_module.from_ldm(state), theirs)
+    same(unet_module.from_ldm(state), oracle.convert_ldm_unet_checkpoint(
+        {f"model.diffusion_model.{k}": v for k, v in state.items()}, config))
 
-    names = ldm_unet_keys(decoder=False) + [f"input_hint_block.{i}" for i in range(0, 16, 2)]
-    names += [f"zero_convs.{i}.0" for i in range(12)] + ["middle_block_out.0"]
-    state = made_up(names)
-    theirs = oracle.convert_controlnet_checkpoint(
-        {f"control_model.{k}": v for k, v in state.items()},
-        {**config, "conditioning_embedding_out_channels": (16, 32, 96, 256)})
-    same(from_ldm_control(state), theirs)
+    names = [f"input_hint_block.{i}" for i in range(0, 16, 2)] + ["middle_block_out.0"]
+    names += [f"zero_convs.{i}.0" for i in range(12)]
+    state = made_up(ldm_unet_keys(decoder=False) + names)
+    same(from_ldm_control(state), oracle.convert_controlnet_checkpoint(
+        {f"control_model.{k}": v for k, v in state.items()}, config))
 
-
-def test_ldm_vae_names():
-    """The autoencoder of an LDM checkpoint: reversed decoder levels, squeezed attention."""
-    pytest.importorskip("diffusers")
-    from diffusers.loaders import single_file_utils as oracle
-
-    names = []
-    for half, layers in (("encoder", 2), ("decoder", 3)):
+    names = ["quant_conv", "post_quant_conv"]
+    parts = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
+    for half, layers, side in (("encoder", 2, "down"), ("decoder", 3, "up")):
         names += [f"{half}.conv_in", f"{half}.conv_out", f"{half}.norm_out"]
         names += [f"{half}.mid.attn_1.{p}" for p in ("norm", "q", "k", "v", "proj_out")]
-        parts = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
         names += [f"{half}.mid.block_{i}.{p}" for i in (1, 2) for p in parts]
-        side, step = ("down", "downsample") if half == "encoder" else ("up", "upsample")
-        for i in range(4):
-            names += [f"{half}.{side}.{i}.block.{j}.{p}" for j in range(layers) for p in parts]
-            if i < 3 if half == "encoder" else i > 0:
-                names.append(f"{half}.{side}.{i}.{step}.conv")
-    state = made_up(names + ["quant_conv", "post_quant_conv"])
-    state = {k: v[:, :, None, None] if "attn_1" in k and "norm" not in k and "weight" in k else v
+        names += [f"{half}.{side}.{i}.block.{j}.{p}"
+                  for i in range(4) for j in range(layers) for p in parts]
+        names += [f"{half}.{side}.{i + (side == 'up')}.{side}sample.conv" for i in range(3)]
+    state = {"first_stage_model." + k: v for k, v in made_up(names).items()}
+    state = {k: v[:, :, None, None] if re.search("attn_1.[^n].*weight", k) else v
              for k, v in state.items()}
-    theirs = oracle.convert_ldm_vae_checkpoint(
-        {f"first_stage_model.{k}": v for k, v in state.items()},
-        {"down_block_types": [1] * 4, "up_block_types": [1] * 4, "layers_per_block": 2})
-    same(vae_module.from_ldm({**state, "loss.logvar": torch.zeros(1)}), theirs)
+    same(vae_module.public_keys({**state, "first_stage_model.loss.logvar": torch.zeros(1)}),
+         oracle.convert_ldm_vae_checkpoint(state, config))
 
 
 def test_single_files_load_like_folders(tmp_path):
-    """A file without config.json, in old and LDM-like spelling, gives the folder's model."""
+    """A file without config.json, in today's or an old spelling, gives the folder's model."""
     config = UNetConfig(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24,
                         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
     net = randomise(UNet(config), 0)
     for cls, model in ((UNet, net), (ControlNet, ControlNet.from_unet(net, 7))):
         model.save_pretrained(tmp_path / "net")
-        folder = cls.from_pretrained(tmp_path / "net")
         single = cls.from_pretrained(tmp_path / "net" / "diffusion_pytorch_model.safetensors")
-        assert folder.config == single.config == config
-        same(folder.state_dict(), single.state_dict())
+        assert cls.from_pretrained(tmp_path / "net").config == single.config == config
+        same(model.state_dict(), single.state_dict())
     auto = VAE(VAEConfig(block_out_channels=(32, 64), layers_per_block=1))
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = dict(auto.state_dict())
-    for new, legacy in names.items():
-        old = {k.replace(f".{new}.", f".{legacy}."): v for k, v in old.items()}
-    save_file({f"first_stage_model.{k}": v.contiguous() for k, v in old.items()},
-              tmp_path / "old.safetensors")
+    for pair in ("to_q query", "to_k key", "to_v value", "to_out.0 proj_attn"):
+        old = {k.replace(*pair.split()): v for k, v in old.items()}
+    save_file({f"first_stage_model.{k}": v for k, v in old.items()}, tmp_path / "old.safetensors")
     torch.save({"state_dict": auto.state_dict()}, tmp_path / "plain.bin")
     for file in ("old.safetensors", "plain.bin"):
         loaded = VAE.from_pretrained(tmp_path / file)
@@ -347,8 +285,8 @@ def test_untrained_controlnet_changes_nothing():
     x, context, hint = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24), torch.rand(1, 20, 64, 64)
     with torch.no_grad():
         assert torch.equal(net(x, 7, context), net(x, 7, context, control(x, 7, context, hint)))
-    assert torch.equal(control.mid_block.resnets[0].conv1.weight,
-                       net.mid_block.resnets[0].conv1.weight)
+    half, whole = control.state_dict(), net.state_dict()
+    assert all(torch.equal(half[k], whole[k]) for k in half.keys() & whole.keys())
 
 
 def test_checkpointing_keeps_gradients():
@@ -366,35 +304,86 @@ def test_checkpointing_keeps_gradients():
 
 def test_killed_while_saving_leaves_whole_weights(tmp_path, monkeypatch):
     """Weights are written beside and renamed: a stop in between leaves those that were there."""
-    nets = {unet_module: tiny_models().unet, vae_module: tiny_models().vae,
-            clip_text: tiny_models().text_encoder, segformer: seg_model()}
-    for module, net in nets.items():
-        folder = tmp_path / module.__name__
-        net.save_pretrained(folder)
-        before = files(folder)
+    net = tiny_models().unet
+    net.save_pretrained(tmp_path)
+    before = files(tmp_path)
 
-        def half(state, path, metadata):
-            Path(path).write_bytes(b"half")
-            raise KeyboardInterrupt
+    def half(state, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
 
-        monkeypatch.setattr(module, "save_file", half)
-        with pytest.raises(KeyboardInterrupt):
-            net.save_pretrained(folder)
-        assert before.items() <= files(folder).items()
+    monkeypatch.setattr(unet_module, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        net.save_pretrained(tmp_path)
+    assert before.items() <= files(tmp_path).items()
 
 
-def test_numbers_that_are_not_finite(tmp_path):
-    """Weights with NaN are refused by name."""
+@pytest.mark.parametrize("net", ["unet", "controlnet", "vae", "text_encoder"])
+def test_weights_load_strictly(net, tmp_path):
+    """A missing, unknown, wrongly shaped or NaN tensor, a cut file and a config.json with more
+    layers than the file has tensors are refused by name, with the file."""
+    model = getattr(tiny_models(), net)
+    model.save_pretrained(tmp_path)
+    file, config = next(tmp_path.glob("*.safetensors")), tmp_path / "config.json"
+    good, (key, value) = load_file(file), list(model.named_parameters())[-1]
+    settings = json.loads(config.read_text())
+    layers = {k: 10**6 for k in ("layers_per_block", "num_hidden_layers") if k in settings}
+
+    def refuses(words, state, changes):
+        save_file(state, file)
+        config.write_text(json.dumps(settings | changes))
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*{words}"):
+            type(model).from_pretrained(tmp_path)
+
+    refuses(f"Missing key.*{key}", {k: v for k, v in good.items() if k != key}, {})
+    refuses("Unexpected key.*novel", {**good, "novel.weight": torch.ones(2)}, {})
+    refuses(f"size mismatch for {key}", {**good, key: torch.ones(3, 3)}, {})
+    refuses(f"{key} holds NaN", {**good, key: value.detach() * math.nan}, {})
+    refuses("more layers than the file has tensors", good, layers)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} cannot be read"):
+        type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "a.ckpt",
+                                  "vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_git_lfs_pointers(name, tmp_path):
+    """A clone without LFS leaves pointers: the sentence says so and what to do."""
     models = tiny_models()
-    nets = {name: getattr(models, name) for name in ("unet", "controlnet", "vae", "text_encoder")}
-    for name, net in {**nets, "segformer": SegFormer(segformer.preset("tiny"))}.items():
-        key, p = next(iter(net.named_parameters()))
-        p.data.flatten()[0] = math.nan
-        net.save_pretrained(tmp_path / name)
-        with pytest.raises(ValueError, match=f"{key} holds numbers that are not finite"):
-            type(net).from_pretrained(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{key.removeprefix('backbone.')} holds numbers"):
-        net.load_backbone(tmp_path / name)
+    models.unet.save_pretrained(tmp_path)
+    models.tokenizer.save(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid a:0\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git-LFS pointer; run `git lfs pull`"):
+        Tokenizer.from_pretrained(tmp_path)
+        UNet.from_pretrained(tmp_path / name if name == "a.ckpt" else tmp_path)
+
+
+def test_pickles_of_other_objects(tmp_path):
+    """A healthy pickle that holds more than tensors: advice to convert, and none of torch's."""
+    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": np.float64(3)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="a.ckpt holds other objects .* safetensors.torch.save_file"
+                       ) as error:
+        unet_module.read_weights(tmp_path / "a.ckpt")
+    assert "\033" not in str(error.value)
+
+
+def test_relatives_of_stable_diffusion_are_named(tmp_path):
+    """UNets with more channels in than out, SDXL and autoencoders that shift their latents are
+    refused by what they are."""
+    models, file = tiny_models(), tmp_path / "diffusion_pytorch_model.safetensors"
+    state = models.unet.state_dict()
+    for words, more in (
+            ("inpainting .9 channels", {"conv_in.weight": torch.zeros(16, 9, 3, 3)}),
+            ("SDXL", {"add_embedding.linear_1.bias": torch.zeros(1)}),
+            ("SDXL", {"label_emb.0.0.bias": torch.zeros(1)})):
+        save_file({**state, **more}, file)
+        with pytest.raises(ValueError, match=f"{file}: .*{words}"):
+            UNet.from_pretrained(file)
+    models.vae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "latents_std": [1.0] * 4}))
+    with pytest.raises(ValueError, match=f"{file}: .*latents_std"):
+        VAE.from_pretrained(tmp_path)
 
 
 # ---- clip_text.py --------------------------------------------------------------------------------
@@ -408,24 +397,26 @@ CLIP_TEXTS = [
 
 
 def clip_tokenizer(merges=300):
-    return Tokenizer.train(CLIP_TEXTS, merges)
+    return make.train_tokenizer(CLIP_TEXTS, merges)
 
 
-def clip_random_strings(count, seed=0):
-    """Strings that mix prompt words, contractions, specials, white space and all of Unicode."""
+def clip_strings(count, seed=0):
+    """Strings that mix prompt words, contractions, specials, white space and all of Unicode, and
+    every character that is no letter of other scripts between letters and digits."""
     rng = random.Random(seed)
     # The tokenizers library and Python may know different Unicode versions, but both know 3.2 and
     # the properties of its characters.
     known = [chr(c) for c in range(0x110000)
-             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs")]
+             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")]
     spaces = [c for c in known if unicodedata.category(c)[0] == "Z"] + list("\t\n\v\f\r\x85\x1c")
     words = "road car's we're it'll I'd 'tis they've I'm '' ' '; <| |> _ 12 ½ 3² ... a1b2".split()
     words += [BOS, EOS, "İ", "ΑΣ ΟΔΟΣ", "e\u0301", "\u212a", "'\u017f", "\u1e9e", "<|start", "!"]
-    words += ["!<|\u017ftartoftext|>!"]
+    words += ["!<|\u017ftartoftext|>!", "a!b ! c"]
     draws = [lambda: rng.choice(known), lambda: chr(rng.randrange(32, 127)),
              lambda: rng.choice(words), lambda: rng.choice(spaces), lambda: " ",
              lambda: rng.choice("ROADroadcarskythe"), lambda: known[rng.randrange(128, 1200)]]
-    return ["".join(rng.choice(draws)() for _ in range(rng.randrange(30))) for _ in range(count)]
+    texts = ["".join(rng.choice(draws)() for _ in range(rng.randrange(30))) for _ in range(count)]
+    return texts + [f"a{c}1{c}!{c}" for c in known if unicodedata.category(c) != "Lo"]
 
 
 def clip_state(config, seed=0):
@@ -452,25 +443,15 @@ def clip_open_clip(config, seed=0):
     return {f"cond_stage_model.model.{k}": torch.randn(s, generator=g) for k, s in shapes.items()}
 
 
-def clip_rest_of_checkpoint():
-    """Some other tensors of an LDM checkpoint."""
-    keys = ("model.diffusion_model.input_blocks.0.0.weight", "betas", "model_ema.num_updates",
-            "first_stage_model.encoder.conv_in.weight", "first_stage_model.quant_conv.bias")
-    return {key: torch.zeros(3) for key in keys}
-
-
 def clip_prefixed(state):
     """Keys with the text_model. prefix, which transformers 5 drops in memory."""
     return {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
 
 
-# ---------------------------------------------------------------------------------------- tokenizer
-
-
 @pytest.mark.parametrize("pad, count", [(EOS, 4000), ("!", 300)])
 def test_clip_tokenizer_equals_transformers(tmp_path, pad, count):
     """Ids of random Unicode strings, padded by either token, equal those of transformers' fast
-    CLIPTokenizer (and the slow one's, of ASCII), which reads our folder as we do."""
+    CLIPTokenizer, which reads our folder as we do."""
     transformers = pytest.importorskip("transformers")
     ours = clip_tokenizer()
     ours = Tokenizer(ours.vocab, ours.merges, pad)
@@ -479,100 +460,60 @@ def test_clip_tokenizer_equals_transformers(tmp_path, pad, count):
     assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, pad)
     assert (ours("")[0, -1] == 0).item() is (pad == "!")
     oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path))
-    texts = clip_random_strings(count) + ["a!b ! c"]
+    texts = clip_strings(count)
     assert [ours.encode(t) for t in texts] == oracle(texts, add_special_tokens=False)["input_ids"]
     padded = dict(padding="max_length", max_length=77, truncation=True)
     assert again(texts).tolist() == oracle(texts, **padded)["input_ids"]
-    if transformers.CLIPTokenizer is not transformers.CLIPTokenizerFast:
-        slow = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
-        texts = [t for t in texts if t.isascii() and (t.isprintable() or not t)] + CLIP_TEXTS[:3]
-        assert again(texts).tolist() == slow(texts, **padded)["input_ids"]
 
 
-def test_clip_tokenizer_classes_of_every_character(tmp_path):
-    """Each character of Unicode 3.2 alone between letters and digits gets transformers' ids."""
-    transformers = pytest.importorskip("transformers")
-    ours = clip_tokenizer(0)
-    ours.save(tmp_path)
-    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path))
-    known = [chr(c) for c in range(0x110000)
-             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")]
-    known = [c for c in known if unicodedata.category(c) != "Lo"] + known[::37]
-    texts = [f"a{c}1{c}!{c}" for c in known]
-    got = [ours.encode(text) for text in texts]
-    assert got == oracle(texts, add_special_tokens=False)["input_ids"]
-
-
-@pytest.mark.parametrize("pad, in_config", [(EOS, EOS), ("!", EOS), ({"content": "!"}, None)])
-def test_clip_tokenizer_reads_public_folders(tmp_path, pad, in_config):
+def test_clip_tokenizer_reads_public_folders(tmp_path):
     """The pad token of special_tokens_map.json decides, and the root folder of SD is enough."""
-    ours = clip_tokenizer(20)
-    ours.save(tmp_path / "tokenizer")
-    config = {"pad_token": in_config, "tokenizer_class": "CLIPTokenizer"}
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer/special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
-    row = Tokenizer.from_pretrained(tmp_path)("a")[0].tolist()
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    assert row[3:] == [ours.vocab[pad]] * 74
     transformers = pytest.importorskip("transformers")
-    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path / "tokenizer"))
-    assert row == oracle("a", padding="max_length", max_length=77)["input_ids"]
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", []),
-    (" \t\n\u3000", []),
-    ("road, sky", ["road", ",", "sky"]),
-    ("12th 3", ["1", "2", "th", "3"]),
-    ("It's DON'T we'll", ["it", "'s", "don", "'t", "we", "'ll"]),
-    ("snake_case!?", ["snake", "_", "case", "!?"]),
-    ("!'s", ["!'", "s"]),
-])
-def test_clip_words_of_prompts(text, words):
-    """Prompts with comma, digit and apostrophe split as CLIP's pattern says."""
-    assert ["".join(word).removesuffix("</w>") for word in clip_text.split_words(text)] == words
+    folder = tmp_path / "tokenizer"
+    clip_tokenizer(20).save(folder)
+    (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
+    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(folder))
+    want = oracle("a", padding="max_length", max_length=77)["input_ids"]
+    assert Tokenizer.from_pretrained(tmp_path)("a").tolist() == [want] and want[-1] == 0
 
 
 def test_clip_tokenizer_layout():
-    """Rows are start, ids, end, padding; long prompts keep the end; one text is a batch of one."""
+    """One text is a batch of one; long prompts keep the end; specials count in capitals too."""
     t = clip_tokenizer()
-    bos, eos = t.vocab[BOS], t.vocab[EOS]
-    assert t.vocab.keys() >= set(ALPHABET) and (bos, eos) == (len(t.vocab) - 2, len(t.vocab) - 1)
-    empty, long = t(["", "car " * 200])
-    assert empty.tolist() == [bos] + [eos] * 76
-    assert long.tolist() == [bos, *t.encode("car") * 75, eos]
-    assert t("car").shape == (1, 77) and t([]).shape == (0, 77) and t("car").dtype == torch.int64
-    assert t("car", length=3).tolist() == [[bos, *t.encode("car"), eos]]
-    assert t.encode(f"a {EOS}b") == [*t.encode("a"), eos, *t.encode("b")]
+    bos, eos, car = t.vocab[BOS], t.vocab[EOS], t.encode("car")
+    assert t("car " * 200).tolist() == [[bos, *car * 75, eos]]
+    assert t("car", length=3).tolist() == [[bos, *car, eos]] and t([]).shape == (0, 77)
     assert t.encode("a<|ENDOFTEXT|>") == [*t.encode("a"), eos]
 
 
-def test_clip_tokenizer_training():
-    """Training joins the most frequent pair first, is repeatable and stops when all is joined."""
-    t = Tokenizer.train(["abc abc abd", "ab"], 100)
-    assert t.merges[0] == ("a", "b") and t.merges[1] == ("ab", "c</w>")
-    assert t.merges == Tokenizer.train(["abc abc abd", "ab"], 100).merges and len(t.merges) == 4
-    assert len(t.vocab) == 512 + 4 + 2
-    assert t.encode("abc") == [t.vocab["abc</w>"]]
-    assert [t.vocab[s] for s in ("!", "~", "¡", "Ā", "!</w>")] == [0, 93, 94, 188, 256]
+def test_clip_tokenizer_of_transformers_5(tmp_path):
+    """tokenizer.json alone, with merges as lists or as texts, is the tokenizer it was made of."""
+    transformers = pytest.importorskip("transformers")
+    ours, file = clip_tokenizer(), tmp_path / "new/tokenizer.json"
+    Tokenizer(ours.vocab, ours.merges, "!").save(tmp_path / "old")
+    transformers.CLIPTokenizerFast.from_pretrained(tmp_path / "old").save_pretrained(file.parent)
+    content = json.loads(file.read_text())
+    for merges in (list(ours.merges), [" ".join(pair) for pair in ours.merges]):
+        content["model"]["merges"] = merges
+        file.write_text(json.dumps(content))
+        for name in ("vocab.json", "merges.txt"):
+            (file.parent / name).unlink(missing_ok=True)
+        again = Tokenizer.from_pretrained(file.parent)
+        assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, "!")
 
 
 def test_clip_tokenizer_errors(tmp_path):
     """Missing files, malformed merges and foreign vocabularies are ValueErrors that name them."""
-    with pytest.raises(ValueError, match="vocab.json"):
+    with pytest.raises(ValueError, match="vocab.json cannot be read"):
         Tokenizer.from_pretrained(tmp_path)
     t = clip_tokenizer(5)
-    with pytest.raises(ValueError, match="lacks 1 symbols such as 'xy'"):
-        Tokenizer(t.vocab, [("x", "y")])
-    with pytest.raises(ValueError, match="'<pad>'"):
-        Tokenizer(t.vocab, t.merges, "<pad>")
+    for merges, pad in ([("x", "y")], EOS), (t.merges, "<pad>"), (t.merges[:-1], EOS):
+        with pytest.raises(ValueError, match="lacks 1 symbols such as"):
+            Tokenizer(t.vocab, merges, pad)
     t.save(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
-    with pytest.raises(ValueError, match="merges.txt"):
+    with pytest.raises(ValueError, match="merges.txt cannot be read"):
         Tokenizer.from_pretrained(tmp_path)
-
-
-# ------------------------------------------------------------------------------------- text encoder
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -599,46 +540,41 @@ def test_clip_encoder_equals_transformers(tmp_path, act):
             assert (ours(tokens[:, :9]) - want[:, :9]).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("preset, tensors, parameters", [
-    ("sd1", 196, 123_060_480), ("sd2", 372, 340_387_840)])
-def test_clip_published_keys(preset, tensors, parameters):
-    """At the published sizes, keys and shapes are exactly those of transformers."""
+@pytest.mark.parametrize("preset, total", [("sd1", 123_060_480), ("sd2", 340_387_840)])
+def test_clip_published_keys(preset, total):
+    """At the published sizes, keys and shapes of the text encoder are those of transformers."""
+    transformers = pytest.importorskip("transformers")
     config = TextEncoderConfig(**clip_text.PRESETS[preset])
     with torch.device("meta"):
         ours = {k: v.shape for k, v in TextEncoder(config).state_dict().items()}
-    assert len(ours) == tensors and sum(s.numel() for s in ours.values()) == parameters
-    transformers = pytest.importorskip("transformers")
-    names = {k: getattr(config, k) for k in config.__dataclass_fields__}
-    with torch.device("meta"):
-        oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
-    theirs = {k: v.shape for k, v in clip_prefixed(oracle.state_dict()).items()}
-    assert ours == theirs
+        oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**asdict(config)))
+    assert ours == {k: v.shape for k, v in clip_prefixed(oracle.state_dict()).items()}
+    assert sum(shape.numel() for shape in ours.values()) == total
 
 
 def test_clip_ldm_sd1_equals_diffusers(tmp_path):
     """An SD1.x checkpoint gives the tensors of diffusers' converter, and loads."""
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     config = TextEncoderConfig(64, 128, 512, 2, 2)
-    prefix = "cond_stage_model.transformer."
-    ldm = {prefix + k: v for k, v in clip_state(config).items()} | clip_rest_of_checkpoint()
-    ldm[prefix + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    ldm = {f"cond_stage_model.transformer.{k}": v for k, v in clip_state(config).items()}
+    ldm["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    ldm["first_stage_model.quant_conv.bias"] = torch.zeros(3)
     theirs = clip_prefixed(single_file.convert_ldm_clip_checkpoint(dict(ldm)))
     theirs.pop("text_model.embeddings.position_ids")
-    ours = clip_text.public_keys(ldm)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     torch.save({"state_dict": ldm, "global_step": 1}, tmp_path / "sd1.ckpt")
     model = TextEncoder.from_pretrained(tmp_path / "sd1.ckpt")
     assert model.config == config
-    assert all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items())
+    same(model.state_dict(), theirs)
 
 
-def test_clip_ldm_sd2_equals_diffusers():
-    """An SD2.x checkpoint gives, without its 24th layer, the tensors of diffusers' converter."""
+@pytest.mark.parametrize("blocks", [24, 23])
+def test_clip_ldm_sd2_equals_diffusers(blocks):
+    """An SD2.x checkpoint gives, with 24 blocks or the 23 that are used, the tensors of diffusers'
+    converter."""
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     transformers = pytest.importorskip("transformers")
-    config = TextEncoderConfig(64, 64, 256, 24, 1, hidden_act="gelu")
-    ldm = clip_open_clip(config) | clip_rest_of_checkpoint()
+    config = TextEncoderConfig(64, 64, 256, blocks, 1, hidden_act="gelu")
+    ldm = clip_open_clip(config) | {"first_stage_model.quant_conv.bias": torch.zeros(3)}
     names = {k: getattr(config, k) for k in config.__dataclass_fields__}
     names |= {"num_hidden_layers": 23, "bos_token_id": 62, "eos_token_id": 63}
     oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
@@ -646,94 +582,49 @@ def test_clip_ldm_sd2_equals_diffusers():
     theirs = clip_prefixed({k: v for k, v in theirs.items() if "text_projection" not in k})
     theirs.pop("text_model.embeddings.position_ids", None)
     ours = clip_text.public_keys(ldm)
-    assert len(ours) == 372 and ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert len(ours) == 372
+    same(ours, theirs)
 
 
 def test_clip_ldm_sd2_file(tmp_path):
-    """An OpenCLIP file of width 1024 has heads of 64 and exact GELU, and loses its last layer."""
-    ldm = clip_open_clip(TextEncoderConfig(8, 1024, 4096, 2, 16))
-    ldm = {k: v.half() for k, v in (ldm | clip_rest_of_checkpoint()).items()}
-    save_file(ldm, tmp_path / "sd2.safetensors")
+    """An OpenCLIP file of width 1024 has heads of 64 and exact GELU."""
+    ldm = clip_open_clip(TextEncoderConfig(8, 1024, 4096, 1, 16))
+    save_file({k: v.half() for k, v in ldm.items()}, tmp_path / "sd2.safetensors")
     model = TextEncoder.from_pretrained(tmp_path / "sd2.safetensors", torch.float16)
     assert model.config == TextEncoderConfig(8, 1024, 4096, 1, 16, hidden_act="gelu")
-    rows = ldm["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
-    q, k, v = (model.text_model.encoder.layers[0].self_attn[f"{n}_proj"].weight for n in "qkv")
-    assert torch.equal(torch.cat([q, k, v]), rows) and q.dtype == torch.float16
-    model.save_pretrained(tmp_path / "folder")
-    assert TextEncoder.from_pretrained(tmp_path / "folder").config == model.config
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
-@pytest.mark.parametrize("spelling", ["public", "no_prefix", "position_ids", "projection", "bin"])
+@pytest.mark.parametrize("spelling", ["public", "no_prefix", "position_ids", "projection"])
 def test_clip_single_files(tmp_path, spelling):
     """A bare weight file in any Hugging Face spelling loads, its config inferred from shapes."""
     config = TextEncoderConfig(64, 128, 512, 2, 2)
     want = clip_state(config)
-    state, file = dict(want), tmp_path / "model.safetensors"
-    if spelling == "no_prefix":
-        state = {k.removeprefix("text_model."): v for k, v in want.items()}
-    elif spelling == "position_ids":
-        state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    elif spelling == "projection":
-        state["text_projection.weight"] = torch.zeros(128, 128)
-    if spelling == "bin":
-        file = tmp_path / "pytorch_model.bin"
-        torch.save(state, file)
-    else:
-        save_file(state, file)
-    model = TextEncoder.from_pretrained(file)
-    assert model.config == config and not model.training
-    assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
+    state = {"public": want,
+             "no_prefix": {k.removeprefix("text_model."): v for k, v in want.items()},
+             "position_ids": {**want, "text_model.embeddings.position_ids": torch.arange(77)[None]},
+             "projection": {**want, "text_projection.weight": torch.zeros(128, 128)}}[spelling]
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for file in tmp_path.iterdir():
+        model = TextEncoder.from_pretrained(file)
+        assert model.config == config and not model.training
+        same(model.state_dict(), want)
 
 
 def test_clip_round_trip(tmp_path):
-    """Saving and loading changes nothing; `dtype` casts the file; all tensors stay trainable."""
-    torch.manual_seed(0)
-    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"])).eval()
-    model.save_pretrained(tmp_path / "a")
-    again = TextEncoder.from_pretrained(tmp_path / "a")
-    assert again.config == model.config and all(p.requires_grad for p in again.parameters())
-    tokens = clip_tokenizer()(CLIP_TEXTS)
-    assert torch.equal(again(tokens), model(tokens))
-    assert torch.isfinite(model(tokens)).all()
-    model.save_pretrained(tmp_path / "b", torch.bfloat16)
-    kinds = {v.dtype for v in load_file(tmp_path / "b/model.safetensors").values()}
-    assert kinds == {torch.bfloat16}
-    assert TextEncoder.from_pretrained(tmp_path / "b").text_model.final_layer_norm.bias.dtype == (
-        torch.float32)
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config["architectures"] == ["CLIPTextModel"]
-
-
-def test_clip_encoder_errors(tmp_path):
-    """Truncated files, other architectures and odd configs are ValueErrors in one sentence."""
-    def refuses(path, match):
-        with pytest.raises(ValueError, match=match):
-            TextEncoder.from_pretrained(tmp_path / path)
-
-    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"]))
-    model.save_pretrained(tmp_path / "cut")
-    file = tmp_path / "cut/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    refuses("cut", "model.safetensors: no readable tensor file")
-    save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "vae.safetensors")
-    refuses("vae.safetensors", "vae.safetensors: not the weights of this TextEncoder")
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "vae.safetensors").rename(tmp_path / "unet/model.safetensors")
-    (tmp_path / "unet/config.json").write_text('{"layer_norm_eps": 1e-5}')
-    refuses("unet", "unet: config.json .* has no vocab_size, hidden_size")
-    save_file(clip_state(TextEncoderConfig(64, 96, 384, 1, 3)), tmp_path / "odd.safetensors")
-    refuses("odd.safetensors", "odd.safetensors: width 96 is no multiple of 64")
-    state = clip_state(TextEncoderConfig(64, 64, 256, 2, 1))
-    state["text_model.extra"] = state.pop("text_model.encoder.layers.1.mlp.fc1.bias")
-    save_file(state, tmp_path / "torn.safetensors")
-    refuses("torn.safetensors", "2 faults: missing .*fc1.bias; unknown text_model.extra")
-    for odd, match in (({"hidden_act": "swish"}, "swish"),
-                       ({"num_attention_heads": 7}, "num_attention_heads=7")):
-        with pytest.raises(ValueError, match=match):
-            TextEncoderConfig(**odd)
-    with pytest.raises(AssertionError, match="78 tokens"):
-        model(torch.zeros(1, 78, dtype=torch.long))
+    """`dtype` casts the file and the loaded tensors, which stay trainable; odd sizes are refused
+    where they do not tell the number of heads."""
+    model = randomise(TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"])), 0)
+    model.save_pretrained(tmp_path, torch.bfloat16)
+    file = tmp_path / "model.safetensors"
+    assert {v.dtype for v in load_file(file).values()} == {torch.bfloat16}
+    again = TextEncoder.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in again.parameters())
+    same(again.state_dict(), {k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    with pytest.raises(ValueError, match=f"{file}: width 96 is no multiple of 64"):
+        TextEncoder.from_pretrained(file)
 
 
 # ---- segformer.py --------------------------------------------------------------------------------
@@ -787,16 +678,6 @@ def seg_hf(name, c, **fields):
         num_attention_heads=list(c.num_heads), decoder_hidden_size=c.decoder_dim, **fields))
 
 
-def seg_hf_file_keys(model):
-    """{key in a file saved by transformers: tensor}; version 5 has other names in memory."""
-    state = model.state_dict()
-    if any(k.startswith("segformer.encoder.") for k in state):
-        return state
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, state)
-
-
 def seg_fork(state):
     """Rewrite a SegFormer-head state the way DGInStyle's fork writes it: linear_c.0-3, c1..c4."""
     out = {}
@@ -804,98 +685,40 @@ def seg_fork(state):
         for k in "1234":
             key = key.replace(f"linear_c{k}.", f"linear_c.{int(k) - 1}.")
         if key.endswith("linear_fuse.conv.weight"):
-            c4, c3, c2, c1 = v.chunk(4, dim=1)
-            v = torch.cat([c1, c2, c3, c4], dim=1)
+            v = torch.cat(v.chunk(4, dim=1)[::-1], dim=1)
         out[key] = v
     return out
-
-
-# ----------------------------------------------------------------------------------- sizes and keys
 
 
 @pytest.mark.parametrize("name, encoder, total, dim", [
     ("b0", 3_319_392, 3_719_027, 256), ("b1", 13_151_424, 13_682_131, 256),
     ("b2", 24_196_288, 27_361_235, 768), ("b3", 44_072_128, 47_237_075, 768),
     ("b4", 60_842_688, 64_007_635, 768), ("b5", 81_443_008, 84_607_955, 768)])
-def test_segformer_presets_have_the_published_keys_and_sizes(name, encoder, total, dim):
-    """B0 to B5 count the published parameters, and HF's keys and shapes convert to ours exactly."""
-    sizes = segformer.PRESETS[name]
+def test_segformer_presets_have_the_published_sizes(name, encoder, total, dim):
+    """B0 to B5 count the published parameters, as do transformers' models of the same config."""
     with torch.device("meta"):
-        model = SegFormer(SegFormerConfig(**sizes, head="segformer", decoder_dim=dim))
-    assert sum(p.numel() for p in model.backbone.parameters()) == encoder
-    assert sum(p.numel() for p in model.parameters()) == total
-    with torch.device("meta"):
+        model = SegFormer(segformer.preset(name, "segformer"))
         theirs = seg_hf("SegformerForSemanticSegmentation", model.config)
-    theirs = {k: tuple(v.shape) for k, v in segformer.public_keys(seg_hf_file_keys(theirs)).items()}
-    assert theirs == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert model.config.decoder_dim == dim
+    assert sum(p.numel() for p in model.backbone.parameters()) == encoder
+    for net in (model, theirs):
+        assert sum(p.numel() for p in net.parameters()) == total
 
 
-def test_segformer_daformer_and_hrda_have_the_published_size_and_keys():
-    """B5 + DAFormer has 85,155,283 parameters, HRDA 85,685,990, under the authors' key names."""
+def test_segformer_daformer_and_hrda_have_the_published_sizes():
+    """B5 + DAFormer has 85,155,283 parameters, HRDA 85,685,990; block norms have NVlabs' eps."""
     with torch.device("meta"):
         daformer, hrda = SegFormer(), SegFormer(SegFormerConfig(head="hrda"))
     assert sum(p.numel() for p in daformer.parameters()) == 85_155_283
     assert sum(p.numel() for p in daformer.decode_head.parameters()) == 3_712_275
     assert sum(p.numel() for p in hrda.parameters()) == 85_685_990
-    bn = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    convs = {"bottleneck": (256, 1024, 3, 3), "aspp_modules.0": (256, 1024, 1, 1)}
-    for i in (1, 2, 3):
-        convs[f"aspp_modules.{i}.depthwise_conv"] = (1024, 1, 3, 3)
-        convs[f"aspp_modules.{i}.pointwise_conv"] = (256, 1024, 1, 1)
-    shared = {"conv_seg.weight": (19, 256, 1, 1), "conv_seg.bias": (19,)}
-    for i, width in enumerate((64, 128, 320, 512)):
-        shared[f"embed_layers.{i}.proj.weight"] = (256, width)
-        shared[f"embed_layers.{i}.proj.bias"] = (256,)
-    head, attention = dict(shared), {**shared, "fuse_layer.conv.weight": (256, 1024, 1, 1)}
-    for name, shape in convs.items():
-        head[f"fuse_layer.{name}.conv.weight"] = shape
-        head |= {f"fuse_layer.{name}.bn.{b}": (shape[0],) for b in bn[:4]}
-        head[f"fuse_layer.{name}.bn.{bn[4]}"] = ()
-    attention |= {f"fuse_layer.bn.{b}": (256,) for b in bn[:4]} | {f"fuse_layer.bn.{bn[4]}": ()}
-    shapes = {k: tuple(v.shape) for k, v in daformer.decode_head.state_dict().items()}
-    assert shapes == head
-    shapes = {k: tuple(v.shape) for k, v in hrda.decode_head.state_dict().items()}
-    both = {f"head.{k}": v for k, v in head.items()}
-    assert shapes == both | {f"scale_attention.{k}": v for k, v in attention.items()}
-
-
-def test_segformer_tiny_is_tiny():
-    """The tiny preset has at most 500,000 parameters with any head."""
-    for head in SEG_HEADS:
-        assert sum(p.numel() for p in SegFormer(seg_config(head=head)).parameters()) < 500_000
-
-
-def test_segformer_norm_eps_is_only_for_block_and_stage_norms():
-    """norm_eps reaches norm1, norm2 and norm{k}; patch and reduction norms stay at 1e-5."""
-    eps = {}
-    for name, m in SegFormer(seg_config(norm_eps=3e-4)).backbone.named_modules():
+    for name, m in daformer.backbone.named_modules():
         if isinstance(m, torch.nn.LayerNorm):
-            fixed = name.startswith("patch_embed") or name.endswith("attn.norm")
-            eps.setdefault(fixed, set()).add(m.eps)
-    assert eps == {True: {1e-5}, False: {3e-4}}
-    assert SegFormerConfig().norm_eps == 1e-6
+            assert m.eps == (1e-5 if name.startswith("patch_embed") or name.endswith("attn.norm")
+                             else 1e-6), name
 
 
-def test_segformer_init_follows_the_recipe():
-    """Linears start at std .02, depthwise convs sqrt(2/9), ConvBN sqrt(2/fan_out), logits .01."""
-    torch.manual_seed(0)
-    state = SegFormer(seg_config(num_classes=19)).state_dict()
-    for key, std in {
-        "backbone.block4.0.attn.kv.weight": 0.02,
-        "backbone.block4.0.mlp.dwconv.dwconv.weight": math.sqrt(2 / 9),
-        "backbone.patch_embed4.proj.weight": math.sqrt(2 / (9 * 96)),
-        "decode_head.fuse_layer.bottleneck.conv.weight": math.sqrt(2 / (9 * 32)),
-        "decode_head.conv_seg.weight": 0.01,
-    }.items():
-        assert state[key].std().item() == pytest.approx(std, rel=0.1), key
-    zero = ("q.bias", "kv.bias", "dwconv.bias", "fc1.bias", "conv_seg.bias", "sr.bias")
-    assert all(not v.any() for k, v in state.items() if k.endswith(zero))
-
-
-# ------------------------------------------------------------------------------------------ numbers
-
-
-@pytest.mark.parametrize("single_file,stem", ((False, 4), (True, 4), (False, 2)))
+@pytest.mark.parametrize("single_file, stem", ((False, 4), (True, 4), (False, 2)))
 def test_segformer_equals_transformers_through_a_file(tmp_path, single_file, stem):
     """A model saved by transformers and loaded here gives the same logits and stage maps, of images
     normalised by the recipe's statistics, which stay as they were."""
@@ -946,16 +769,6 @@ def test_segformer_daformer_head_equals_a_literal_computation():
         seg_close(model.decode_head(maps), y)
 
 
-@pytest.mark.parametrize("head", ("segformer", "daformer"))
-def test_segformer_logits_have_a_quarter_of_the_sides_rounded_up(head):
-    """Logits are ceil(H/4) x ceil(W/4) for any sides, and equal decode_head(features(images))."""
-    model, images = seg_model(head=head), seg_images(2, 3, 33, 46)
-    with torch.no_grad():
-        logits = model(images)
-        assert logits.shape == (2, 5, 9, 12)
-        assert torch.equal(model.decode_head(model.features(images)), logits)
-
-
 def test_segformer_drop_path_drops_whole_samples():
     """In training each sample's branch is 0 or scaled by 1/(1-p); rates grow linearly from 0."""
     torch.manual_seed(0)
@@ -969,49 +782,9 @@ def test_segformer_drop_path_drops_whole_samples():
     dropped = change.abs().amax((1, 2)) == 0
     assert 60 <= dropped.sum() <= 140
     seg_close(change[~dropped], branch[~dropped] / 0.75)
-    model = SegFormer(seg_config(drop_path=0.4))
-    blocks = [b for k in "1234" for b in getattr(model.backbone, f"block{k}")]
-    assert [b.drop_path.p for b in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-
-
-@pytest.mark.parametrize("head", SEG_HEADS)
-def test_segformer_every_parameter_learns(head):
-    """In training mode the loss reaches every parameter of encoder and head."""
-    torch.manual_seed(0)
-    model = seg_model(head=head, drop_path=0.0).train()
-    fused = model(seg_images(2, 3, 64, 64))
-    F.cross_entropy(fused, torch.randint(0, 5, fused.shape[:1] + fused.shape[2:])).backward()
-    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not missing
-
-
-# --------------------------------------------------------------------------------------------- HRDA
-
-
-def test_segformer_hrda_attention_chooses_between_context_and_detail():
-    """In training attention 0 gives the upsampled context, attention 1 the detail of the crop."""
-    images = seg_images(1, 3, 64, 96)
-    model = seg_model(head="hrda", dropout=0.0, drop_path=0.0).train()
-    for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            m.eval()  # so that the context can be computed again
-    last = model.decode_head["scale_attention"].conv_seg
-    torch.nn.init.zeros_(last.weight)
-    with torch.no_grad():
-        ctx = model.decode_head["head"](model.features(F.avg_pool2d(images, 2)))
-        up = F.interpolate(ctx, scale_factor=2, mode="bilinear", align_corners=False)
-        last.bias.fill_(-1e4)  # attention 0 everywhere
-        fused, *_ = model.forward_hrda(images)
-        seg_close(fused, up)
-        last.bias.fill_(1e4)
-        g = torch.Generator().manual_seed(0)
-        fused, detail, (y, x, h, w), _ = model.forward_hrda(images, g)
-    assert (h, w) == (32, 48) and detail.shape == (1, 5, 8, 12)
-    y, x = y // 4, x // 4  # up2 of the 0/1 mask blurs one cell at the rim of the crop
-    seg_close(fused[:, :, y + 1 : y + 7, x + 1 : x + 11], detail[:, :, 1:7, 1:11])
-    outside = torch.ones(16, 24, dtype=torch.bool)
-    outside[max(0, y - 2) : y + 10, max(0, x - 2) : x + 14] = False
-    seg_close(fused[:, :, outside], up[:, :, outside])
+    rates = [m.drop_path.p for m in SegFormer(seg_config(drop_path=0.4)).modules()
+             if isinstance(m, segformer.Block)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
 def test_segformer_hrda_equals_a_literal_computation():
@@ -1038,48 +811,67 @@ def test_segformer_hrda_equals_a_literal_computation():
         assert torch.equal(model(images), fused)
 
 
-def test_segformer_hrda_training_crop_is_random_aligned_and_seeded():
-    """Training crops lie inside at multiples of 8, reach both ends, and repeat with the seed."""
-    model, images = seg_model(head="hrda").train(), seg_images(1, 3, 72, 88)
-    g = torch.Generator().manual_seed(0)
+def test_segformer_hrda_training_crop():
+    """In training attention 0 gives the upsampled context, attention 1 the detail of a crop, which
+    lies inside at multiples of 8, reaches both ends, and repeats with the seed."""
+    model, images = seg_model(head="hrda", drop_path=0.0, dropout=0.0), seg_images(1, 3, 72, 88)
+    last = model.decode_head["scale_attention"].conv_seg
+    torch.nn.init.zeros_(last.weight)
+    model.training = True  # with the running statistics of BatchNorm: the context is made again
+    g, boxes = torch.Generator().manual_seed(0), []
     with torch.no_grad():
-        boxes = [model.forward_hrda(images, g)[2] for _ in range(40)]
-        first = model.forward_hrda(images, torch.Generator().manual_seed(0))[2]
-    assert first == boxes[0]
-    assert {b[2:] for b in boxes} == {(40, 48)}
-    assert {b[0] for b in boxes} == {0, 8, 16, 24, 32}
-    assert {b[1] for b in boxes} == {0, 8, 16, 24, 32, 40}
-
-
-# -------------------------------------------------------------------------------------------- files
+        ctx = model.decode_head["head"](model.features(F.avg_pool2d(images, 2)))
+        up = F.interpolate(ctx, scale_factor=2, mode="bilinear", align_corners=False)
+        last.bias.fill_(-1e4)  # attention 0 everywhere
+        seg_close(model.forward_hrda(images)[0], up)
+        last.bias.fill_(1e4)
+        for _ in range(30):
+            fused, detail, (y, x, h, w), _ = model.forward_hrda(images, g)
+            boxes.append((y, x))
+        assert model.forward_hrda(images, torch.Generator().manual_seed(0))[2][:2] == boxes[0]
+    assert (h, w) == (40, 48) and detail.shape == (1, 5, 10, 12)
+    assert {y for y, _ in boxes} == {0, 8, 16, 24, 32}
+    assert {x for _, x in boxes} == {0, 8, 16, 24, 32, 40}
+    y, x = y // 4, x // 4  # up2 of the 0/1 mask blurs one cell at the rim of the crop
+    seg_close(fused[:, :, y + 1 : y + 9, x + 1 : x + 11], detail[:, :, 1:9, 1:11])
+    outside = torch.ones(18, 22, dtype=torch.bool)
+    outside[max(0, y - 2) : y + 12, max(0, x - 2) : x + 14] = False
+    seg_close(fused[:, :, outside], up[:, :, outside])
 
 
 @pytest.mark.parametrize("head", SEG_HEADS)
 def test_segformer_own_folder_and_file_round_trip(tmp_path, head):
-    """save_pretrained then from_pretrained gives back config and weights, folder and file alike."""
+    """save_pretrained then from_pretrained gives back config and weights, in the dtypes asked."""
     model = seg_model(head=head, dropout=0.3, norm_eps=1e-5)
     model.save_pretrained(tmp_path / "new" / "folder")
-    back = SegFormer.from_pretrained(tmp_path / "new" / "folder")
-    assert back.config == model.config
-    assert not back.training
-    seg_same_weights(back, model)
-    file = tmp_path / "new" / "folder" / "model.safetensors"
-    back = SegFormer.from_pretrained(file, dropout=0.3, norm_eps=1e-5)
-    assert back.config == model.config
-    seg_same_weights(back, model)
-
-
-def test_segformer_dtypes_of_saving_and_loading(tmp_path):
-    """Files keep the asked dtype for floats only, and loading brings float32 or what is asked."""
-    model = seg_model()
+    for path, given in ((tmp_path / "new" / "folder", {}),
+                        (tmp_path / "new" / "folder" / "model.safetensors",
+                         dict(dropout=0.3, norm_eps=1e-5))):
+        back = SegFormer.from_pretrained(path, **given)
+        assert back.config == model.config and not back.training
+        seg_same_weights(back, model)
     model.save_pretrained(tmp_path, dtype=torch.float16)
-    state = load_file(tmp_path / "model.safetensors")
-    assert {v.dtype for v in state.values()} == {torch.float16, torch.int64}
-    assert {p.dtype for p in SegFormer.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    dtypes = {v.dtype for v in load_file(tmp_path / "model.safetensors").values()}
+    assert dtypes == {torch.float16, torch.int64}
     half = SegFormer.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert half(seg_images(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert half(seg_images(1, 3, 64, 64).bfloat16()).dtype == torch.bfloat16
+    assert {p.dtype for p in SegFormer.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
+
+def test_segformer_folder_loads_in_transformers(tmp_path):
+    """transformers reads a saved SegFormer: the same logits, and to 1e-4 for NVlabs' eps."""
+    transformers = pytest.importorskip("transformers")
+    images = seg_images(1, 3, 64, 128)
+    for model, tolerance in ((seg_model(head="segformer", norm_eps=1e-5), 1e-5),
+                             (SegFormer.from_pretrained(HERE / "toy" / "segformer"), 1e-4)):
+        model.save_pretrained(tmp_path)
+        theirs, report = transformers.SegformerForSemanticSegmentation.from_pretrained(
+            tmp_path, output_loading_info=True)
+        assert not any(report.values()), report
+        with torch.no_grad():
+            seg_close(theirs.eval()((images * 255 - SEG_MEAN) / SEG_STD).logits, model(images),
+                      tolerance)
+        assert SegFormer.from_pretrained(tmp_path).config == model.config
 
 
 @pytest.mark.parametrize("head", SEG_HEADS)
@@ -1094,19 +886,15 @@ def test_segformer_uda_checkpoints_load_the_student(tmp_path, head, prefix):
         state["decode_head.conv_seg.weight"] = torch.ones(5, 128, 1, 1)
         state["decode_head.conv_seg.bias"] = torch.ones(5)
     state["backbone.style_hallucination.proto_mean"] = torch.ones(64, 64)
-    state["backbone.style_hallucination.proto_std"] = torch.ones(64, 64)
     state["auxiliary_head.conv_seg.weight"] = torch.ones(5, 8, 1, 1)
     state = {prefix + k: v for k, v in state.items()}
     outer = "module." if prefix.startswith("module.") else ""
     state |= {f"{outer}imnet_model.{k}": v for k, v in other.items() if k.startswith("backbone.")}
     state |= {f"{outer}ema_model.{k}": v for k, v in other.items()}
     torch.save({"meta": {}, "state_dict": state, "optimizer": {"lr": 1.0}}, tmp_path / "latest.pth")
-    before = set(state)
     back = SegFormer.from_pretrained(tmp_path / "latest.pth")
     assert back.config == model.config
     seg_same_weights(back, model)
-    segformer.public_keys(state)
-    assert set(state) == before
 
 
 def test_segformer_load_backbone_reads_every_encoder_file(tmp_path):
@@ -1120,97 +908,61 @@ def test_segformer_load_backbone_reads_every_encoder_file(tmp_path):
         model = seg_model(head="hrda").double()
         kept = {k: v.clone() for k, v in model.decode_head.state_dict().items()}
         assert model.load_backbone(path) is model
-        seg_same_weights(model.backbone, source.double().backbone)
+        seg_same_weights(model.backbone, copy.deepcopy(source).double().backbone)
         assert all(torch.equal(v, kept[k]) for k, v in model.decode_head.state_dict().items())
         assert all(p.requires_grad for p in model.parameters())
-        source.float()
-
-
-def test_segformer_load_backbone_equals_transformers(tmp_path):
-    """An nvidia/mit-b* style folder gives the stage maps that transformers computes from it."""
     theirs = seg_randomise(seg_hf("SegformerForImageClassification", seg_config()))
-    theirs.save_pretrained(tmp_path)
-    assert "classifier.weight" in load_file(tmp_path / "model.safetensors")
-    ours = seg_model(norm_eps=1e-5).load_backbone(tmp_path)
-    images = seg_images(1, 3, 64, 32)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours, images = seg_model(norm_eps=1e-5).load_backbone(tmp_path / "hf"), seg_images(1, 3, 64, 32)
     with torch.no_grad():
         ref = theirs((images * 255 - SEG_MEAN) / SEG_STD, output_hidden_states=True).hidden_states
         for mine, their in zip(ours.features(images), ref[-4:], strict=True):
             seg_close(mine, their)
 
 
-def test_segformer_unusual_sizes_are_read_off_the_shapes(tmp_path):
-    """Widths, depths, sr, heads, E and K come from shapes; num_heads can be overridden."""
-    fields = dict(depths=(1, 2, 1, 3), sr_ratios=(4, 4, 2, 1), decoder_dim=24, num_classes=7)
-    for widths, heads in (((32, 64, 160, 256), (1, 2, 5, 8)), ((16, 32, 48, 64), (2, 2, 3, 4))):
-        model = seg_model(hidden_sizes=widths, num_heads=heads, **fields)
-        save_file(model.state_dict(), tmp_path / "any.safetensors")
-        given = {} if heads[0] == 1 else {"num_heads": heads}
-        back = SegFormer.from_pretrained(tmp_path / "any.safetensors", **given)
-        assert back.config == model.config
-        seg_same_weights(back, model)
-
-
 def test_segformer_errors_name_the_fault(tmp_path):
-    """Wrong, partial, truncated or foreign files and values raise a ValueError that says so."""
-    model = seg_model()
+    """Wrong, partial or foreign files and images raise a ValueError that says so."""
+    model, file = seg_model(), tmp_path / "model.safetensors"
     model.save_pretrained(tmp_path)
-    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     state = load_file(file)
-
-    def refuses(match, load, *arguments, **named):
-        with pytest.raises(ValueError, match=match):
-            load(*arguments, **named)
-
-    teacher = seg_fork(seg_model(head="segformer").state_dict())
-    encoder, head = ({k: v for k, v in state.items() if k.startswith(part)}
-                     for part in ("backbone.", "decode_head."))
-    for wrong, match in (
-            ({k: v for k, v in state.items() if "block3.1.norm2" not in k},
-             "2 faults: missing backbone.block3.1.norm2.bias"),
-            ({**state, "backbone.extra": torch.ones(1)}, "1 faults: unknown backbone.extra"),
-            ({**state, "backbone.norm2.bias": torch.ones(33)},
-             r"backbone.norm2.bias is \(33,\), not \(32,\)"),
-            (encoder, "no whole segmenter.*load_backbone"), (head, "no whole segmenter"),
-            ({f"ema_model.{k}": v for k, v in teacher.items()}, "no whole segmenter"),
-            ({"unet.conv_in.weight": torch.ones(1)}, "no whole segmenter")):
+    encoder, head = ({k: v for k, v in state.items() if k.startswith(prefix)}
+                     for prefix in ("backbone.", "decode_head."))
+    cases = [({k: v for k, v in state.items() if "block3.1.norm2" not in k}, "block3.1.norm2.bias"),
+             ({**state, "backbone.extra": torch.ones(1)}, "backbone.extra"),
+             ({**state, "backbone.norm2.bias": torch.ones(33)}, "backbone.norm2.bias"),
+             ({**state, "backbone.norm2.bias": torch.full((32,), torch.nan)}, "holds NaN"),
+             (encoder, "no whole segmenter.*--pretrained"), (head, "another kind"),
+             ({**encoder, "decode_head.convs.0.conv.weight": torch.ones(1)}, "another kind.*MiT"),
+             ({"unet.conv_in.weight": torch.ones(1)}, "no whole segmenter")]
+    for wrong, match in cases:
         save_file(wrong, file)
-        refuses(match, SegFormer.from_pretrained, file)
-    refuses("missing block1", seg_model().load_backbone, file)
-    refuses("no such weight file", SegFormer.from_pretrained, tmp_path / "absent.pth")
+        with pytest.raises(segformer.FileError, match=match):
+            SegFormer.from_pretrained(file)
+    with pytest.raises(segformer.FileError, match="block1"):
+        seg_model().load_backbone(file)
     save_file(state, file)
-    file.write_bytes(file.read_bytes()[:-1000])
-    refuses("readable tensor file", SegFormer.from_pretrained, tmp_path)
-    save_file(state, file)
-    for other, match in (({"architectures": ["SegformerForImageClassification"],
-                           "depths": [1, 1, 2, 1]}, "SegformerForImageClassification.*load_back"),
-                         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
-        config.write_text(json.dumps(other))
-        refuses(match, SegFormer.from_pretrained, tmp_path)
-    refuses("'fcn' is not one of segformer, daformer, hrda", SegFormerConfig, head="fcn")
-    refuses(r"\(1, 2, 7, 8\)", SegFormerConfig, num_heads=(1, 2, 7, 8))
-    refuses("uint8", model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    refuses("32 x 32", model, torch.zeros(1, 3, 64, 31))
-    refuses("divisible by 8, not 64 x 68", seg_model(head="hrda"), torch.zeros(1, 3, 64, 68))
-
-
-# ------------------------------------------------------------------------------- windows and metric
-
-
-def test_segformer_slide_of_one_window_is_the_model():
-    """An image no larger than the crop is one window: the upsampled logits of the whole image."""
-    model, images = seg_model(), seg_images(2, 3, 40, 52)
-    with torch.no_grad():
-        whole = F.interpolate(model(images), size=(40, 52), mode="bilinear", align_corners=False)
-    for crop, stride in ((64, 32), ((40, 52), 7), ((40, 99), (40, 52))):
-        assert torch.equal(slide_inference(model, images, crop, stride), whole)
+    for other, match in (
+            ({"architectures": ["SegformerForImageClassification"]},
+             "SegformerForImageClassification.*--pretrained"),
+            ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(segformer.FileError, match=match):
+            SegFormer.from_pretrained(tmp_path)
+    for net, images, match in ((model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8"),
+                               (model, torch.zeros(1, 3, 64, 31), "32 x 32"),
+                               (seg_model(head="hrda"), torch.zeros(1, 3, 64, 68), "64 x 68")):
+        with pytest.raises(ValueError, match=match):
+            net(images)
+    with pytest.raises(ValueError, match="'fcn' is not one of segformer, daformer, hrda"):
+        SegFormerConfig(head="fcn")
+    with pytest.raises(ValueError, match="stride 33"):
+        slide_inference(model, seg_images(1, 3, 64, 64), 32, 33)
 
 
 @pytest.mark.parametrize("batch", (1, 3, 100))
 def test_segformer_slide_equals_a_naive_loop(batch):
     """Several windows equal a loop over hand-listed corners; the last ones are shifted inside."""
     model, images = seg_model(head="segformer"), seg_images(2, 3, 70, 90)
-    before = images.clone()
     total, count = torch.zeros(2, 5, 70, 90), torch.zeros(70, 90)
     with torch.no_grad():
         for y in (0, 20, 30):  # 20 + 20 = 40 would end at 80 > 70
@@ -1219,52 +971,17 @@ def test_segformer_slide_equals_a_naive_loop(batch):
                 z = F.interpolate(z, size=(40, 48), mode="bilinear", align_corners=False)
                 total[:, :, y : y + 40, x : x + 48] += z
                 count[y : y + 40, x : x + 48] += 1
-    out = slide_inference(model, images, (40, 48), (20, 24), batch=batch)
-    seg_close(out, total / count, 1e-6)
-    assert torch.equal(images, before)
-    assert not out.requires_grad
-
-
-def test_segformer_slide_batches_windows_and_averages():
-    """predict sees `batch` windows at most, 3 for 1024 x 512 at 512/256; constants stay so."""
-    sizes = []
-
-    def predict(windows):
-        sizes.append(tuple(windows.shape))
-        return windows[:, :1, ::4, ::4]
-
-    images = torch.full((1, 3, 512, 1024), 2.0)
-    out = segformer.slide(predict, images, 512, 256, batch=2, cell=4)
-    assert sizes == [(2, 3, 512, 512), (1, 3, 512, 512)]
-    assert torch.equal(out, torch.full((1, 1, 128, 256), 2.0))
-    ramp = torch.arange(96.0).expand(1, 3, 64, 96)
-    assert torch.equal(segformer.slide(lambda v: v, ramp, (32, 40), (8, 40)), ramp)
-    for stride in (0, 33):
-        with pytest.raises(ValueError, match=f"stride {stride}"):
-            segformer.slide(predict, images, 32, stride)
-
-
-def test_segformer_slide_keeps_one_batch():
-    """However many windows there are, the logits of earlier batches are gone when one is made."""
-    made = []
-
-    def predict(windows):
-        assert not any(z() is not None for z in made)
-        z = windows[:, :1] * 1
-        made.append(weakref.ref(z))
-        return z
-
-    images = seg_images(1, 3, 32, 200)
-    assert torch.allclose(segformer.slide(predict, images, 32, 16, batch=2), images[:, :1])
-    assert len(made) == 6
+        whole = F.interpolate(model(images), size=(70, 90), mode="bilinear", align_corners=False)
+    seg_close(slide_inference(model, images, (40, 48), (20, 24), batch=batch), total / count, 1e-6)
+    for crop, stride in ((128, 32), ((70, 90), 7)):  # one window
+        assert torch.equal(slide_inference(model, images, crop, stride), whole)
 
 
 def test_segformer_confusion_and_iou_by_hand():
-    """Counts and scores equal a hand count; 255 is skipped and absent classes are nan."""
+    """Counts and scores equal a hand count; 255 is skipped, absent classes are nan, others fail."""
     label = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]], dtype=torch.uint8)
     prediction = torch.tensor([[0, 1, 1, 1], [2, 3, 0, 3]])
     confusion = confusion_matrix(prediction, label, 5)
-    assert confusion.dtype == torch.int64
     hand = [[1, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 0, 1, 1, 0], [0] * 5, [0] * 5]
     assert confusion.tolist() == hand
     score = mean_iou(confusion)
@@ -1274,17 +991,11 @@ def test_segformer_confusion_and_iou_by_hand():
     assert score["mIoU"] == pytest.approx((1 / 2 + 2 / 3 + 1 / 2 + 0) / 4)
     assert score["mAcc"] == pytest.approx(2 / 3)
     assert score["aAcc"] == pytest.approx(4 / 6)
-    assert confusion_matrix(prediction, torch.full_like(prediction, 255), 5).sum() == 0
-
-
-def test_segformer_confusion_refuses_unknown_classes():
-    """Labels that hold 19 for ignore, or predictions out of range, are an error, not a count."""
-    ok = torch.zeros(2, 2, dtype=torch.long)
-    for bad in (19, -1):
-        with pytest.raises(ValueError, match=f"{bad}"):
-            confusion_matrix(ok, torch.tensor([[0, 1], [bad, 255]]), 19)
-        with pytest.raises(ValueError, match=f"{bad}"):
-            confusion_matrix(torch.tensor([[0, 1], [bad, 2]]), ok, 19)
+    for bad in (5, -1):
+        with pytest.raises(ValueError, match=f"class {bad} is not in 0..4"):
+            confusion_matrix(prediction, label.long() + (bad - 1) * (label == 1), 5)
+        with pytest.raises(ValueError, match=f"class {bad} is not in 0..4"):
+            confusion_matrix(torch.full_like(prediction, bad), label, 5)
 
 
 @pytest.mark.parametrize("arch", ["segformer", "hrda", "diff"])
@@ -1293,19 +1004,19 @@ def test_segmenter_loss_falls(arch):
     model of --backbone diff."""
     torch.manual_seed(0)
     image, label = (torch.from_numpy(x[None, :64, :128].copy()) for x in streets.toy_street(0))
-    batch = image.permute(0, 3, 1, 2), label.long()
+    images, labels = image.permute(0, 3, 1, 2), label.long()
     if arch == "diff":
-        args = dginstyle.settings("segment", *DIFF_RUN, "--lr", "6e-4")  # ten times the published
-        assert args.clip == 5 and args.batch == 1 and args.arch == "segformer"
-        model, loss = dginstyle.build_diff(args, data.CITYSCAPES)
-        optimizer = torch.optim.AdamW(segformer.parameter_groups(model, args.lr, 0.01))
+        model = diff_model(Prior.of(Models.from_pretrained(recipes.TOY), data.CITYSCAPES.names),
+                           steps="1", head="segformer")
+        optimizer = torch.optim.AdamW(diff.parameter_groups(model, 6e-4, 0.01))
     else:
-        model = SegFormer(SegFormerConfig(**{**segformer.PRESETS["tiny"], "head": arch})).train()
+        model = SegFormer(SegFormerConfig(**{**segformer.PRESETS["tiny"], "head": arch}))
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    values = []
+    model, values = model.train(), []
     for step in range(12 if arch == "diff" else 30):
         torch.manual_seed(step)
-        value = loss(batch) if arch == "diff" else segformer.training_loss(model, *batch)
+        value = (model.loss(images / 255, labels) if arch == "diff" else
+                 segment.training_loss(model, images, labels))
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -1317,22 +1028,10 @@ def test_feature_distance_counts_thing_positions_only():
     """Distance where at least three quarters of a cell show a thing class; elsewhere nothing."""
     features, taught = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
     labels = torch.zeros(1, 64, 64, dtype=torch.int64)
-    assert segformer.feature_distance(features, taught, labels) == 0
+    assert segment.feature_distance(features, taught, labels) == 0
     labels[:, :32, :32] = 13  # one whole cell of car: the norm of four ones
     labels[:, 32:, 32:44] = 11  # less than three quarters of a cell
-    assert abs(segformer.feature_distance(features, taught, labels) - 2) < 1e-6
-
-
-def test_a_large_picture_is_predicted_in_bands(monkeypatch):
-    """Band by band the labels are those of the whole picture, at its own size and scaled."""
-    model = SegFormer.from_pretrained(HERE / "toy" / "segformer")
-    image = np.array(Image.fromarray(streets.toy_street(3)[0]).resize((331, 215)))
-    for fit, window in ((None, (64, 91)), (None, (512, 512)), ((96, 128), (64, 64))):
-        whole = segformer.predict_label(model, image, window, fit)
-        with monkeypatch.context() as patch:
-            patch.setattr(segformer, "LARGE", 1)
-            bands = segformer.predict_label(model, image, window, fit)
-        assert len(whole.unique()) > 5 and (whole != bands).float().mean() < 1e-3
+    assert abs(segment.feature_distance(features, taught, labels) - 2) < 1e-6
 
 
 # ---- data.py -------------------------------------------------------------------------------------
@@ -1367,18 +1066,19 @@ def data_plain(root, names, label=TRAIN, end="_labelTrainIds", palette=True):
 def data_flood(label, skip):
     """8-connected components, one pixel after the other."""
     out, n = np.zeros(label.shape, int), 0
-    for y, x in np.ndindex(*label.shape):
-        if out[y, x] or label[y, x] == skip:
+    for start in np.ndindex(*label.shape):
+        if out[start] or label[start] == skip:
             continue
         n += 1
-        out[y, x], stack = n, [(y, x)]
+        out[start], stack = n, [start]
         while stack:
             i, j = stack.pop()
-            for u in range(max(i - 1, 0), min(i + 2, label.shape[0])):
-                for v in range(max(j - 1, 0), min(j + 2, label.shape[1])):
-                    if not out[u, v] and label[u, v] == label[i, j]:
-                        out[u, v] = n
-                        stack.append((u, v))
+            for u, v in np.ndindex(3, 3):
+                at = i + u - 1, j + v - 1
+                inside = 0 <= at[0] < label.shape[0] and 0 <= at[1] < label.shape[1]
+                if inside and not out[at] and label[at] == label[start]:
+                    out[at] = n
+                    stack.append(at)
     return out, n
 
 
@@ -1398,8 +1098,6 @@ def data_blocks(seed, size=(40, 50), classes=19):
 
 def test_data_class_tables():
     """The id tables reach each of the 19 classes and drop what the published mapping drops."""
-    assert len(data.CITYSCAPES) == len(set(data.CITYSCAPES.names)) == 19
-    assert len(set(data.CITYSCAPES.colours)) == 19
     for table, size in ((data.CITYSCAPES_IDS, 35), (data.MAPILLARY_IDS, 66)):
         assert sorted(table) == list(range(size))
         assert set(table.values()) == {None, *range(19)}
@@ -1411,22 +1109,20 @@ def test_data_class_tables():
 
 def test_data_classes_from_json(tmp_path):
     """A JSON file makes a domain of other classes, a wrong one names the file."""
-    path = tmp_path / "classes.json"
-    path.write_text(json.dumps({"names": ["sea", "ship"], "colours": [[0, 0, 9], [9, 0, 0]],
-                                "ids": {"5": 0, "7": 1, "8": None}}))
+    path, ship = tmp_path / "classes.json", {"names": ["sea", "ship"],
+                                             "colours": [[0, 0, 9], [9, 0, 0]]}
+    path.write_text(json.dumps({**ship, "ids": {"5": 0, "7": 1, "8": None}}))
     classes = data.Classes.from_json(path)
     assert classes == data.Classes(("sea", "ship"), ((0, 0, 9), (9, 0, 0)), {5: 0, 7: 1, 8: None})
     label = np.array([[7, 5], [8, 255]], np.uint8)
     pairs = data.Pairs(data_plain(tmp_path / "set", ["a"], label, ""), classes)
     assert pairs.label(0).tolist() == [[1, 0], [255, 255]]
-    for text in ("{", "[]", '{"names": ["a"]}', '{"names": ["a"], "colours": [[1, 2]]}',
-                 '{"names": ["a", "b"], "colours": [[1, 2, 3]]}',
-                 '{"names": ["a"], "colours": [[1, 2, 3]], "ids": {"4": 1}}'):
-        path.write_text(text)
-        with pytest.raises(data.UserError, match="classes.json is no class file"):
+    for wrong in ("{", "[]", {"names": ["a"]}, {**ship, "colours": [[1, 2], [3, 4]]},
+                  {**ship, "colours": [[1, 2, 3]]}, {**ship, "names": ["sea", "sea"]},
+                  {**ship, "ids": {"4": 2}}, {**ship, "ids": {"255": 1}}, {**ship, "ids": {}}):
+        path.write_text(wrong if isinstance(wrong, str) else json.dumps(wrong))
+        with pytest.raises(data.UserError, match="classes.json cannot be read as a "):
             data.Classes.from_json(path)
-    with pytest.raises(ValueError, match="room for 1 to 254"):
-        data.Classes(tuple(map(str, range(255))), ((0, 0, 0),) * 255)
 
 
 @pytest.mark.parametrize("palette", [True, False])
@@ -1441,92 +1137,34 @@ def test_data_label_round_trip(tmp_path, palette):
     assert saved.mode == "P" and np.array_equal(np.array(saved), TRAIN)
     assert np.array_equal(np.array(saved.convert("RGB")), data.colourise(TRAIN))
     assert np.array_equal(TRAIN, before)
-    sixteen = tmp_path / "c.png"
-    Image.fromarray(CITY.astype(np.uint16)).save(sixteen)
-    assert np.array_equal(data.read_label(sixteen, ids=data.CITYSCAPES_IDS), TRAIN)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_data_labels_of_few_bits(tmp_path, bits):
-    """Raw indices come back from grey and palette PNGs of 1, 2 and 4 bits, not levels of grey."""
-    raw = np.random.default_rng(0).integers(0, min(2**bits, 15), (5, 7)).astype(np.uint8)
-    lines = np.unpackbits(raw[..., None], axis=2)[..., 8 - bits :].reshape(5, -1)
-    rows = b"".join(b"\0" + np.packbits(line).tobytes() for line in lines)
-    for kind, palette in ((0, b""), (3, bytes(range(48)))):  # grey, palette
-        parts = [(b"IHDR", struct.pack(">2I5B", 7, 5, bits, kind, 0, 0, 0)), (b"PLTE", palette),
-                 (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-            for name, body in parts if body or name == b"IEND"))
-        label = data.read_label(tmp_path / "a.png")
-        assert np.array_equal(label, raw) and label.dtype == np.uint8
+def test_data_16_bits(tmp_path):
+    """Labels of 16 bits are read like those of 8, grey levels of 16 bits become those of 8."""
+    Image.fromarray(CITY.astype(np.uint16)).save(tmp_path / "a.png")
+    assert np.array_equal(data.read_label(tmp_path / "a.png", ids=data.CITYSCAPES_IDS), TRAIN)
+    Image.fromarray(np.array([[0, 257, 32_768, 65_535]], np.uint16)).save(tmp_path / "b.png")
+    assert data.read_image(tmp_path / "b.png")[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
 
 
-def test_data_ids_outside_a_file(tmp_path):
-    """Ids that no 8-bit file can hold, as Cityscapes' -1, touch no other id."""
-    data_png(tmp_path / "a.png", np.array([[255, 7]], np.uint8), False)
-    ids = {7: 1, -1: 2, 300: 3, 70_000: 4}
-    assert data.read_label(tmp_path / "a.png", ids=ids).tolist() == [[255, 1]]
-
-
-def test_data_pictures_of_16_bits(tmp_path):
-    """Grey levels of 16 bits become those of 8, not white."""
-    grey = np.array([[0, 257, 32_768, 65_535]], np.uint16)
-    Image.fromarray(grey).save(tmp_path / "a.png")
-    assert data.read_image(tmp_path / "a.png")[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
-
-
-def data_exif(path, array, tag):
-    """Write a picture with an EXIF orientation."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_data_orientation(tmp_path, tag):
+    """Pictures and labels come upright; where only the stored sizes agree a pair is left out."""
+    image = np.random.default_rng(0).integers(0, 19, (16, 24, 3)).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = tag
-    Image.fromarray(array).save(path, exif=exif)
-
-
-def test_data_orientation(tmp_path):
-    """Pictures and labels come upright, as Pillow turns them; broken EXIF turns nothing."""
-    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)
-    for tag in range(10):
-        for name in ("a.png", "a.jpg", "label.png"):
-            label = name == "label.png"
-            data_exif(tmp_path / name, image[..., 0] % 19 if label else image, tag)
-            with Image.open(tmp_path / name) as opened:
-                expected = np.array(ImageOps.exif_transpose(opened))
-            read = (data.read_label if label else data.read_image)(tmp_path / name)
-            assert np.array_equal(read, expected)
-            assert (read.shape[:2] == (24, 16)) == (5 <= tag <= 8)
-    for exif in (b"", b"Exif\0\0", b"Exif\0\0MM\0*", b"Exif\0\0" + bytes(range(40))):
-        Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
-        assert np.array_equal(data.read_image(tmp_path / "a.png"), image)
-
-
-@pytest.mark.parametrize("tag", range(2, 9))
-def test_data_orientation_of_pairs(tmp_path, tag):
-    """Labels of turned pictures lie as these do, drawn upright or on the stored pixels alike.
-
-    Where the sizes cannot tell which (half turns, mirrors, squares) a pair is left out.
-    """
-    def keeps(stored, own=None, drawn="stored"):
-        """Whether a pair of such a label is kept, in which image and label are then equal."""
-        root = tmp_path / f"{len(stored)} {own} {drawn}"
-        data_exif(root / "images/a.png", stored[..., None].repeat(3, 2), tag)
-        upright = data.read_image(root / "images/a.png")[..., 0]
-        label = root / "labels/a_labelTrainIds.png"
-        data_exif(label, stored if drawn == "stored" else upright, own or 1)
-        data_plain(root, ["b"])
-        pairs = data.Pairs(root)
-        if len(pairs) == 2:
-            image, turned = pairs.pair(0)
-            assert np.array_equal(image[..., 0], upright) and np.array_equal(turned, upright)
-        else:
-            assert "EXIF" in pairs.report() and pairs.name(0) == "b"
-        return len(pairs) == 2
-
-    oblong = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    assert keeps(oblong, tag)  # both turned by tags of their own
-    assert keeps(oblong) == keeps(oblong, drawn="upright") == (tag > 4)
-    assert not keeps(oblong[:, :2])
+    data_plain(tmp_path, ["a"], image[..., 0])
+    Image.fromarray(image).save(tmp_path / "images/b.png", exif=exif)
+    with Image.open(tmp_path / "images/b.png") as opened:
+        upright = np.array(ImageOps.exif_transpose(opened))
+    assert np.array_equal(data.read_image(tmp_path / "images/b.png"), upright)
+    label = tmp_path / "labels/b_labelTrainIds.png"
+    data_png(label, upright[..., 0])
+    assert np.array_equal(data.Pairs(tmp_path).pair(1)[1], upright[..., 0])
+    Image.fromarray(image[..., 0]).save(label, exif=exif)
+    assert np.array_equal(data.Pairs(tmp_path).pair(1)[1], upright[..., 0])
+    data_png(label, image[..., 0])
+    assert len(data.Pairs(tmp_path)) == (1 if tag > 4 else 2)
 
 
 def test_data_bad_labels(tmp_path):
@@ -1534,10 +1172,12 @@ def test_data_bad_labels(tmp_path):
     data_photo(tmp_path / "rgb.png")
     data_png(tmp_path / "ids.png", np.array([[19, 3], [77, 255]], np.uint8))
     Image.fromarray(np.array([[300]], np.uint16)).save(tmp_path / "wide.png")
+    Image.fromarray(np.eye(3) > 0).save(tmp_path / "bits.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "ids.png").read_bytes()[:50])
     city = {"ids": data.CITYSCAPES_IDS}
     for name, options, match in (
-            ("rgb", {}, "rgb.png has mode RGB"),
+            ("rgb", {}, "rgb.png cannot .* its mode is RGB: a label must be"),
+            ("bits", {}, "bits.png cannot .* its mode is 1: a label must be"),
             ("ids", {}, r"ids.png holds \[19, 77\], .* trainIds \(0..18\)"),
             ("ids", city, r"ids.png holds \[77\], .* raw ids \(0..34\)"),
             ("ids", {"also_ignore": (19,)}, r"holds \[77\]"), ("wide", {}, r"holds \[300\]"),
@@ -1550,138 +1190,118 @@ def test_data_bad_labels(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_data_colours():
-    """Colours are those of the classes, ignore is black, and alpha 0 and 1 are the two ends."""
-    colour = data.colourise(TRAIN)
-    assert colour.dtype == np.uint8 and colour.shape == (3, 4, 3)
-    assert tuple(colour[1, 0]) == (0, 0, 142) and tuple(colour[1, 1]) == (0, 0, 0)
-    image = np.random.default_rng(0).integers(0, 256, (3, 4, 3)).astype(np.uint8)
-    assert np.array_equal(data.overlay(image, TRAIN, alpha=0), image)
-    assert np.array_equal(data.overlay(image, TRAIN, alpha=1), colour)
-    middle = data.overlay(image, TRAIN).astype(float)
-    assert np.abs(middle - (image / 2 + colour / 2)).max() <= 0.5
+def test_data_git_lfs_pointers(tmp_path):
+    """What a clone without Git LFS holds in place of pictures, labels and JSON is named as such."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    root = data_plain(tmp_path / "set", ["a", "b", "c"])
+    files = root / "images/a.png", root / "labels/b_labelTrainIds.png", tmp_path / "classes.json"
+    for file, read in zip(files, (data.read_image, data.read_label, data.Classes.from_json),
+                          strict=True):
+        file.write_text(pointer)
+        with pytest.raises(data.UserError, match=f"{file} is a Git LFS pointer, .*git lfs pull"):
+            read(file)
+    assert "2 images left out: a Git LFS pointer: run `git lfs" in data.Pairs(root).report()
 
 
 # --------------------------------------------------- data set folders: a small fake of every layout
 
 
+DATA_SETS = {  # kind: options, layout, labels mapped, [(image, label, array)], the first two wanted
+    "plain": ({}, "plain", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", TRAIN) for n in ("s0", "s1")]),
+    "plain names": ({}, "plain", 0, [
+        (f"images/{n}.png", f"labels/{n}.png", TRAIN) for n in ("s0", "s1")]),
+    "gta": ({}, "gta", 2, [
+        (f"images/{n}.png", f"labels/{n}.png", CITY) for n in ("00001", "00002")]),
+    "gta converted": ({}, "plain", 0, [  # the ids lie beside the converted files
+        (f"images/{n}.png", f"labels/{n}{end}.png", array) for end, array in (
+            ("_labelTrainIds", TRAIN), ("", CITY)) for n in ("00001", "00002")]),
+    "generated": ({}, "generated", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", np.where(TRAIN == 255, 19, TRAIN))
+        for n in ("a_00001", "n_00002")]),
+    "generated ids": ({}, "generated", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", np.where(TRAIN == 255, 19, TRAIN))
+        for n in ("5_genid3", "7_genid3")]),
+    "rcs subset": ({}, "rcs_subset", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", TRAIN) for n in ("16_02", "6_01")]),
+    "cityscapes": ({}, "cityscapes", 2, [
+        (f"leftImg8bit/{s}/{n}/{n}_1_2_leftImg8bit.png", f"gtFine/{s}/{n}/{n}_1_2_gtFine{end}.png",
+         CITY) for end, s in (("_labelIds", "train"), ("_labelIds", "val"), ("_color", "train"))
+        for n in ("aachen", "bonn")]),
+    "cityscapes train ids": ({}, "cityscapes", 0, [
+        (f"leftImg8bit/train/{n}/{n}_1_2_leftImg8bit.png",
+         f"gtFine/train/{n}/{n}_1_2_gtFine_labelTrainIds.png", TRAIN) for n in ("aachen", "bonn")]),
+    "bdd100k": ({}, "bdd100k", 0, [
+        (f"images/10k/{s}/{s}{n}.jpg", f"labels/sem_seg/masks/{s}/{s}{n}.png", TRAIN)
+        for s in ("val", "train") for n in "ab"]),
+    "mapillary": ({}, "mapillary", 2, [
+        (f"{s}/images/{s}{n}.jpg", f"{s}/labels/{s}{n}.png", VISTAS)
+        for s in ("validation", "training") for n in "xy"]),
+    "mapillary training": ({"split": "train"}, "mapillary", 2, [  # as the archive of v2.0 has it
+        (f"{s}/images/{s}{n}.jpg", f"{s}/v1.2/labels/{s}{n}.png", VISTAS)
+        for s in ("training", "validation") for n in "xy"]),
+    "acdc": ({}, "acdc", 0, [
+        (f"rgb_anon/val/{n}_rgb_anon.png", f"gt/val/{n}_gt_labelTrainIds.png", TRAIN)
+        for n in "pq"]),
+    "acdc original": ({}, "acdc", 2, [
+        (f"rgb_anon/{c}/{s}/G1/{c}{s}_rgb_anon.png", f"gt/{c}/{s}/G1/{c}{s}_gt_labelIds.png", CITY)
+        for s in ("val", "train", "val_ref") for c in ("fog", "night")]),
+    "dark zurich": ({}, "dark_zurich", 0, [
+        (f"rgb_anon/{s}/night/G/{n}_rgb_anon.png", f"gt/{s}/night/G/{n}_gt_labelTrainIds.png",
+         TRAIN) for s in ("val", "val_ref") for n in "gh"]),
+}
+
+
 def data_fake(root, kind):
-    """Write two pairs in the layout `kind` → keyword arguments for Pairs, layout, first name."""
-    def both(image, label, array, palette=True):
-        data_photo(root / image)
-        data_png(root / label, array, palette)
-
-    if kind.startswith("cityscapes"):
-        end, array = ("TrainIds", TRAIN) if kind.endswith("train ids") else ("Ids", CITY)
-        for city in ("bonn", "aachen"):
-            both(f"leftImg8bit/train/{city}/{city}_1_2_leftImg8bit.png",
-                 f"gtFine/train/{city}/{city}_1_2_gtFine_label{end}.png", array, False)
-            both(f"leftImg8bit/val/{city}/v_leftImg8bit.png",
-                 f"gtFine/val/{city}/v_gtFine_label{end}.png", np.zeros((3, 4), np.uint8), False)
-            data_png(root / f"gtFine/train/{city}/{city}_1_2_gtFine_instanceIds.png", CITY)
-        return {}, "cityscapes", "aachen_1_2"
-    if kind == "bdd100k":
-        for split in ("val", "train"):
-            for name in ("b", "a"):
-                both(f"images/10k/{split}/{split}{name}.jpg",
-                     f"labels/sem_seg/masks/{split}/{split}{name}.png", TRAIN, False)
-        return {}, "bdd100k", "vala"
-    if kind.startswith("mapillary"):
-        labels = "v1.2/labels" if kind.endswith("archive") else "labels"  # of Vistas 2.0
-        for split in ("training", "validation"):
-            for name in ("y", "x"):
-                both(f"{split}/images/{split}{name}.jpg", f"{split}/{labels}/{split}{name}.png",
-                     VISTAS)
-                if kind.endswith("converted"):
-                    data_png(root / f"{split}/labels/{split}{name}_labelTrainIds.png", TRAIN)
-        split = {"split": "training"} if kind.endswith("training") else {}
-        return split, "mapillary", f"{split.get('split', 'validation')}x"
-    if kind == "acdc":
-        for name in ("q", "p"):
-            both(f"rgb_anon/val/{name}_rgb_anon.png", f"gt/val/{name}_gt_labelTrainIds.png", TRAIN)
-        return {}, "acdc", "p"
-    if kind.startswith("acdc original"):
-        for c in ("fog", "night"):
-            for split in ("train", "val"):
-                both(f"rgb_anon/{c}/{split}/G1/{c}{split}_rgb_anon.png",
-                     f"gt/{c}/{split}/G1/{c}{split}_gt_labelIds.png", CITY, False)
-            data_photo(root / f"rgb_anon/{c}/val_ref/G1/{c}_rgb_ref_anon.png")
-        if kind.endswith("night"):
-            both("rgb_anon/night/val/G2/z_rgb_anon.png", "gt/night/val/G2/z_gt_labelTrainIds.png",
-                 TRAIN)
-            return {"condition": "night"}, "acdc", "nightval"
-        return {}, "acdc", "fogval"
-    if kind == "dark zurich":
-        for name in ("h", "g"):
-            both(f"rgb_anon/val/night/G/{name}_rgb_anon.png",
-                 f"gt/val/night/G/{name}_gt_labelTrainIds.png", TRAIN)
-        data_photo(root / "rgb_anon/val_ref/day/G_ref/r_rgb_anon.png")
-        return {}, "dark_zurich", "g"
-    names, layout, label, end = {
-        "plain": (["s1", "s0"], "plain", TRAIN, "_labelTrainIds"),
-        "plain names": (["s1", "s0"], "plain", TRAIN, ""),
-        "gta": (["00002", "00001"], "gta", CITY, ""),
-        "gta converted": (["00002", "00001"], "plain", TRAIN, "_labelTrainIds"),
-        "generated": (["n_00002", "a_00001"], "generated", TRAIN, "_labelTrainIds"),
-        "generated ids": (["7_genid3", "5_genid3"], "generated", TRAIN, "_labelTrainIds"),
-        "rcs subset": (["16_00002", "6_00001"], "rcs_subset", TRAIN, "_labelTrainIds"),
-        "rcs subset ids": (["16_00002", "16_00001"], "rcs_subset", CITY, "")}[kind]
-    if layout == "generated":
-        label = np.where(label == 255, 19, label).astype(np.uint8)
-    data_plain(root, names, label, end)
-    if kind == "gta converted":  # the palette ids lie beside the converted files
-        data_plain(root, names, CITY, "")
-    return {}, layout, min(names)
+    """Write the pairs of a layout → keyword arguments for Pairs."""
+    for seed, (image, label, array) in enumerate(DATA_SETS[kind][3]):
+        data_photo(root / image, seed)
+        data_png(root / label, array.astype(np.uint8))
+    return DATA_SETS[kind][0]
 
 
-@pytest.mark.parametrize("kind", [
-    "plain", "plain names", "gta", "gta converted", "cityscapes", "cityscapes train ids",
-    "bdd100k", "mapillary", "mapillary training", "mapillary archive", "mapillary converted",
-    "acdc", "acdc original", "acdc original night", "dark zurich", "generated", "generated ids",
-    "rcs subset", "rcs subset ids"])
+@pytest.mark.parametrize("kind", DATA_SETS)
 def test_data_layouts(tmp_path, kind):
     """Every published folder is recognised and delivers the same trainIds without conversion."""
-    options, layout, first = data_fake(tmp_path / "set", kind)
-    pairs = data.Pairs(tmp_path / "set", **options)
-    assert (len(pairs), pairs.layout, pairs.name(0), pairs.skipped) == (2, layout, first, [])
-    assert pairs.images == sorted(pairs.images) and len(pairs.labels) == 2
-    for i in range(2):
+    _, layout, mapped, files = DATA_SETS[kind]
+    pairs = data.Pairs(tmp_path, **data_fake(tmp_path, kind))
+    assert pairs.layout == layout and pairs.skipped == []
+    assert pairs.images == [tmp_path / image for image, _, _ in files[:2]]
+    for i, (image, _, _) in enumerate(files[:2]):
         image, label = pairs.pair(i)
-        assert np.array_equal(label, TRAIN) and label.dtype == np.uint8, pairs.labels[i]
+        assert np.array_equal(label, TRAIN) and label.dtype == np.uint8
         assert image.shape == (3, 4, 3) and image.dtype == np.uint8
-    mapped = {"acdc original night": 1}.get(kind, 2 * (kind in (
-        "gta", "cityscapes", "mapillary", "mapillary training", "mapillary archive",
-        "rcs subset ids", "acdc original")))
+        assert pairs.images[i].stem.startswith(pairs.name(i)) and "anon" not in pairs.name(i)
     text = pairs.report()
-    assert "\n" not in text and layout in text
+    assert "\n" not in text and f"({layout}" in text
     assert f"2 pairs, {mapped} with labels mapped from raw ids" in text
     assert ("19 read as ignore" in text) == (layout == "generated")
 
 
 def test_data_split_and_condition(tmp_path):
-    """Split and condition choose sub-folders; where there are none they are refused.
-
-    Plain folders have no splits, flattened ones no conditions.
-    """
-    data_fake(tmp_path / "cs", "cityscapes")
-    data_fake(tmp_path / "acdc", "acdc original")
-    assert len(data.Pairs(tmp_path / "acdc", condition="fog")) == 1
-    data_fake(tmp_path / "plain", "plain")
+    """Split and condition (FOLDER:night[:N]) choose sub-folders; where there are none they are
+    refused. Plain folders have no splits, flattened ones no conditions."""
+    for name, kind in (("cs", "cityscapes"), ("acdc", "acdc original"), ("flat", "acdc"),
+                       ("plain", "plain")):
+        data_fake(tmp_path / name, kind)
     assert len(data.Pairs(tmp_path / "plain", split="val")) == 2
-    data_fake(tmp_path / "flat", "acdc")
-    (tmp_path / "my_dark_zurich").symlink_to(tmp_path / "flat")  # nothing but the name tells
-    assert data.Pairs(tmp_path / "my_dark_zurich").layout == "dark_zurich"
-    for root, options in (("flat", {"condition": "fog"}), ("plain", {"condition": "fog"}),
-                          ("acdc", {"condition": "rain"}), ("cs", {"split": "test"})):
-        with pytest.raises(data.UserError, match=f"{root} is no data set folder with"):
-            data.Pairs(tmp_path / root, **options)
+    night = data.open_set(f"{tmp_path}/acdc:night:1")
+    assert night.name(0) == "nightval" and "acdc val night" in night.report()
+    for word in ("flat:fog", "plain:night", "acdc:rain", "absent"):
+        with pytest.raises(data.UserError, match=f"{word.split(':')[0]} is no data set folder"):
+            data.open_set(f"{tmp_path}/{word}")
+    shutil.rmtree(tmp_path / "cs/leftImg8bit/train")
+    with pytest.raises(data.UserError, match="cs holds leftImg8bit/val only: leftImg8bit/train is"):
+        data.open_set(tmp_path / "cs", split="train")
+    data_fake(tmp_path / "plain:night", "plain")
+    assert len(data.open_set(f"{tmp_path}/plain:night")) == 2
 
 
 @pytest.mark.parametrize("left", ["manifest.jsonl", "settings.json", "manifest.0.part"])
 def test_data_generated_by_us(tmp_path, left):
-    """A folder with our manifest, or what a run leaves that was stopped before it, is a generated
-    set, in which 19 stays an error."""
-    data_plain(tmp_path, ["000000_x"], np.full((3, 4), 19, np.uint8))
+    """A folder with our manifest, or what a stopped run leaves, is a generated set, in which 19 is
+    an error; so it is in a plain folder, where it might be a traffic light or ignore."""
+    data_plain(tmp_path, ["000000_x"], np.full((3, 4), 19, np.uint8), "")
     (tmp_path / "vis").mkdir()
     assert data.Pairs(tmp_path).layout == "plain"
     (tmp_path / left).write_text("{}")
@@ -1691,125 +1311,88 @@ def test_data_generated_by_us(tmp_path, left):
         pairs.label(0)
 
 
-def test_data_nineteen_alone(tmp_path):
-    """labels/NAME.png whose only strange value is 19 is refused, never guessed."""
-    data_plain(tmp_path, ["s"], np.array([[0, 19, 18]] * 3, np.uint8), "")
-    with pytest.raises(ValueError, match=r"s.png holds \[19\]"):
-        data.Pairs(tmp_path).label(0)
-
-
-def test_data_other_classes_on_public_folder(tmp_path):
-    """For other classes the raw ids of a public set are mapped, its trainIds are not mistaken."""
-    data_fake(tmp_path, "cityscapes")
-    data_png(tmp_path / "gtFine/train/aachen/aachen_1_2_gtFine_labelTrainIds.png", TRAIN)
-    classes = data.Classes(("flat", "rest"), ((1, 1, 1), (2, 2, 2)),
-                           {i: 1 - (i in (7, 8)) for i in range(34)})
-    expected = np.where(np.isin(CITY, (7, 8)), 0, 1)
-    assert np.array_equal(data.Pairs(tmp_path, classes).label(0), expected)
+def test_data_ids_of_another_set(tmp_path):
+    """Labels that hold other ids than Cityscapes' get a warning in the report, streets get none."""
+    label = streets.toy_street(1)[1]
+    camvid = np.array([3, 4, 1, 7, 7, 2, 6, 6, 5, 5, 0, 9, 10, 8, 8, 8, 8, 10, 10], np.uint8)
+    others, corner = np.pad(camvid, (0, 237), constant_values=11)[label], np.zeros_like(label)
+    corner[0, 0] = 31  # above trainIds
+    ids = np.array([next(i for i, t in data.CITYSCAPES_IDS.items() if t == c) for c in range(19)])
+    for name, raw, warned in (
+            ("trainIds", label, ""), ("ids", np.pad(ids, (0, 237))[label].astype(np.uint8), ""),
+            ("camvid", others, "are wall"), ("low", np.maximum(others % 7, corner), "are ignore")):
+        pairs = data.Pairs(data_plain(tmp_path / name, ["a", "b"], raw, ""))
+        assert ("--classes?" in pairs.report()) == bool(warned) and warned in pairs.report(), name
 
 
 @pytest.mark.parametrize("kind", ["gta", "cityscapes", "acdc original", "mapillary"])
-def test_data_nineteen_names_with_other_ids(tmp_path, kind):
-    """A class file with Cityscapes' names and other ids has raw labels read by these ids.
-
-    TrainIds on disk stay what they are, and so do the tables where a class file gives no ids.
-    """
-    options, _, _ = data_fake(tmp_path, kind)
-    stored = VISTAS if kind == "mapillary" else CITY
-    ids = {raw: (raw + 5) % 19 for raw in range(66)}
+def test_data_own_classes(tmp_path, kind):
+    """A class file's ids read the raw labels of public folders; with other names trainIds on disk
+    are not used, with Cityscapes' names they stay what they are."""
+    options = data_fake(tmp_path, kind)
+    raw = VISTAS if kind == "mapillary" else CITY
+    ids = {value: (value + 5) % 19 for value in range(66)}
     own = replace(data.CITYSCAPES, ids=ids)
+    two = data.Classes(("a", "b"), ((1, 1, 1), (2, 2, 2)), {v: t % 2 for v, t in ids.items()})
     pairs = data.Pairs(tmp_path, own, **options)
-    assert np.array_equal(pairs.label(0), (stored + 5) % 19)
+    assert np.array_equal(pairs.label(0), (raw + 5) % 19)
     assert "mapped from raw ids of the class file" in pairs.report()
-    counts = data.class_counts(pairs)
-    assert np.array_equal(counts[0], np.bincount((stored.ravel() + 5) % 19, minlength=19))
+    assert np.array_equal(data.class_counts(pairs)[0], np.bincount(
+        (raw.ravel() + 5) % 19, minlength=19))
     assert np.array_equal(data.Pairs(tmp_path, replace(own, ids=None), **options).label(0), TRAIN)
     for label in pairs.labels:
         end = "TrainIds" if kind in ("cityscapes", "acdc original") else "_labelTrainIds"
         data_png(label.with_stem(label.stem.replace("Ids", "") + end), TRAIN)
     pairs = data.Pairs(tmp_path, own, **options)
     assert np.array_equal(pairs.label(0), TRAIN) and "0 with labels mapped" in pairs.report()
+    if kind != "gta":  # in a plain folder NAME_labelTrainIds.png are trainIds of any classes
+        assert np.array_equal(data.Pairs(tmp_path, two, **options).label(0), (raw + 5) % 19 % 2)
 
 
 def test_data_linked_folders(tmp_path):
-    """City folders that are links are entered; a link in a circle ends nothing, a dead one hurts
-    nothing, and hidden folders are left alone."""
-    data_fake(tmp_path / "elsewhere", "cityscapes")
-    data_fake(tmp_path / "set", "cityscapes")
+    """City folders that are links are entered, hidden folders are left alone."""
+    for folder in ("elsewhere", "set"):
+        data_fake(tmp_path / folder, "cityscapes")
     for folder in ("leftImg8bit", "gtFine"):
         (tmp_path / "set" / folder / "train/zurich").symlink_to(
             tmp_path / "elsewhere" / folder / "train/bonn")
-    train = tmp_path / "set/leftImg8bit/train"
-    (train / "aachen/round").symlink_to(train)
-    (train / "aachen/dead_leftImg8bit.png").symlink_to(tmp_path / "nothing")
-    data_photo(train / ".trash/x_leftImg8bit.png")
+    data_photo(tmp_path / "set/leftImg8bit/train/.trash/x_leftImg8bit.png")
     pairs = data.Pairs(tmp_path / "set")
     assert [p.parent.name for p in pairs.images] == ["aachen", "bonn", "zurich"]
     assert not pairs.skipped and np.array_equal(pairs.label(2), TRAIN)
 
 
-def test_data_pairs_of_no_use(tmp_path, monkeypatch):
-    """Pairs of unequal size and broken files are left out on opening, counted and not sampled."""
+def test_data_pairs_of_no_use(tmp_path):
+    """Pairs of unequal size, without label or with broken files are left out on opening, counted
+    and not sampled; a folder where nothing is left is an error that says why."""
     root = data_plain(tmp_path / "set", list("abcdef"))
     data_photo(root / "images/b.png", 0, (4, 3))
     data_png(root / "labels/c_labelTrainIds.png", TRAIN[:2])
     (root / "images/d.png").write_bytes(b"no picture")
     (root / "labels/e_labelTrainIds.png").write_bytes(b"")
+    data_photo(root / "images/z.png")
     pairs = data.Pairs(root)
-    assert [pairs.name(i) for i in range(len(pairs))] == ["a", "f"] and len(pairs.skipped) == 4
-    for part in ("2 images left out: a label of another size",
-                 "1 images left out: contents that cannot be read",
-                 "1 images left out: a label that cannot be read"):
-        assert part in pairs.report()
+    assert [pairs.name(i) for i in range(len(pairs))] == ["a", "f"] and len(pairs.skipped) == 5
+    for words in ("2 images left out: a label of another size",
+                  "2 images left out: contents or a label that cannot be read",
+                  "1 images left out: no NAME_labelTrainIds.png or NAME.png in labels"):
+        assert words in pairs.report()
     data.write_rcs_subset(pairs, tmp_path / "subset", 2)
     assert len(data.Pairs(tmp_path / "subset")) == 2
-
-
-def test_data_sizes_are_remembered(tmp_path, monkeypatch):
-    """Large sets are opened once; then only files that have changed are looked into."""
-    image = Image.fromarray(np.zeros((1, 1, 3), np.uint8))
-    for k in range(2):
-        image.save(tmp_path / f"{k}.png")
-    Image.fromarray(np.zeros((1, 1), np.uint8)).save(tmp_path / "l.png")
-    for folder, file, end in (("images", "0.png", ""), ("labels", "l.png", "_labelTrainIds")):
-        (tmp_path / "set" / folder).mkdir(parents=True)
-        for k in range(1000):
-            os.link(tmp_path / file, tmp_path / "set" / folder / f"{k:03}{end}.png")
-    seen, header = [], data._header
-    monkeypatch.setattr(data, "_header", lambda path: seen.append(path.name) or header(path))
-    assert len(data.Pairs(tmp_path / "set")) == 1000 == len(seen) / 2
-    (tmp_path / "set/images/007.png").unlink()
-    data_photo(tmp_path / "set/images/007.png")
-    assert len(data.Pairs(tmp_path / "set")) == 999 and seen[2000:] == ["007.png"]
-
-
-def test_data_missing_parts(tmp_path):
-    """Images without label are skipped and reported; nothing at all is an error that says so."""
-    with pytest.raises(data.UserError, match="absent is no data set folder"):
-        data.Pairs(tmp_path / "absent")
-    (tmp_path / "set/images").mkdir(parents=True)
-    with pytest.raises(ValueError, match="there are no .png or .jpg images in .*images"):
-        data.Pairs(tmp_path / "set")
-    data_photo(tmp_path / "set/images/z.png")
-    with pytest.raises(ValueError, match="none of the 1 images .* z.png has no NAME_labelTrainIds"):
-        data.Pairs(tmp_path / "set")
-    data_plain(tmp_path / "set", ["a"])
-    (tmp_path / "set/images/.hidden.png").write_text("")
-    pairs = data.Pairs(tmp_path / "set")
-    assert len(pairs) == 1 and [p.name for p, _ in pairs.skipped] == ["z.png"]
-    assert "1 images left out: no NAME_labelTrainIds.png or NAME.png in labels" in pairs.report()
-    data_png(tmp_path / "set/labels/a_labelTrainIds.png", TRAIN[:2])
-    with pytest.raises(ValueError, match=r"a.png and label .*a_labelTrainIds.png differ in size"):
-        pairs.pair(0)  # changed since it was opened
+    (tmp_path / "none/images").mkdir(parents=True)
+    with pytest.raises(data.UserError, match="no image in .*images is of use: it has no .png or"):
+        data.Pairs(tmp_path / "none")
+    data_photo(tmp_path / "none/images/z.png")
+    with pytest.raises(data.UserError, match="is of use: z.png has no NAME_labelTrainIds.png or"):
+        data.Pairs(tmp_path / "none")
 
 
 def test_data_open(tmp_path):
-    """root:N takes N pairs, the same for the same seed, others for another, never more."""
+    """FOLDER:N takes N pairs, the same for the same seed, others for another, never more."""
     root = data_plain(tmp_path / "a:7", [f"s{i}" for i in range(9)])
     whole, some = (data.open_set(spec, seed=1) for spec in (root, f"{root}:3"))
     assert (len(whole), len(some)) == (9, 3)
     assert set(some.images) < set(whole.images) and some.images == sorted(some.images)
-    assert "6 pairs not chosen" in some.report()
     for image, label in zip(some.images, some.labels, strict=True):
         assert label.name == f"{image.stem}_labelTrainIds.png"
     assert data.open_set(f"{root}:3", seed=1).images == some.images
@@ -1817,20 +1400,21 @@ def test_data_open(tmp_path):
     for n in (10, 0):
         with pytest.raises(data.UserError, match=f"asks for {n} pairs: .* holds 9"):
             data.open_set(f"{root}:{n}")
+    for word in ("", "a\0b"):
+        with pytest.raises(data.UserError, match="is no name of a folder"):
+            data.open_set(word)
 
 
-def test_data_open_by_condition(tmp_path):
-    """root:night is that part of ACDC, root:night:N some of it; elsewhere it is refused."""
-    data_fake(tmp_path / "acdc", "acdc original night")
-    night = data.open_set(f"{tmp_path}/acdc:night")
-    assert (len(night), night.condition) == (2, "night") and "acdc val night" in night.report()
-    assert len(data.open_set(f"{tmp_path}/acdc:night:1")) == 1
-    assert len(data.open_set(f"{tmp_path}/acdc:fog", split="train")) == 1
-    data_plain(tmp_path / "plain", ["a"])
-    with pytest.raises(ValueError, match="plain is no data set folder with night"):
-        data.open_set(f"{tmp_path}/plain:night")
-    data_plain(tmp_path / "plain:night", ["a"])
-    assert len(data.open_set(f"{tmp_path}/plain:night")) == 1
+def test_toy_words(monkeypatch):
+    """toy:STYLE:N opens toy streets where it is registered; a wrong word says what is allowed."""
+    monkeypatch.setitem(data.WORLDS, "toy", streets.open_toy)
+    toy = data.open_set("toy:night:3", split="test")
+    assert (len(toy), toy.styles, toy.split) == (3, ("night",), "test")
+    assert len(data.open_set("toy:sunny")) == 500
+    assert len(data.open_set("toy:all", split="test")) == 50
+    for word in ("toy:storm", "toy:night:0", "toy:night:x", "toy:night:1:2"):
+        with pytest.raises(data.UserError, match=word):
+            data.open_set(word)
 
 
 # ------------------------------------------------------------------- counts and rare class sampling
@@ -1845,74 +1429,51 @@ def test_data_counts_and_cache(tmp_path, monkeypatch):
     read, original = [], data.read_label
     monkeypatch.setattr(data, "read_label", lambda *a: read.append(a[0].name) or original(*a))
     assert np.array_equal(data.class_counts(data.Pairs(tmp_path)), counts) and not read
-    sizes = set()
-    for k in (6, 5):  # two files of one size: only the time tells them apart
-        data_png(pairs.labels[1], np.full((3, 4), k, np.uint8))
-        os.utime(pairs.labels[1], ns=(k, k))
-        sizes.add(pairs.labels[1].stat().st_size)
-        assert data.class_counts(pairs)[1, k] == 12 and len(sizes) == 1
-    read.clear()
+    data_png(pairs.labels[1], np.full((3, 4), 5, np.uint8))
     os.utime(pairs.labels[1], ns=(1, 1))
     changed = data.class_counts(data.Pairs(tmp_path))
     assert read == ["b_labelTrainIds.png"]
     assert np.array_equal(changed[0], expected) and changed[1, 5] == changed[1].sum() == 12
-    read.clear()
     twin = data.Classes(tuple(data.CITYSCAPES.names[::-1]), data.CITYSCAPES.colours)
     data.class_counts(data.Pairs(tmp_path, twin))
-    assert len(read) == 2, "other classes must not get these counts"
-
-
-def test_data_counts_on_processes(tmp_path):
-    """Several processes count the same as one, in the order of the files."""
-    for i in range(40):
-        data_photo(tmp_path / f"images/s{i:02}.png")
-        data_png(tmp_path / f"labels/s{i:02}_labelTrainIds.png", np.full((3, 4), i % 19, np.uint8))
-    counts = data.class_counts(data.Pairs(tmp_path), workers=2)
-    assert np.array_equal(counts, 12 * np.eye(19, dtype=int)[np.arange(40) % 19])
-    assert sorted(p.name for p in tmp_path.glob(".*")) == [".class_counts.json"]
-
-
-def test_data_counts_of_the_authors(tmp_path):
-    """Their JSON files are matched by base name; label files they do not know are counted."""
-    pairs, file = data.Pairs(data_plain(tmp_path, ["a", "b"])), "old/gta/labels/b_labelTrainIds.png"
-    for name, content in (("sample_class_stats.json", [{"3": 5, "18": 7, "file": file}]),
-                          ("samples_with_class.json", {"18": [[file, 7]], "3": [[file, 5]]})):
-        (tmp_path / name).write_text(json.dumps(content))
-        counts = data.class_counts(pairs)
-        assert np.array_equal(counts[0], np.bincount(TRAIN.ravel(), minlength=256)[:19])
-        assert (counts[1, 3], counts[1, 18], counts[1].sum()) == (5, 7, 12)
-        (tmp_path / name).unlink()
-    (tmp_path / "samples_with_class.json").write_text("{")
-    with pytest.raises(ValueError, match="samples_with_class.json is no JSON file"):
+    assert len(read) == 3, "other classes must not get these counts"
+    (tmp_path / ".class_counts.json").write_text("{")
+    with pytest.raises(data.UserError, match="class_counts.json cannot be read as a JSON dict"):
         data.class_counts(pairs)
 
 
-def test_joined_sets_are_all_used():
-    """Concatenation reaches every picture of every set, in order (the released code loses the
-    second)."""
-    sets = streets.ToyStreets(("sunny",), 3), streets.ToyStreets(("night",), 2)
-    joined = data.Joined(sets)
-    assert [joined.name(i) for i in range(len(joined))] == [
-        part.name(i) for part in sets for i in range(len(part))]
+def test_data_counts_on_processes(tmp_path):
+    """Several processes count the same as one, in the order of the files; a label that cannot be
+    read stops them, or is left out."""
+    for i in range(40):
+        data_photo(tmp_path / f"images/s{i:02}.png")
+        data_png(tmp_path / f"labels/s{i:02}_labelTrainIds.png", np.full((3, 4), i % 19, np.uint8))
+    pairs, want = data.Pairs(tmp_path), 12 * np.eye(19, dtype=int)[np.arange(40) % 19]
+    assert np.array_equal(data.class_counts(pairs, workers=2), want)
+    assert [p.name for p in tmp_path.glob(".*")] == [".class_counts.json"]
+    data_png(pairs.labels[7], np.full((3, 4), 99, np.uint8))
+    with pytest.raises(data.UserError, match=r"s07_labelTrainIds.png holds \[99\]"):
+        data.class_counts(pairs)
+    want[7] = 0
+    assert np.array_equal(data.class_counts(pairs, on_error="skip"), want)
+    assert pairs.skipped[0][0] == pairs.labels[7]
 
 
-def test_data_counts_of_other_objects(tmp_path, monkeypatch):
-    """Anything with label(i) and a length is counted, joined sets one after the other; a second
-    call, in any process, reads no label of folders and label maps."""
+def test_data_counts_of_other_objects(tmp_path):
+    """Anything with label(i) and a length is counted, joined sets one after the other, in order."""
     class Toy(list):
         def label(self, i):
             return self[i]
 
-    toy = Toy([TRAIN, np.full((2, 2), 255, np.uint8)])
-    data_plain(tmp_path / "set", ["a", "b"])
     (tmp_path / "maps").mkdir()
     data.save_label(tmp_path / "maps/m_labelTrainIds.png", TRAIN)
+    maps = data.open_set(tmp_path / "maps", labels_only=True)
+    sets = data_plain(tmp_path / "set", ["a", "b"]), maps
+    joined = data.Joined([Toy([TRAIN, np.full((2, 2), 255, np.uint8)]), data.Pairs(sets[0]), maps])
     expected = np.bincount(TRAIN.ravel(), minlength=256)[:19]
-    for _ in range(2):
-        joined = data.Joined([toy, data.Pairs(tmp_path / "set"), data.LabelMaps(tmp_path / "maps")])
-        counts = data.class_counts(joined)
-        assert np.array_equal(counts, [expected, 0 * expected, *[expected] * 3])
-        monkeypatch.setattr(data, "read_label", None)
+    assert np.array_equal(data.class_counts(joined), [expected, 0 * expected, *[expected] * 3])
+    assert [joined.name(i) for i in (2, 3, 4)] == ["a", "b", "m"] and len(joined) == 5
+    assert joined.find(4) == (2, 0) and np.array_equal(joined.label(4), TRAIN)
 
 
 def test_data_rcs_probabilities():
@@ -1921,19 +1482,14 @@ def test_data_rcs_probabilities():
     counts[0, [0, 4]], counts[1, [0, 7]] = (600, 10), (385, 5)
     e = [np.exp((1 - f) / 0.01 - 100) for f in (0.985, 0.010, 0.005)]
     p = data.rcs_probabilities(counts)
-    assert np.allclose(p[[0, 4, 7]], np.array(e) / sum(e), rtol=1e-9) and np.isclose(p.sum(), 1)
-    assert np.count_nonzero(p) == 3 and p[7] > p[4] > p[0]
-    flat = data.rcs_probabilities(counts, temperature=1e6)
-    assert np.allclose(flat[[0, 4, 7]], 1 / 3)
+    assert np.allclose(p[[0, 4, 7]], np.array(e) / sum(e), rtol=1e-9) and np.count_nonzero(p) == 3
     with pytest.raises(data.UserError, match="no class at all"):
         data.rcs_probabilities(np.zeros((2, 19), int))
 
 
 def test_data_rcs_draw():
     """Classes come as often as P(c), files only with enough pixels, or the best there are."""
-    counts = np.zeros((4, 3), int)
-    counts[:, 0], counts[:, 1], counts[:, 2] = (9e5, 9e5, 9e5, 3000), (0, 3001, 9000, 3000), (
-        10, 40, 0, 20)
+    counts = np.array([[9e5, 0, 10], [9e5, 3001, 40], [9e5, 9000, 0], [3000, 3000, 20]], int)
     sampler = data.RareClassSampler(counts, temperature=0.5)
     assert [f.tolist() for f in sampler.files.values()] == [[0, 1, 2], [1, 2], [1, 3]]
     rng = np.random.default_rng(0)
@@ -1941,8 +1497,6 @@ def test_data_rcs_draw():
     share = np.bincount([c for c, _ in draws], minlength=3) / 4000
     assert np.abs(share - sampler.p).max() < 0.03
     assert {i for c, i in draws if c == 1} == {1, 2} and {i for c, i in draws if c == 2} == {1, 3}
-    again = np.random.default_rng(0)
-    assert [sampler.draw(again) for _ in range(9)] == draws[:9]
 
 
 def test_data_rcs_distinct():
@@ -1956,25 +1510,22 @@ def test_data_rcs_distinct():
         while len(first) < 3:
             c, i = sampler.draw(rng)
             first.setdefault(i, c)
-        return tuple((c, i) for i, c in first.items())
+        return [(c, i) for i, c in first.items()]
 
-    n, freq = 1500, [{}, {}]
-    for _ in range(n):
-        for table, chosen in zip(freq, (rejected(), sampler.draw_distinct(3, rng)), strict=True):
-            for pair in chosen:
-                table[pair] = table.get(pair, 0) + 1 / n
-    assert max(abs(freq[0].get(k, 0) - freq[1].get(k, 0)) for k in {**freq[0], **freq[1]}) < 0.06
-    reach = len({i for files in sampler.files.values() for i in files})
-    assert len({i for _, i in sampler.draw_distinct(reach, rng)}) == reach
-    with pytest.raises(ValueError, match=f"{reach + 1} files were asked for: only {reach}"):
-        sampler.draw_distinct(reach + 1, rng)
+    n = 1500
+    law, ours = (Counter(pair for _ in range(n) for pair in draw()) for draw in (
+        rejected, lambda: sampler.draw_distinct(3, rng)))
+    assert max(abs(law[pair] - ours[pair]) for pair in law | ours) < 0.06 * n
+    with pytest.raises(data.UserError, match="7 files were asked for: only "):
+        sampler.draw_distinct(7, rng)
 
 
 # --------------------------------------------------------------- crop, one-hot, prompts, components
 
 
 def test_data_crop_box():
-    """A crop lies inside, shows its class, and its share is that of the crop."""
+    """A crop lies inside, shows its class, and its share is that of the crop; it is centred on a
+    pixel of the class, the last one and a lone one included."""
     rng = np.random.default_rng(0)
     for seed in range(40):
         label = data_blocks(seed)
@@ -1988,30 +1539,20 @@ def test_data_crop_box():
         top, left, _ = data.crop_box(label, (h, w), rng)
         assert label[top:top + h, left:left + w].shape == (h, w)
         assert np.array_equal(label, before)
-
-
-def test_data_crop_centres():
-    """Crops are centred on the pixel of the class, the last one and a lone one included."""
-    rng = np.random.default_rng(0)
     label = np.zeros((21, 31), np.uint8)
-    label[10, 12] = 4
+    label[10, 12], label[20, 30], label[0, 0] = 4, 6, 6
     assert data.crop_box(label, 5, rng, 4) == (8, 10, 0.04)
-    label[20, 30] = 6
-    assert data.crop_box(label, 6, rng, 6) == (15, 25, 1 / 36)
-    label[0, 0] = 6
-    seen = {data.crop_box(label, 6, rng, 6)[:2] for _ in range(50)}
-    assert seen == {(0, 0), (15, 25)}
+    assert {data.crop_box(label, 6, rng, 6)[:2] for _ in range(50)} == {(0, 0), (15, 25)}
 
 
 def test_data_crop_tries():
-    """A poor crop is drawn again until the share is above the limit, or the tries are used up."""
+    """A poor crop is drawn again until its share is above the limit; what cannot be is an error."""
     label = np.zeros((60, 60), np.uint8)
     label[:20, :20] = 3
     label[59, ::3] = 3  # specks that fill no crop
     rng = np.random.default_rng(0)
-    shares = [[data.crop_box(label, 20, rng, 3, min_share=0.15, tries=n)[2] for _ in range(400)]
-              for n in (1, 2)]
-    low = [np.mean(np.array(s) <= 0.15) for s in shares]
+    low = [np.mean([data.crop_box(label, 20, rng, 3, 0.15, n)[2] <= 0.15 for _ in range(400)])
+           for n in (1, 2)]
     assert 0.02 < low[0] < 0.09 and low[1] < low[0] / 3
     with pytest.raises(data.UserError, match="class 9 does not occur"):
         data.crop_box(label, 20, rng, 9)
@@ -2024,13 +1565,10 @@ def test_data_one_hot():
     label = TRAIN.copy()
     hint = data.one_hot(label, 19)
     assert hint.dtype == torch.float32 and hint.shape == (20, 3, 4)
-    assert torch.equal(hint.sum(0), torch.ones(3, 4))
-    expected = np.where(TRAIN == 255, 19, TRAIN)
-    assert np.array_equal(hint.argmax(0).numpy(), expected) and np.array_equal(label, TRAIN)
-    assert torch.equal(data.one_hot(label[:, ::-1], 19), hint.flip(2))
-    with pytest.raises(ValueError, match="label value 18") as caught:
+    assert torch.equal(hint.sum(0), torch.ones(3, 4)) and np.array_equal(label, TRAIN)
+    assert np.array_equal(hint.argmax(0).numpy(), np.where(TRAIN == 255, 19, TRAIN))
+    with pytest.raises(ValueError, match="label value 18"):
         data.one_hot(label, 17)
-    assert not isinstance(caught.value, data.UserError)  # no folder can lead to it
 
 
 def test_data_prompts():
@@ -2042,62 +1580,47 @@ def test_data_prompts():
         "A city street scene with road sky, in night weather.")
 
 
+def test_data_prompt_templates(tmp_path):
+    """A file of templates gives its lines without comments; other braces are refused."""
+    file, asked = tmp_path / "prompts.txt", "A photo of {classes} at {weather}."
+    file.write_text(f"# of a port\n\n{asked}\n  {{classes}}, from a drone \n")
+    templates = data.read_prompts(file)
+    assert templates == [asked, "{classes}, from a drone"]
+    assert data.fill_prompt(asked, "sea ship", "dawn") == "A photo of sea ship at dawn."
+    assert data.fill_prompt(templates[1], "sea ship", "dawn") == "sea ship, from a drone"
+    for text in ("", "# only\n", "no classes", "{classes} {wether}", "{classes} {"):
+        file.write_text(text)
+        with pytest.raises(data.UserError, match="prompts.txt cannot be read as prompt templates"):
+            data.read_prompts(file)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3, 19])
 def test_data_components(classes):
-    """Components equal those of a flood fill, numbered in reading order, on blocks and noise."""
+    """Components equal those of a flood fill, in reading order, on blocks, noise and a comb."""
     rng = np.random.default_rng(classes)
-    for k in range(25):
+    for k in range(20):
         size = tuple(rng.integers(1, 30, 2))
         label = rng.integers(0, classes, size).astype(np.uint8)
         if k % 3 == 0:
             label = data_blocks(k, size, classes)
-        before = label.copy()
-        expected, n = data_flood(label, data.IGNORE)
-        got, count = data.connected_components(label)
-        assert count == n and got.dtype == np.int32 and np.array_equal(got, expected)
-        assert np.array_equal(label, before)
-        mask = label == 0
-        expected, n = data_flood(mask, False)
-        got, count = data.connected_components(mask)
-        assert count == n and np.array_equal(got, expected)
-
-
-def test_data_components_of_long_paths():
-    """A spiral of one pixel width and a comb, the worst cases of union-find, are one component."""
-    spiral = np.zeros((41, 41), bool)
-    y, x, (dy, dx) = 0, 0, (0, 1)
-    spiral[0, 0] = True
-    for length in [40] + [n for k in range(40, 0, -2) for n in (k, k)]:
-        for _ in range(length):
-            y, x = y + dy, x + dx
-            spiral[y, x] = True
-        dy, dx = dx, -dy
-    assert data.connected_components(spiral)[1] == data_flood(spiral, False)[1] == 1
-    comb = np.zeros((99, 99), bool)
-    comb[:, ::2] = comb[98] = True
-    assert data.connected_components(comb)[1] == 1
-    assert data.connected_components(comb[:98])[1] == 50
+        comb = np.zeros(size, bool)
+        comb[:, ::2] = comb[-1] = True
+        for mask, skip in ((label, data.IGNORE), (label == 0, False), (comb, False)):
+            expected, n = data_flood(mask, skip)
+            got, count = data.connected_components(mask)
+            assert count == n and got.dtype == np.int32 and np.array_equal(got, expected)
 
 
 def test_data_large_segments():
     """Large segments are counted per segment of one class, strictly above the threshold."""
     label = np.zeros((10, 10), np.uint8)
-    label[:, 5] = 255  # 10 ignored pixels part 50 road pixels from 40
+    label[:, 5] = 255  # 10 ignored pixels part 42 road pixels from 36
     label[0:2, 0:2] = label[2:4, 2:4] = 7  # 8 pixels, joined at a corner
     label[6:8, 7:9] = 7  # 4 pixels
-    road, ignore, sign = 42, 10, 8
-    assert data.large_segments(label, road - 1).sum() == road
-    assert data.large_segments(label, road).sum() == 0
-    mask = data.large_segments(label, sign - 1)
-    assert mask.dtype == bool and mask.sum() == road + 36 + sign
-    assert not mask[label == 255].any() and ignore > sign - 1 and not mask[6:8, 7:9].any()
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 3, (40, 40)).astype(np.uint8)
-    component, n = data_flood(noise, data.IGNORE)
-    for limit in (0, 3, 20):
-        large = [k for k in range(1, n + 1) if (component == k).sum() > limit]
-        expected = np.isin(component, large)
-        assert np.array_equal(data.large_segments(noise, limit), expected)
+    assert data.large_segments(label, 41).sum() == 42 and not data.large_segments(label, 42).any()
+    mask = data.large_segments(label, 7)
+    assert mask.dtype == bool and mask.sum() == 42 + 36 + 8
+    assert not mask[label == 255].any() and not mask[6:8, 7:9].any()
 
 
 # ------------------------------------------------------------------------------------- augmentation
@@ -2123,7 +1646,7 @@ def test_data_distortion_steps():
 
     def run(*draws):
         script = DataScript(*draws)
-        out = data.photometric_distortion(image, script)
+        out = segment.photometric_distortion(image, script)
         assert not script.draws and out.dtype == np.uint8 and out.shape == image.shape
         return out
 
@@ -2147,7 +1670,7 @@ def test_data_distortion_is_seeded():
     """The colour distortion repeats with its seed, leaves its input and the global RNG alone."""
     image = np.random.default_rng(0).integers(0, 256, (6, 7, 3)).astype(np.uint8)
     before, state = image.copy(), np.random.get_state()[1].copy()
-    outs = [[data.photometric_distortion(image, np.random.default_rng(s)) for s in range(20)]
+    outs = [[segment.photometric_distortion(image, np.random.default_rng(s)) for s in range(20)]
             for _ in range(2)]
     assert all(np.array_equal(a, b) for a, b in zip(*outs, strict=True))
     assert len({a.tobytes() for a in outs[0]}) > 10
@@ -2162,11 +1685,11 @@ def test_data_hue_equals_torchvision():
     image[:20] = image[:20, :, :1]  # greys
     image[20:40] = image[20:40] // 64 * 85  # few and extreme values, two of them often equal
     for step in range(-18, 18):
-        ours = data.photometric_distortion(image, DataScript(0.9, 0.9, 0.9, 0.1, step, 0.9))
+        ours = segment.photometric_distortion(image, DataScript(0.9, 0.9, 0.9, 0.1, step, 0.9))
         theirs = TF.adjust_hue(torch.from_numpy(image).permute(2, 0, 1), step / 180)
         off = np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy())
         assert off.max() <= 1 and (off > 0).mean() < 1e-3
-    ours = data._shift_hue(image.transpose(2, 0, 1).astype(np.float32), 0.0)
+    ours = segment._shift_hue(image.transpose(2, 0, 1).astype(np.float32), 0.0)
     assert ours.dtype == np.float32
 
 
@@ -2178,38 +1701,31 @@ def test_data_random_crop():
     image = np.stack(np.broadcast_arrays(*np.indices((40, 40)), label), axis=2).astype(np.uint8)
     rng, good = np.random.default_rng(0), {0: [], 10: []}
     for tries in (0, 10) * 100:
-        box = data.cat_max_box(label, (8, 10), rng, tries=tries)
+        box = segment.cat_max_box(label, (8, 10), rng, tries=tries)
         crop, crop_label = image[box], label[box]
         assert crop.shape == (8, 10, 3) and np.array_equal(crop[..., 2], crop_label)
         assert (np.diff(crop[..., 0].astype(int), axis=0) == 1).all()
         n = np.bincount(crop_label.ravel(), minlength=256)[:255]
         good[tries].append(n.max() < 0.75 * n.sum())
     assert np.mean(good[10]) > 0.95 and 0.2 < np.mean(good[0]) < 0.8
-    assert data.cat_max_box(np.zeros((40, 40), np.uint8), 40, rng) == (slice(0, 40),) * 2
+    assert segment.cat_max_box(np.zeros((40, 40), np.uint8), 40, rng) == (slice(0, 40),) * 2
     with pytest.raises(ValueError, match="smaller than the crop"):
-        data.cat_max_box(label, 41, rng)
+        segment.cat_max_box(label, 41, rng)
 
 
 @pytest.mark.parametrize("size, fit, expected", [
     ((1052, 1914), (1280, 720), (704, 1280)), ((720, 1280), (1024, 512), (512, 910)),
-    ((1024, 2048), (1024, 512), (512, 1024)), ((1080, 1920), (960, 540), (540, 960)),
     ((400, 300), (200, 100), (133, 100))])
 def test_data_resize_to_fit(size, fit, expected):
-    """The published sizes come out, labels keep their values, the input stays, and no column is
-    blurred into its neighbour (no antialiasing)."""
-    rng = np.random.default_rng(0)
-    label = rng.choice(np.array([0, 18, 255], np.uint8), size)
+    """The published sizes come out, labels take the nearest pixel, and no column is blurred into
+    its neighbour (no antialiasing)."""
+    label = np.random.default_rng(0).choice(np.array([0, 18, 255], np.uint8), size)
     image = np.repeat(np.arange(size[1]) / size[1] * 255, 3).reshape(1, -1, 3).repeat(size[0], 0)
-    image = image.astype(np.uint8)
-    before = image.copy(), label.copy()
-    small, small_label = data.resize_to_fit(image, label, fit)
-    assert small.shape == (*expected, 3) and small_label.shape == expected
-    assert small.dtype == small_label.dtype == np.uint8
-    assert set(np.unique(small_label)) <= {0, 18, 255}
+    small, small_label = data.resize_to_fit(image.astype(np.uint8), label, fit)
+    assert small.shape == (*expected, 3) and small.dtype == np.uint8
     nearest = F.interpolate(torch.from_numpy(label)[None, None].float(), expected)[0, 0]
     assert np.array_equal(small_label, nearest)
     assert np.abs(small[0, :, 0] - np.arange(0.5, expected[1]) / expected[1] * 255).max() < 2
-    assert np.array_equal(image, before[0]) and np.array_equal(label, before[1])
     image = np.zeros((30, 60, 3), np.uint8)
     image[:, 1::3] = 255  # threefold smaller, the middle one of three columns is what is left
     small, nothing = data.resize_to_fit(image, None, (20, 10))
@@ -2219,32 +1735,23 @@ def test_data_resize_to_fit(size, fit, expected):
 # ------------------------------------------------------------------------------------- command line
 
 
-def test_data_stats_command(tmp_path, capsys):
-    """stats prints one row per class with its pixels and files."""
-    data_plain(tmp_path, ["a", "b"])
-    assert data.main(["stats", str(tmp_path)]) == 0
-    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    assert rows["road"][0] == "6" and rows["road"][1] == "27.273%" and rows["road"][3] == "2"
-    assert rows["train"] == ["0", "0.000%", "0.0000", "0"]
-
-
 def test_data_rcs_subset_command(tmp_path, capsys):
-    """rcs-subset copies distinct pairs with the class in the name, and reads back as a subset."""
+    """rcs-subset copies distinct pairs with the class in the name, and reads back as a subset;
+    stats prints pixels, share, P(c) and files of each class."""
     root = data_plain(tmp_path / "gta", [f"{i:05}" for i in range(8)], CITY, "")
-    out = tmp_path / "o"
-    command = ["rcs-subset", str(root), str(out), "--num", "5", "--seed", "3"]
+    command = ["rcs-subset", str(root), str(tmp_path / "o"), "--num", "5", "--seed", "3"]
     assert data.main(command) == 0
-    pairs = data.Pairs(out)
+    pairs = data.Pairs(tmp_path / "o")
     assert pairs.layout == "rcs_subset" and len(pairs) == 5
-    originals = [pairs.name(i).split("_")[1] for i in range(5)]
-    assert len(set(originals)) == 5
-    for i, name in enumerate(originals):
-        assert np.array_equal(pairs.label(i), TRAIN)
+    assert len({pairs.name(i).split("_")[1] for i in range(5)}) == 5
+    for i in range(5):
+        cls, name = pairs.name(i).split("_")
+        assert np.array_equal(pairs.label(i), TRAIN) and int(cls) in TRAIN
         assert pairs.images[i].read_bytes() == (root / f"images/{name}.png").read_bytes()
-        assert int(pairs.name(i).split("_")[0]) in TRAIN
-    assert data.main([*command[:2], str(tmp_path / "again"), *command[3:]]) == 0
-    assert [p.name for p in data.Pairs(tmp_path / "again").images] == [p.name for p in pairs.images]
     capsys.readouterr()
+    assert data.main(["stats", str(root)]) == 0
+    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["road"][:2] == ["24", "27.273%"] and rows["train"] == ["0", "0.000%", "0.0000", "0"]
     for bad, sentence in ((command, "is not empty"),
                           ([*command[:2], str(tmp_path / "n"), "--num", "9"], "9 files were asked"),
                           (["stats", str(tmp_path / "none")], "none is no data set folder")):
@@ -2305,56 +1812,33 @@ def recorded(source):
     return noise, tape
 
 
-def hooked_net(theirs):
-    """diffusers' UNet as `released_features` wants it: hooks on resnets and transformer blocks."""
-    caught = {}
-
-    def catch(module, key, tokens):
-        def hook(module, args, out):
-            caught[key] = out.transpose(1, 2).unflatten(2, tokens(out)) if tokens else out
-
-        module.register_forward_hook(hook)
-
-    size = {}
-    for i, block in enumerate(theirs.up_blocks):
-        for j, resnet in enumerate(block.resnets):
-            catch(resnet.conv2, ("resnet", i, j), None)
-        for j, attention in enumerate(getattr(block, "attentions", [])):
-            attention.register_forward_pre_hook(
-                lambda module, args: size.update(hw=tuple(args[0].shape[2:])))
-            catch(attention.transformer_blocks[0], ("attention", i, j), lambda out: size["hw"])
-
-    def net(x, t, context):
-        caught.clear()
-        out = theirs(x, t, context).sample
-        levels = range(len(theirs.up_blocks))
-        return (out, *([[v for key, v in caught.items() if key[:2] == (kind, i)] for i in levels]
-                       for kind in ("resnet", "attention")))
-
-    return net
-
-
-def test_diff_inner_maps_equal_hooks_on_diffusers(oracle_pair, tmp_path):
-    """The twelve resnets' and nine transformer blocks' maps are those that hooks catch."""
-    oracle_pair[0].save_pretrained(tmp_path)
-    ours, theirs = UNet.from_pretrained(tmp_path), hooked_net(oracle_pair[0])
+def test_diff_hooks_read_before_the_shortcuts():
+    """Resnets: what they add to their shortcut; transformers: what proj_out adds to theirs."""
+    net, seen = diff_prior().unet, {}
+    for block in net.up_blocks:
+        for layer in (*block.resnets, *getattr(block, "attentions", [])):
+            layer.register_forward_hook(lambda m, args, out: seen.update({m: (args[0], out)}))
     g = torch.Generator().manual_seed(3)
-    x, context = torch.randn(2, 4, 16, 24, generator=g), torch.randn(2, 7, 24, generator=g)
+    x, context = torch.randn(2, 4, 8, 12, generator=g), torch.randn(2, 7, 24, generator=g)
+    with torch.no_grad(), diff.decoder_maps(net) as levels:
+        out = net(x, 9, context)
+        for block, (resnets, transformers) in zip(net.up_blocks, levels, strict=True):
+            for layer, have in zip(block.resnets, resnets, strict=True):
+                before, after = seen[layer]
+                assert relative(layer.conv_shortcut(before) + have, after) < 1e-5
+            attentions = getattr(block, "attentions", [])
+            for layer, have in zip(attentions, transformers, strict=True):
+                before, after = seen[layer]
+                assert relative(before + layer.proj_out(have), after) < 1e-5
     with torch.no_grad():
-        (out, *have), (want_out, *want) = (net(x, 9, context)
-                                           for net in (bench.released_net(ours), theirs))
-        assert relative(out, want_out) < 1e-5
-        assert torch.equal(ours(x, 9, context), out)
-    assert [[len(level) for level in kind] for kind in have] == [[3] * 4, [0, 3, 3, 3]]
-    for a, b in zip(sum(have[0] + have[1], []), sum(want[0] + want[1], []), strict=True):
-        assert a.shape == b.shape and relative(a, b) < 1e-5
+        assert torch.equal(net(x, 9, context), out) and len(levels[0][0]) == 2  # hooks are gone
 
 
 def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
-    """With the release's faults back: the features of its loop, around diffusers' UNet and ours."""
-    oracle_pair[0].save_pretrained(tmp_path)
-    g, linear = torch.Generator().manual_seed(3), oracle_pair[0].config.use_linear_projection
-    prediction = "v_prediction" if linear else "epsilon"  # as SD 2.1 and SD 1.5
+    """With the release's faults back: the features of its loop around diffusers' UNet."""
+    theirs, g = oracle_pair[0], torch.Generator().manual_seed(3)
+    theirs.save_pretrained(tmp_path)
+    prediction = "v_prediction" if theirs.config.use_linear_projection else "epsilon"
     texts, z = torch.randn(3, 7, 24, generator=g), torch.randn(2, 4, 8, 8, generator=g)
     prior = Prior(UNet.from_pretrained(tmp_path), tiny_models().vae, texts, (3, 5), prediction)
     labels = diff_pictures(4, B=2, size=64)[1]
@@ -2363,8 +1847,13 @@ def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
     have = diffusion_features(prior, z, labels, noise,
                               released=("v_as_eps", "sum_texts", "own_noise"))
     tape += 4 * tape[-1:]  # for the steps that nothing reads
-    first, nets = 0, (hooked_net(oracle_pair[0]), bench.released_net(prior.unet))
-    for b, (net, shown) in enumerate(zip(nets, [(3, 5), (3,)], strict=True)):
+
+    def net(x, t, context):
+        with diff.decoder_maps(theirs) as levels:
+            return theirs(x, t, context).sample, *zip(*levels, strict=True)
+
+    first = 0
+    for b, shown in enumerate([(3, 5), (3,)]):
         J = 1 + len(shown)
         masks = torch.stack([torch.ones(1, 8, 8), *((labels[b][None, ::8, ::8] == c).float()
                                                     for c in shown)])
@@ -2373,55 +1862,41 @@ def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
                 net, torch.cat([texts[:1], texts[:J]]), masks, z[b : b + 1],
                 playback([n[first : first + J] for n in tape]), prior.abar.tolist())
         first += J
-        for ours, theirs in zip(have, want[1:], strict=True):
-            assert relative(ours[b], theirs[0]) < 1e-4
-
-
-def test_diff_step_by_hand():
-    """x_t -> x_s in numbers: x_0 and eps of x_t at the new level, part of eps replaced by noise."""
-    assert abs(invert(1.0, 0.5, 0.9, 0.6) - (0.6**0.5 * (1 - 0.1**0.5 * 0.5) / 0.9**0.5
-                                             + 0.4**0.5 * 0.5)) < 1e-12
-    c1 = ((1 - 0.88 / 0.9) * 0.12 / 0.1) ** 0.5  # 0.1633
-    want = 0.88**0.5 * (1 - 0.1**0.5 * 0.5) / 0.9**0.5 + c1 * 2 + (0.12 - c1**2) ** 0.5 * 0.5
-    assert abs(invert(1.0, 0.5, 0.9, 0.88, 1.0, 2.0) - want) < 1e-12
-    x0 = (1 - 0.1**0.5 * 0.5) / 0.9**0.5  # a step so long that c_1^2 exceeds the whole variance
-    c1 = ((1 - 0.6 / 0.9) * 0.4 / 0.1) ** 0.5
-    assert abs(invert(1.0, 0.5, 0.9, 0.6, 1.0, 2.0) - (0.6**0.5 * x0 + c1 * 2 + 5e-6)) < 1e-12
-
-
-def test_diff_inversion_and_sampling_return():
-    """Inversion with eta = 0 through the published steps, then DDIM with the toy prior: z again."""
-    models = Models.from_pretrained(recipes.TOY)
-    schedule, abar = models.schedule, models.schedule.abar.tolist()
-    context = models.encode_prompts([""])[1]
-    image = torch.from_numpy(streets.ToyStreets(("sunny",), 1).pair(0)[0])[None, :64, :64]
-    with torch.no_grad():
-        z = x = models.vae.encode(image.permute(0, 3, 1, 2) / 127.5 - 1)
-        steps = list(zip(diff.VISITED, diff.VISITED[1:], strict=False))
-        for t, s in steps:
-            _, eps = schedule.split(models.unet(x, t, context), x, t)
-            x = invert(x, eps, abar[t], abar[s])
-        assert relative(x, z) > 0.05
-        for t, s in reversed(steps):
-            x = schedule.step(models.unet(x, s, context), x, s, t)
-    assert relative(x, z) < 0.01
+        for ours, released in zip(have, want[1:], strict=True):
+            assert relative(ours[b], released[0]) < 1e-4
 
 
 def test_diff_recorded_noise_reproduces():
     """One source makes all noise: played back it gives the same features, another other ones."""
     prior, (images, labels) = diff_prior(), diff_pictures()
-    for steps in diff.STEPS:
+    for steps, draws in {"full": 22, "5": 2, "1": 1, "direct": 9}.items():
         model = diff_model(prior, steps=steps)  # in training, where noise is drawn
         noise, tape = recorded(torch.randn)
         want = model.extract(images, labels, noise)
         torch.manual_seed(0)
         assert all(map(torch.equal, model.extract(images, labels, playback(tape)), want))
         assert not torch.equal(model.extract(images, labels)[2], want[2])
-        assert len(tape) == 1 + {"full": 22, "5": 3, "1": 1, "direct": 9}[steps]
+        assert len(tape) == 1 + draws
     model.eval()
-    alone = model.extract(images[1:])
-    for a, b in zip(model.extract(images), alone, strict=True):  # fixed noise, any place in a batch
-        assert relative(a[1:], b) < 1e-5
+    for a, b in zip(model.extract(images), model.extract(images[1:]), strict=True):
+        assert relative(a[1:], b) < 1e-5  # fixed noise, any place in a batch
+
+
+def test_diff_few_steps_are_the_releases():
+    """Five: calls at 0, 1, 20, 40, 60, read backwards; one: noised to t = 100 at once."""
+    prior, calls, g = diff_prior(), [], torch.Generator().manual_seed(0)
+    z, n = torch.randn(2, 1, 4, 8, 8, generator=g)
+    prior.unet.register_forward_pre_hook(lambda net, args: calls.append(args[:2]))
+    for steps, visited, x in (("5", [0, 1, 20, 40, 60], z),
+                              ("1", [100], prior.abar[100] ** 0.5 * z
+                               + (1 - prior.abar[100]) ** 0.5 * n)):
+        calls.clear()
+        maps = diffusion_features(prior, z, noise=lambda shape: n, steps=steps)
+        assert [t for _, t in calls] == visited
+        with torch.no_grad(), diff.decoder_maps(prior.unet) as levels:
+            prior.unet(x, visited[0], prior.texts[:1])
+        first = maps[2].unflatten(1, (2, len(visited), -1))[:, :, -1]  # two resnets, no attention
+        assert relative(first, torch.stack(levels[2][0], 1)) < 1e-5
 
 
 def test_diff_published_sizes():
@@ -2438,96 +1913,97 @@ def test_diff_published_sizes():
     assert [tuple(x.shape[1:]) for x in pyramid] == [(256, 128, 128), (512, 64, 64),
                                                      (1024, 32, 32), (2048, 16, 16)]
     assert model.decode_head(pyramid).shape == (1, 19, 128, 128)
-
-    def millions(net):
-        return round(sum(p.numel() for p in net.parameters()) / 1e6, 1)
-
-    assert [millions(f) for f in model.fusion] == [180.4, 45.1, 11.3]
-    assert millions(model.decoder) == 68.8
+    millions = [round(sum(p.numel() for p in net.parameters()) / 1e6, 1)
+                for net in (*model.fusion, model.decoder)]
+    assert millions == [180.4, 45.1, 11.3, 68.8]
 
 
 def test_diff_prior_is_frozen():
     """A training step leaves no gradient in the prior, which is neither a parameter nor saved."""
-    prior, (images, labels) = diff_prior(), diff_pictures()
+    prior = diff_prior()
     model = diff_model(prior)
-    model.loss(images, labels).backward()
+    model.loss(*diff_pictures()).backward()
     assert all(p.grad is not None for p in model.parameters())
     for net in (prior.unet, prior.vae):
         assert all(p.grad is None and not p.requires_grad for p in net.parameters())
-        assert not {id(p) for p in net.parameters()} & {id(p) for p in model.parameters()}
     assert {k.split(".")[0] for k in model.state_dict()} == {"fusion", "decoder", "decode_head"}
 
 
-def test_diff_branches_agree_where_texts_do():
-    """With "" as every class's prompt, wherever it lies, the label map tells nothing."""
+def test_diff_is_initialised_and_optimised_as_released():
+    """Fine decoder: Kaiming fan-out, no biases; AdamW decays all, with the head at ten times."""
+    model = diff_model(diff_prior())
+    for m in model.decoder.modules():
+        if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            fan_out = m.weight.shape[0] * m.weight[0, 0].numel()
+            assert m.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)
+            assert not m.bias.any()
+    rest, head = diff.parameter_groups(model, 6e-5, 0.01)
+    assert (rest["lr"], rest["weight_decay"]) == (6e-5, 0.01)
+    assert (head["lr"], head["weight_decay"]) == (pytest.approx(6e-4), 0.01)
+    assert set(head["params"]) == set(model.decode_head.parameters())
+    assert {*rest["params"], *head["params"]} == set(model.parameters())
+
+
+def test_diff_told_branch_runs_first():
+    """BatchNorm's running means after a loss: 0.1 (0.9 of the told branch + 1 of the other)."""
     prior, (images, labels) = diff_prior(), diff_pictures()
-    prior.texts[:] = prior.texts[:1].clone()
-    for steps, label in (("full", torch.full_like(labels, 3)), ("5", labels)):
-        model = diff_model(prior, steps=steps).eval()
-        for a, b in zip(model.extract(images, label), model.extract(images), strict=True):
-            assert relative(a, b) < 1e-4
-        assert relative(model.loss(images, label), 2 * diff.cross_entropy(
-            model.decode_head(model.features(images)), label)) < 1e-5
+    model = diff_model(prior, steps="5")
+    noise, tape = recorded(torch.randn)
+    model.loss(images, labels, noise)
+    maps = model.extract(images, torch.cat([torch.full_like(labels, 255), labels]), playback(tape))
+    plain, told = zip(*(m.chunk(2) for m in maps), strict=True)
+    branch = model.decode_head.fuse_layer.aspp_modules[0]
+    pyramids = [model.pyramid(half) for half in (told, plain)]
+    size = pyramids[0][0].shape[2:]
+    means = [branch.conv(torch.cat([embed(x, size) for embed, x in zip(
+        model.decode_head.embed_layers, pyramid, strict=True)], 1)).mean((0, 2, 3))
+        for pyramid in pyramids]
+    assert relative(means[0], means[1]) > 1e-2
+    assert relative(branch.bn.running_mean, 0.1 * (0.9 * means[0] + means[1])) < 1e-4
 
 
 def test_diff_label_masks_move_what_they_cover():
     """A class's prompt changes the latents inside its mask, and only there at first."""
-    prior, (_, labels) = diff_prior(), diff_pictures(size=32)
+    prior, (_, labels), seen = diff_prior(), diff_pictures(size=32), []
     rows, masks = diff.texts_and_masks(prior.classes, labels, (8, 8))
     assert rows == [[0, *(i for i, c in ((1, 3), (2, 5)) if (label == c).any())]
                     for label in labels]
-    assert masks.shape == (sum(map(len, rows)), 1, 8, 8) and (masks[0] == 1).all()
     assert torch.equal(masks[1, 0], (labels[0, ::4, ::4] == prior.classes[rows[0][1] - 1]).float())
-    seen = []
-    trunk = prior.unet.trunk
-    prior.unet.trunk = lambda x, *args, **named: seen.append(x) or trunk(x, *args, **named)
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    diffusion_features(prior, z, labels, steps="5")
-    told = seen[1][0]  # the first picture after one step
-    seen.clear()
-    diffusion_features(prior, z, steps="5")
+    prior.unet.register_forward_pre_hook(lambda net, args: seen.append(args[0][0]))
+    for told in (labels, None):
+        diffusion_features(prior, torch.ones(2, 4, 8, 8), told, steps="5")
     covered = (masks[1 : len(rows[0])].sum(0) > 0).expand(4, 8, 8)
-    moved = told != seen[1][0]
+    moved = seen[1] != seen[6]  # the first picture after one of five steps
     assert not moved[~covered].any() and moved[covered].float().mean() > 0.9
-    for steps, blind in (("5", False), ("direct", True)):  # without steps nothing is merged
-        maps = (diffusion_features(prior, z, y, steps=steps)[1] for y in (labels, labels.flip(1)))
-        assert torch.equal(*maps) == blind
 
 
 def test_diff_switches():
     """Each switch back to the release changes what it names and nothing else."""
-    _, labels = diff_pictures()
+    images, labels = diff_pictures()
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     eps, v = diff_prior(), diff_prior("v_prediction")
 
-    def run(prior, labels, *released, noise=None, steps="5"):
-        return diffusion_features(prior, z, labels, noise, steps=steps, released=released)
+    def run(prior, labels, *released):
+        torch.manual_seed(1)
+        return diffusion_features(prior, z, labels, torch.randn, steps="5", released=released)
 
     def equal(a, b):
         return all(map(torch.equal, a, b))
 
     assert equal(run(eps, labels), run(eps, labels, "v_as_eps"))
     assert not equal(run(v, labels), run(v, labels, "v_as_eps"))
-    assert equal(run(v, labels, steps="direct"), run(v, labels, "v_as_eps", steps="direct"))
+    assert equal(run(eps, None), run(eps, None, "own_noise"))  # one text: one draw in both
+    assert not equal(run(eps, labels), run(eps, labels, "own_noise"))
     for level, (a, b) in enumerate(zip(run(eps, None), run(eps, None, "sum_texts"), strict=True)):
         half = a.shape[1] // (2 if level < 2 else 1)  # the last level has no transformers
         assert torch.equal(a[:, :half], b[:, :half])
         assert torch.equal(2 * a[:, half:], b[:, half:])
-    assert equal(run(eps, None), run(eps, None, "own_noise"))
-    assert equal(run(eps, labels), run(eps, labels, "own_noise"))  # fixed: the same for everyone
-    a, b = (run(eps, labels, *released, noise=lambda shape: noise.repeat(2, 1, 1, 1)[: shape[0]])
-            for released in ((), ("own_noise",)))
-    assert not equal(a, b)
-
-    images, _ = diff_pictures()
     values, gradients = [], []
     for released in ((), ("undetached",)):
         model = diff_model(eps, released=released, steps="5").eval()  # no dropout
         torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-        value = model.loss(images, labels)
-        value.backward()
-        values.append(value.item())
+        values.append(model.loss(images, labels))
+        values[-1].backward()
         gradients.append(model.decode_head.conv_seg.weight.grad)
     assert values[0] == values[1] and relative(*gradients) > 1e-3
 
@@ -2542,9 +2018,8 @@ def test_diff_mixing_is_a_weighted_sum():
     want = sum(weights[m, s] * mixing.bottlenecks[m](maps[:, m, s])
                for m in range(2) for s in range(3))
     assert relative(mixing(maps.flatten(1, 3)), want) < 1e-5
-    prior, (images, labels) = diff_prior(), diff_pictures()
-    model = diff_model(prior, fusion="mixing", steps="5", ipkl=False)
-    model.loss(images, labels).backward()
+    model = diff_model(diff_prior(), fusion="mixing", steps="5", ipkl=False)
+    model.loss(*diff_pictures()).backward()
     assert all(f.mixing_weights.grad.abs().sum() > 0 for f in model.fusion)
 
 
@@ -2555,8 +2030,6 @@ def test_diff_files(tmp_path):
     model.save_pretrained(tmp_path / "a")
     again = Diff.from_pretrained(tmp_path / "a", prior)
     assert again.config == model.config and torch.equal(again(images), model(images))
-    assert not any(k.startswith(("prior", "unet", "vae")) for k in load_file(
-        tmp_path / "a" / "model.safetensors"))
     model.save_pretrained(tmp_path / "half", torch.float16)
     assert relative(Diff.from_pretrained(tmp_path / "half", prior)(images), model(images)) < 0.01
     half = diff_prior("v_prediction")
@@ -2564,62 +2037,22 @@ def test_diff_files(tmp_path):
     assert half.hash == prior.hash  # signs outlive rounding
     assert Diff.from_pretrained(tmp_path / "a", half)(images).dtype == torch.float32
     for other in (diff_prior("v_prediction", seed=1), diff_prior()):
-        with pytest.raises(ValueError, match="trained on the features of prior"):
+        with pytest.raises(diff.FileError, match="trained on the features of prior"):
             Diff.from_pretrained(tmp_path / "a", other)
     SegFormer(SegFormerConfig(**segformer.PRESETS["tiny"])).save_pretrained(tmp_path / "mit")
-    with pytest.raises(ValueError, match="no DIFF segmenter"):
+    with pytest.raises(diff.FileError, match="no DIFF segmenter"):
         Diff.from_pretrained(tmp_path / "mit", prior)
-    with pytest.raises(ValueError, match="no whole segmenter|of None"):
+    with pytest.raises(segformer.FileError, match="no whole segmenter|of None"):
         SegFormer.from_pretrained(tmp_path / "a")
-
-
-def test_diff_cache(tmp_path, monkeypatch):
-    """Features on disk are those once computed; those of another prior or setting are refused."""
-    prior, (images, labels) = diff_prior(), diff_pictures()
-    options = dict(**diff.PRESETS["tiny"], steps="5")
-    model, plain = (Diff(DiffConfig(**options), prior, cache=c).eval() for c in (tmp_path, None))
-    want = plain.extract(images, labels), plain.extract(images)
-    for _ in range(2):
-        for have, maps in zip((model.extract(images, labels), model.extract(images)), want,
-                              strict=True):
-            assert all(relative(a, b) < 1e-5 for a, b in zip(have, maps, strict=True))
-        monkeypatch.setattr(model, "compute", None)  # the second time it cannot be called
-    assert len(list(tmp_path.glob("*.safetensors"))) == 4
-    model.train()
-    assert model.loss(images, labels).isfinite()
-    Diff(DiffConfig(**options, released=("undetached",)), prior, tmp_path)  # not of the features
-    for config, other, what in ((DiffConfig(**{**options, "steps": "1"}), prior, "steps"),
-                                (DiffConfig(**options), diff_prior(seed=1), "prior")):
-        with pytest.raises(ValueError, match=f"features of another {what}"):
-            Diff(config, other, tmp_path)
-
-
-def test_diff_cache_of_the_commands(tmp_path, capsys, monkeypatch):
-    """Measured again with --diff-cache no feature is computed; scores are those without it."""
-    out, cache = ["--out", str(tmp_path / "run")], ["--diff-cache", str(tmp_path / "cache")]
-    assert main(["segment", "train", *DIFF_RUN, "--steps", "1", *out]) == 0
-    measure, scores = ["segment", "eval", "--eval-data", "toy:night:1", *out], []
-    for flags in ([], cache, cache):
-        assert main([*measure, *flags]) == 0
-        scores.append((tmp_path / "run" / "eval.json").read_text())
-        if flags:
-            monkeypatch.setattr(Diff, "compute", None)
-    plain, kept = (np.array(json.loads(x)["toy:night:1"]["confusion"]) for x in scores[:2])
-    assert scores[1] == scores[2]
-    assert np.abs(plain - kept).sum() <= 4 < kept.sum()  # two ties that rounding breaks
-    refuses(capsys, [*measure, *cache, "--precision", "bf16"], "features of another precision")
-    refuses(capsys, ["segment", "train", *DIFF_RUN, *cache], "--diff-cache", "new crops")
-    refuses(capsys, [*measure, *cache, "--weights", str(HERE / "toy" / "segformer")], "SegFormer")
 
 
 def test_diff_sizes_and_errors():
     """Any size of picture gives logits of half its sides, rounded up; bad settings are named."""
     model = diff_model(diff_prior(), num_classes=5, steps="1").eval()
-    with torch.no_grad():
-        for H, W in ((32, 48), (33, 47), (64, 17)):
-            assert model(torch.rand(1, 3, H, W)).shape == (1, 5, -(-H // 2), -(-W // 2))
-        images, labels = diff_pictures(size=32)
-        assert torch.equal(model(images), model.decode_head(model.features(images)))
+    for H, W in ((32, 48), (33, 47), (64, 17)):
+        assert model(torch.rand(1, 3, H, W)).shape == (1, 5, -(-H // 2), -(-W // 2))
+    images, labels = diff_pictures(size=32)
+    assert torch.equal(model(images), model.decode_head(model.features(images)))
     for images in (torch.rand(1, 3, 40, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="divisible by 16"):
             model.features(images)
@@ -2640,96 +2073,35 @@ def test_diff_prior_of_models():
     assert torch.equal(prior.abar, diff.sd_abar()) and prior.texts.shape == (6, 77, 96)
     assert torch.equal(prior.texts[0], models.encode_prompts([""])[1, 0])
     assert diff.class_prompts(["sky", "wall"])[1].startswith("A high quality photo; europe city; w")
-    model = Diff(DiffConfig(**diff.PRESETS["tiny"], steps="1"), prior).eval()
-    assert model(torch.rand(1, 3, 64, 128)).shape == (1, 19, 32, 64)
 
 
 DIFF_RUN = ["--backbone", "diff", "--data", "toy:sunny:4", "--batch", "1", "--diff-steps", "1"]
 
 
-def test_diff_command_trains_resumes_and_measures(tmp_path, capsys):
-    """2 + 2 updates give bit for bit the weights of 4; files hold no prior; the other verbs run."""
-    flags = ["segment", "train", *DIFF_RUN, "--ema", "0.5", "--save-dtype", "fp32",
-             "--lr-schedule", "constant", "--out"]
-    for name, steps in (("whole", ["4"]), ("parts", ["2", "4"])):
-        for n in steps:
-            assert main([*flags, str(tmp_path / name), "--steps", n]) == 0
-    whole, parts = (load_file(tmp_path / name / "segformer" / "model.safetensors")
-                    for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    saved = torch.load(tmp_path / "parts" / "checkpoints" / "segformer.pt", weights_only=True)
-    assert {"model." + k for k in whole} == saved["nets"].keys()
-    assert all(k.startswith(("fusion.", "decoder.", "decode_head.")) for k in whole)
-    refuses(capsys, [*flags, str(tmp_path / "parts"), "--diff-steps", "5"], "diff_steps")
-
-    out = ["--out", str(tmp_path / "parts")]  # all three verbs: nothing left to train, then eval
-    assert main(["segment", *flags[2:-1], "--steps", "4", *out, "--eval-data", "toy:night:1"]) == 0
-    result = json.loads((tmp_path / "parts" / "eval.json").read_text())["toy:night:1"]
-    assert main(["segment", "eval", *out, "--eval-data", "toy:night:1"]) == 0
-    assert json.loads((tmp_path / "parts" / "eval.json").read_text())["toy:night:1"] == result
+def test_diff_command_trains_and_measures(tmp_path, capsys):
+    """`segment train` writes a model without the prior, which `eval` and `predict` find."""
+    out, train = tmp_path / "run", ["segment", "train", *DIFF_RUN, "--steps", "2"]
+    assert main([*train, "--out", str(out)]) == 0
+    keys = load_file(out / "segformer" / "model.safetensors").keys()
+    assert {k.split(".")[0] for k in keys} == {"fusion", "decoder", "decode_head"}
+    refuses(capsys, [*train, "--out", str(out), "--diff-steps", "5"], "diff_steps")
+    assert main(["segment", "eval", "--out", str(out), "--eval-data", "toy:night:1"]) == 0
+    result = json.loads((out / "eval.json").read_text())["toy:night:1"]
     assert np.sum(result["confusion"]) > 128 * 256 * 0.9
     Image.fromarray(streets.toy_street(0, size=(70, 130))[0]).save(tmp_path / "a.png")
-    assert main(["segment", "predict", str(tmp_path / "a.png"), *out]) == 0
-    label = tmp_path / "parts" / "predictions" / "a_labelTrainIds.png"
-    assert data.read_label(label).shape == (70, 130)
-
-
-@pytest.mark.parametrize("sd", SD_LIKE)
-def test_diff_command_on_stable_diffusion_folders(sd, tmp_path, monkeypatch):
-    """UNets of four levels and a VAE of factor 8, with the noise or v as output, as SD 1 and 2."""
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1,
-                          norm_num_groups=8, cross_attention_dim=24, **{
-                              k: tuple(v) if isinstance(v, list) else v
-                              for k, v in SD_LIKE[sd].items()}))
-    kind = {"sd1": "epsilon", "sd2": "v_prediction"}[sd]
-    models = replace(tiny_models(), unet=net, controlnet=ControlNet.from_unet(net, 20),
-                     vae=VAE(VAEConfig(block_out_channels=(8,) * 4, layers_per_block=1,
-                                       norm_num_groups=4)), schedule=Schedule(prediction_type=kind))
-    flags = ["--sd", str(write_sd_folder(tmp_path / "sd", models)), "--out", str(tmp_path / "run")]
-    monkeypatch.setitem(diff.PRESETS, "sd", diff.PRESETS["tiny"])
-    assert main(["segment", *DIFF_RUN, *flags, "--crop", "64x128", "--steps", "1", "--arch",
-                 "daformer", "--eval-data", "toy:sunny:1"]) == 0
-    config = json.loads((tmp_path / "run" / "segformer" / "config.json").read_text())
-    assert config["head"] == "daformer" and config["steps"] == "1"
+    assert main(["segment", "predict", str(tmp_path / "a.png"), "--out", str(out)]) == 0
+    assert data.read_label(out / "predictions" / "a_labelTrainIds.png").shape == (70, 130)
 
 
 def test_diff_command_refuses(tmp_path, capsys):
-    """Another prior, a UNet too small, HRDA, MiT weights and odd crops end with one sentence."""
+    """HRDA, MiT weights, odd crops and a UNet too small end with one sentence, before training."""
     train = ["segment", "train", *DIFF_RUN, "--steps", "1", "--out", str(tmp_path / "run")]
     refuses(capsys, [*train, "--arch", "hrda"], "--arch segformer or daformer")
     refuses(capsys, [*train, "--pretrained", "mit_b5.pth"], "--pretrained")
     refuses(capsys, [*train, "--crop", "60x100"], "60x100", "multiples of 16")
-    refuses(capsys, [*train, "--sd", "nowhere"], "nowhere")
     small = write_sd_folder(tmp_path / "small", tiny_models())
     refuses(capsys, [*train, "--sd", str(small)], "three levels")
     assert not (tmp_path / "run").exists()
-    assert main(train) == 0
-    other = tmp_path / "other"
-    shutil.copytree(HERE / "toy", other)
-    net = UNet.from_pretrained(other / "unet_source")  # U^S is another prior than U^P
-    net.save_pretrained(other / "unet")
-    measure = ["segment", "eval", "--out", str(tmp_path / "run"), "--eval-data", "toy:sunny:1"]
-    refuses(capsys, [*measure, "--sd", str(other)], "trained on the features of prior")
-    refuses(capsys, [*measure, "--sd", str(small)], "three levels")
-
-
-def test_diff_command_with_other_classes(tmp_path):
-    """Only classes with a description get a prompt; logits and metric have the file's classes."""
-    file = tmp_path / "classes.json"
-    file.write_text(json.dumps({"names": ["ship", "wall"], "colours": [[9, 0, 0], [0, 9, 0]],
-                                "ids": {"5": 0, "7": 1}}))
-    image, label = streets.toy_street(0)
-    data_png(tmp_path / "set/images/0.png", image)
-    data_png(tmp_path / "set/labels/0.png", np.where(label < 5, 5, 7).astype(np.uint8))
-    flags = ["--classes", str(file), "--data", str(tmp_path / "set"), "--eval-data",
-             str(tmp_path / "set"), "--out", str(tmp_path / "run"), "--crop", "64x128"]
-    prior = dginstyle.load_prior(dginstyle.settings("segment", *flags),
-                                 data.Classes.from_json(file))
-    assert prior.classes == (1,) and len(prior.texts) == 2
-    assert main(["segment", "--backbone", "diff", "--diff-steps", "1", *flags, "--steps", "1"]) == 0
-    result = json.loads((tmp_path / "run" / "eval.json").read_text())[str(tmp_path / "set")]
-    assert {k for k in result if k.startswith("IoU")} == {"IoU.ship", "IoU.wall"}
 
 
 # ---- dginstyle.py --------------------------------------------------------------------------------
@@ -2774,28 +2146,17 @@ def test_samplers_equal_diffusers(prediction, spacing, offset, to_one, tmp_path)
         same_steps(solver, solver.timesteps, theirs, n, 1e-5)
 
 
-def test_ddim_with_the_true_noise_recovers_the_picture():
-    """If the network knew the noise, DDIM would end at x_0 with the last level's noise."""
-    schedule, g = Schedule(), torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 4, 8, 8, generator=g)
-    x = schedule.add_noise(x0, eps, 951)
-    for t, t_prev in schedule.timesteps(20):
-        x = schedule.step(eps, x, t, t_prev)
-    assert relative(x, schedule.add_noise(x0, eps, -1)) < 1e-4
-    for t, value in ((0, 0.99915), (501, 0.274999), (951, 0.008155), (999, 0.004660)):
-        assert abs(schedule.abar_at(t) - value) < 1e-5
-
-
 def test_style_swap():
-    """1 is the prior itself, 0 the source itself, between them the weights are mixed linearly."""
+    """1 is the prior itself, 0 has the source's weights, between them they are mixed linearly."""
     source, prior = tiny_models(0).unet, tiny_models(9).unet
-    assert style_swap(source, prior) is prior and style_swap(source, prior, 0.0) is source
-    mixed = style_swap(source, prior, 0.25)
-    a, b, c = (m.mid_block.resnets[0].conv1.weight for m in (source, prior, mixed))
-    assert torch.allclose(c, 0.75 * a + 0.25 * b, atol=1e-7)
+    assert style_swap(None, prior) is prior
+    for ratio in (0.0, 0.25):
+        mixed = style_swap(source, prior, ratio)
+        for a, b, c in zip(*(m.parameters() for m in (source, prior, mixed)), strict=True):
+            assert torch.allclose(c, (1 - ratio) * a + ratio * b, atol=1e-7)
     other = UNet(replace(source.config, cross_attention_dim=32))
     with pytest.raises(ValueError, match="one architecture"):
-        style_swap(source, other)
+        style_swap(source, other, 0.5)
 
 
 def test_tiles_cover():
@@ -2828,13 +2189,13 @@ def literal_second_pass(models, latents, mask, hint, text, noise, steps, stride,
         value, count = torch.zeros_like(x), torch.zeros_like(x)
         for i in range(0, h - wh + 1, stride):
             for j in range(0, w - ww + 1, stride):
-                part = x[:, :, i : i + wh, j : j + ww]
+                tile = x[:, :, i : i + wh, j : j + ww]
                 piece = hint[:, :, f * i : f * (i + wh), f * j : f * (j + ww)]
-                eps = [models.unet(part, t, c, models.controlnet(part, t, c, piece)) for c in text]
+                eps = [models.unet(tile, t, c, models.controlnet(tile, t, c, piece)) for c in text]
                 eps = eps[0] + 5.0 * (eps[1] - eps[0])
                 a = s.abar[t]
                 b = s.abar[max(t - 1000 // steps, 0)]
-                x0 = (part - (1 - a).sqrt() * eps) / a.sqrt()
+                x0 = (tile - (1 - a).sqrt() * eps) / a.sqrt()
                 value[:, :, i : i + wh, j : j + ww] += b.sqrt() * x0 + (1 - b).sqrt() * eps
                 count[:, :, i : i + wh, j : j + ww] += 1
         x = value / count
@@ -2872,49 +2233,20 @@ def test_second_pass_equals_the_literal_loop(size, kept, official):
     assert relative(have, want) < 1e-5
 
 
-def test_second_pass_from_part_of_the_noise():
-    """start below 1: only the steps below that level are made, from the enlarged first pass with
-    the initial noise at the first of them."""
-    models, seen = tiny_models(), []
-    latents, text = torch.randn(1, 4, 8, 8), models.encode_prompts(["road"])
-    hint, mask = torch.zeros(1, 20, 32, 32), torch.zeros(1, 1, 32, 32)
-    predict = models.predict
-    models.predict = lambda x, t, *a: (seen.append(x), predict(x, t, *a))[1]
-    noise = torch.randn(1, 4, 16, 16)
-    dginstyle.second_pass(models, latents, mask, hint, text, lambda shape: noise, steps=4,
-                          start=0.6, window=(16, 16))
-    want = models.schedule.add_noise(dginstyle.enlarge(models.vae, latents), noise, 501)
-    assert len(seen) == 3 and relative(seen[0], want) < 1e-6  # t = 501, 251, 1
-
-
-def test_encoded_inputs_equal_plain_ones():
-    """Keys and values, time embedding and hint encoded beforehand give what plain inputs give, and
-    a text row that serves several samples equals that row repeated."""
-    models, g = tiny_models(), torch.Generator().manual_seed(1)
-    x, hint = torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, 20, 32, 32, generator=g).round()
-    text = models.encode_prompts(["road", "sky car"])
-    rows = text.repeat_interleave(2, dim=1)
-    with torch.no_grad():
-        encoded = models.controlnet.encode_hint(hint)
-        for cond in (1.0, 0.4, 0.0):
-            want = models.predict(x, 7, rows, hint, 5.0, 0.7, cond)
-            have = models.predict(x, models.encode_time(7), models.encode_text(text),
-                                  encoded, 5.0, 0.7, cond)
-            assert relative(have, want) < 1e-5
-
-
-@pytest.mark.parametrize("guidance, share", [(1, 1.0), (0, 1.0), (3, 0.0), (3, 0.4), (3, 1.0)])
+@pytest.mark.parametrize("guidance, share", [(1, 1.0), (0, 1.0), (3, 0.0), (3, 0.4)])
 def test_guidance(guidance, share):
     """out_u + guidance (out_c - out_u), with and without control, of which control_uncond is the
-    share that the unguided half gets."""
+    share that the unguided half gets; a row of text serves several samples."""
     models, g = tiny_models(), torch.Generator().manual_seed(1)
-    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
+    x, hint = torch.randn(4, 4, 8, 8, generator=g), torch.rand(4, 20, 32, 32, generator=g).round()
     text = models.encode_prompts(["road", "sky car"], "fog")
     with torch.no_grad():
-        weak = models.controlnet(x, 7, text[0], hint, share)
-        control = models.controlnet(x, 7, text[1], hint)
-        for given, both in ((hint, (weak, control)), (None, (None, None))):
-            u, c = (models.unet(x, 7, t, part) for t, part in zip(text, both, strict=True))
+        rows = text.repeat_interleave(2, dim=1)
+        weak = models.controlnet(x, 7, rows[0], hint, share)
+        control = models.controlnet(x, 7, rows[1], hint)
+        for given, both in ((models.encode_hint(hint), (weak, control)), (None, (None, None))):
+            u, c = (models.unet(x, 7, t, residuals)
+                    for t, residuals in zip(rows, both, strict=True))
             have = models.predict(x, 7, text, given, guidance, control_uncond=share)
             assert relative(have, u + guidance * (c - u)) < 1e-5
 
@@ -2937,81 +2269,16 @@ def test_tone_of_the_prior(kind):
     assert relative(dginstyle.match_tone(schedule, out, out, x, 700, 1.0), out) < 1e-4
 
 
-def test_prior_tone_reaches_every_window():
-    """With --prior-tone 1 a first step gives each image the channel means that it has without
-    control, which it has not otherwise."""
-    models, g = tiny_models(), torch.Generator().manual_seed(1)
-    x, hint = torch.randn(2, 4, 8, 8, generator=g), torch.rand(2, 20, 32, 32, generator=g).round()
-    text = models.encode_prompts(["road", "sky car"])
-    both, control, free = (
-        next(dginstyle.denoise(models, x, text, control, steps=2, control_scale=1e3,
-                               prior_tone=tone))
-        for control, tone in ((hint, 1.0), (hint, 0.0), (None, 1.0)))
-    tones = [v.mean((2, 3)) for v in (both, control, free)]
-    assert relative(tones[0], tones[2]) < 1e-5 and relative(tones[1], tones[2]) > 1e-3
-
-
 @pytest.mark.parametrize("weights", ["uniform", "cosine"])
 def test_window_weights_are_a_partition(weights, monkeypatch):
-    """Windows that agree give what one of them says, whatever their weights: a constant output
-    stays constant."""
-    assert dginstyle.window_weights(weights, (5, 8)).min() > 0
-    models = tiny_models()
-    outs = []
-    monkeypatch.setattr(models.schedule.__class__, "step", lambda self, out, *a: outs.append(out))
+    """Windows that agree give what one of them says, whatever their weights."""
+    models, outs = tiny_models(), []
+    monkeypatch.setattr(Schedule, "step", lambda self, out, *a: outs.append(out))
     monkeypatch.setattr(Models, "predict", lambda self, x, *a: torch.full_like(x, 0.3))
     x = torch.zeros(2, 4, 19, 24)
     next(denoise(models, x, models.encode_prompts(["road", ""]), steps=1, window=(8, 8),
                  stride=(5, 8), weights=weights))
     assert (outs[0] - 0.3).abs().max() < 1e-6
-
-
-def test_nets_take_turns_on_the_device(monkeypatch):
-    """With low_vram a net is on the device for its turn only, and its weights come back untouched
-    (float64 stands in for a GPU)."""
-    models = tiny_models()
-    monkeypatch.setattr(Models, "device", torch.float64)
-    names = ("unet", "controlnet", "vae", "text_encoder")
-    nets = {name: getattr(models, name) for name in names}
-    before = {name: [(p, p.data) for p in net.parameters()] for name, net in nets.items()}
-    with models.on_device("unet", "controlnet"):
-        there = [name for name, net in nets.items()
-                 if all(p.dtype == torch.float64 for p in net.parameters())]
-    assert there == ["unet", "controlnet"]
-    for name, net in nets.items():
-        for p, (q, home) in zip(net.parameters(), before[name], strict=True):
-            assert p is q and p.data_ptr() == home.data_ptr()
-
-
-def test_compiled_nets_are_compiled_once():
-    """--compile: no graph breaks, and one graph a network for any number of windows in a call."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    models, graphs, g = tiny_models(), CompileCounterWithBackend("eager"), torch.Generator()
-    text, hint, mask = models.encode_prompts(["road"]), torch.zeros(1, 20, 32, 32), torch.zeros(1)
-    latents = torch.randn(1, 4, 8, 8, generator=g.manual_seed(0))
-
-    def run(n):
-        return dginstyle.second_pass(models, latents, mask.expand(1, 1, 32, 32), hint, text,
-                                     Noise([0]), steps=2, stride="half", tile_batch=n)
-
-    plain = run(5)
-    dginstyle.compile_nets(models, graphs)
-    for n in (5, 7, 3):  # 5 + 4, 7 + 2 and 3 + 3 + 3 windows; the CPU has another graph from 8 on
-        assert relative(run(n), plain) < 1e-5
-    assert graphs.frame_count == 2 and not counters["graph_break"]
-
-
-def test_denoise_yields_every_step_and_writes_no_argument():
-    """One latent per step; the caller's tensors are left as they were."""
-    models = tiny_models()
-    x, hint = torch.randn(1, 4, 8, 8), torch.ones(1, 20, 32, 32)
-    before = x.clone()
-    states = list(denoise(models, x, models.encode_prompts([""]), hint, steps=3))
-    assert len(states) == 3 and not torch.equal(states[0], states[1])
-    assert torch.equal(x, before) and torch.equal(hint, torch.ones_like(hint))
 
 
 # ----------------------------------------------------------------------------------------- generate
@@ -3029,24 +2296,73 @@ def street_set(folder, names, size=(128, 256)):
 
 
 def files(folder):
+    """{name: bytes} of all files below a folder."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file()}
 
 
+def pixels(folder):
+    """{name: array} of the pictures in a folder."""
+    return {p.name: np.asarray(Image.open(p)) for p in sorted(folder.iterdir())}
+
+
+def exit_code(argv, command=main):
+    """What a command line ends with, in this process."""
+    try:
+        return command(list(map(str, argv)))
+    except SystemExit as error:  # argparse
+        return error.code
+
+
 def refuses(capsys, argv, *words):
     """The command ends with 2 and one sentence on stderr that holds these words."""
-    try:
-        code = main(argv)
-    except SystemExit as error:  # argparse
-        code = error.code
+    code = exit_code(argv)
     said = capsys.readouterr().err.strip().split("\n")[-1]
     assert code == 2, said
     assert all(w in said for w in words), said
     assert "Traceback" not in said
 
 
+def dies_in(monkeypatch, module, name, call, what):
+    """From now on call number `call` of module.name does `what` before its work."""
+    real, calls = getattr(module, name), []
+
+    def wrapped(*args, **options):
+        calls.append(name)
+        if len(calls) == call:
+            what()
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+def kill_when(exists, words):
+    """A command in a process of its own, killed with SIGKILL once exists() is true."""
+    process = subprocess.Popen(
+        [sys.executable, HERE / "dginstyle.py", *map(str, words)], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    while process.poll() is None and not exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+def two_processes(words):
+    """A script and its words as the two processes that torchrun would start."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "WORLD_SIZE": "2",
+           "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    running = [subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL,
+                                env={**env, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    assert [process.wait() for process in running] == [0, 0]
+
+
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
+    """A run of QUICK in the toy pack."""
     out = tmp_path_factory.mktemp("generate") / "run"
     assert main(["generate", *QUICK, "--out", str(out)]) == 0
     return out
@@ -3068,309 +2384,196 @@ def test_generate_writes_all_it_promises(generated):
     assert len(pairs) == 2 and pairs.layout == "generated"
 
 
-def test_pictures_stand_before_or_after_the_flags_of_predict(capsys):
-    """And nowhere else: a folder that another command would not read is refused."""
-    for words in (("a.png", "b.png", "--batch", "2"), ("a.png", "--batch", "2", "b.png"),
-                  ("--batch", "2", "a.png", "b.png")):
-        args = dginstyle.build_parser().parse_args(["segment", "predict", *words])
-        assert args.images == ["a.png", "b.png"] and args.batch == 2
-    for words in ("segment train runs/night", "segment eval --batch 2 runs/night",
-                  "generate runs/night"):
-        refuses(capsys, words.split(), "runs/night")
-
-
-def test_generate_again_finishes_what_is_missing(generated, tmp_path):
-    """A picture that lost its end, a label or a preview that is gone come back with the same bytes;
-    a run that is complete is left alone."""
+def test_generate_again_makes_what_is_missing(generated, tmp_path):
+    """Half a picture, a lost label and preview, half a row: the same command restores the run, and
+    leaves a complete one alone."""
     out = tmp_path / "run"
     shutil.copytree(generated, out)
     before = files(out)
-    for k, folder in enumerate(("images", "labels", "vis")):
-        lost = sorted((out / folder).iterdir())[k % 2]
-        if folder == "images":
-            lost.write_bytes(lost.read_bytes()[:-9])
-        else:
-            lost.unlink()
-        assert main(["generate", *QUICK, "--out", str(out)]) == 0
-        assert files(out) == before
-    stamp = lost.stat().st_mtime_ns
+    (image, _), (label, _), (_, strip) = (
+        sorted((out / folder).iterdir()) for folder in ("images", "labels", "vis"))
+    image.write_bytes(image.read_bytes()[:-9])
+    label.unlink()
+    strip.unlink()
+    first, second = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_text(first + second[:40])
     assert main(["generate", *QUICK, "--out", str(out)]) == 0
-    assert lost.stat().st_mtime_ns == stamp
+    assert files(out) == before
+    stamp = image.stat().st_mtime_ns
+    assert main(["generate", *QUICK, "--out", str(out)]) == 0
+    assert image.stat().st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize("flags, size", [
-    (["--size", "80x144", "--label-height", "128"], (144, 80)),
-    (["--no-mrlf", "--swap", "0.5", "--no-rcs"], (128, 64)),
-    (["--renoise", "official", "--stride", "4x8"], (128, 64)),
-    (["--no-mrlf", "--window", "8x16"], (128, 64))])
-def test_generate_takes_label_maps_of_any_kind(flags, size, tmp_path):
-    """Pairs or label maps alone, larger than the window, in other sizes than it, without MRLF and
-    with a mixed swap."""
-    root = street_set(tmp_path / "set", "ab", (256, 512))
-    root = root / "labels" if "--window" in flags else root
+def test_a_killed_generate_makes_the_images_of_a_whole_run(tmp_path):
+    """kill -9 after the first image: the same command ends with the images of an undisturbed run,
+    of which those that were finished are not made again."""
+    words = ["generate", "--steps", "2", "--num", "5", "--no-mrlf", "--batch", "1", "--data",
+             "toy:sunny:40", "--out"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "parts"
+    kill_when(lambda: any(out.glob("vis/*.png")), [*words, out])
+    finished = {p: p.stat().st_mtime_ns for p in out.glob("vis/*.png")}
+    assert 1 <= len(finished) < 5
+    assert main([*words, str(out)]) == 0
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in finished.items())
+    for folder in ("images", "labels", "vis"):
+        want, have = (pixels(tmp_path / run / folder) for run in ("whole", "parts"))
+        assert want.keys() == have.keys() and all(np.array_equal(want[k], have[k]) for k in want)
+    rows = [(tmp_path / run / "manifest.jsonl").read_text() for run in ("whole", "parts")]
+    assert rows[0] == rows[1] and not list(out.rglob("*.part"))
+
+
+@pytest.mark.parametrize("flags, data_set, made", [
+    (["--size", "80x144"], (256, 512), (144, 80)),
+    (["--no-mrlf", "--swap", "0.5", "--no-rcs"], (40, 100), (128, 64)),
+    (["--renoise", "official", "--stride", "4x8", "--labels-alone"], (256, 512), (128, 64))])
+def test_generate_takes_label_maps_of_any_kind(flags, data_set, made, tmp_path):
+    """Pairs or label maps alone, larger and smaller than the window, in another size than it,
+    without MRLF and with a mixed swap."""
+    root = street_set(tmp_path / "set", "ab", data_set)
+    if "--labels-alone" in flags:
+        root, flags = root / "labels", flags[:-1]
     out = tmp_path / "out"
-    assert main(["generate", *QUICK, "--data", str(root), "--out", str(out), "--steps", "1",
+    assert main(["generate", "--num", "2", "--steps", "1", "--data", str(root), "--out", str(out),
                  *flags]) == 0
-    assert [Image.open(f).size for f in (out / "images").iterdir()] == [size] * 2
-    for row in map(json.loads, open(out / "manifest.jsonl")):
-        assert row["settings"]["mrlf"] is ("--no-mrlf" not in flags)
+    assert [Image.open(f).size for f in (out / "images").iterdir()] == [made] * 2
+    labels = (set(np.unique(data.read_label(f)).tolist()) for f in (out / "labels").iterdir())
+    known = (set(np.unique(streets.toy_street(k, size=data_set)[1]).tolist()) for k in range(2))
+    assert set().union(*labels) <= set().union(*known)
 
 
-def test_batches_do_not_change_a_byte(tmp_path):
-    """Every image draws its own noise: on one thread they are the same bytes for any --batch and
-    --tile-batch."""
+def test_an_image_is_the_same_alone_and_in_a_batch(tmp_path, monkeypatch):
+    """Every image draws its own noise: on one thread --batch and the number of windows in a network
+    call change no pixel."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, flags in (("a", ["--batch", "2"]), ("b", ["--batch", "1", "--tile-batch", "5"])):
-            assert main(["generate", *QUICK, *flags, "--out", str(tmp_path / name)]) == 0
+        assert main(["generate", *QUICK, "--batch", "2", "--out", str(tmp_path / "a")]) == 0
+        monkeypatch.setattr(dginstyle, "windows_that_fit", lambda *_: 5)
+        assert main(["generate", *QUICK, "--batch", "1", "--out", str(tmp_path / "b")]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert files(tmp_path / "a" / "images") == files(tmp_path / "b" / "images")
+    a, b = (pixels(tmp_path / run / "images") for run in "ab")
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 def test_processes_make_the_images_of_one(generated, tmp_path):
-    """torchrun shards the list, also over more processes than images: same files, same labels,
-    images equal up to rounding."""
+    """Two processes share the list: same files, same labels, images equal up to rounding."""
     out = tmp_path / "run"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "--",
-                    str(HERE / "dginstyle.py"), "generate", *QUICK, "--batch", "1", "--out",
-                    str(out)], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two_processes([HERE / "dginstyle.py", "generate", *QUICK, "--batch", "1", "--out", out])
     assert set(files(out)) == set(files(generated))
     assert (out / "manifest.jsonl").read_text() == (generated / "manifest.jsonl").read_text()
-    for name in (p.name for p in (generated / "images").iterdir()):
-        a, b = (np.asarray(Image.open(f / "images" / name)).astype(int) for f in (generated, out))
-        assert np.abs(a - b).max() <= 2
-
-
-def test_one_process_counts_the_classes(monkeypatch):
-    """Under torchrun the first process counts and tells the others, which read no label."""
-    args, counts = dginstyle.settings("generate"), np.array([[100, 0, 50], [0, 100, 0]])
-    told = []
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", told.append)
-    monkeypatch.setattr(dginstyle, "ranks", lambda device: (0, 2))
-    monkeypatch.setattr(data, "class_counts", lambda pairs, on_error: counts)
-    first = dginstyle.rare_class_sampler("pairs", args)
-    monkeypatch.setattr(dginstyle, "ranks", lambda device: (1, 2))
-    monkeypatch.setattr(data, "class_counts", lambda pairs: pytest.fail("counted twice"))
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list",
-                        lambda box: box.__setitem__(0, told[0][0]))
-    assert np.array_equal(dginstyle.rare_class_sampler("pairs", args).p, first.p)
-
-
-def test_a_killed_runs_manifest_is_taken_up(generated, tmp_path):
-    """Half a line, half a file and the rows of a process that is gone: one row an image."""
-    out = tmp_path / "run"
-    shutil.copytree(generated, out)
-    whole = (out / "manifest.jsonl").read_text()
-    first, second = whole.splitlines(keepends=True)
-    (out / "manifest.jsonl").write_text(first + second[:40])
-    (out / "manifest.3.part").write_text(second)
-    (out / "manifest.jsonl.part").write_text(first[:20])  # killed while merging
-    assert main(["generate", *QUICK, "--out", str(out)]) == 0
-    assert (out / "manifest.jsonl").read_text() == whole
-    assert not list(out.glob("*.part"))
+    a, b = (pixels(run / "images") for run in (generated, out))
+    assert all(np.abs(a[k].astype(int) - b[k]).max() <= 2 for k in a)
 
 
 def test_a_signal_ends_generate_at_once(tmp_path, monkeypatch, capsys):
     """Ctrl-C in the second batch: 130, one image with its row, nothing half written."""
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        dies_in(patch, dginstyle, "make_images", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert main(["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    dies_in(monkeypatch, dginstyle, "make_images", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)]) == 130
+    assert "resume" in capsys.readouterr().err
     assert len((out / "manifest.jsonl").read_text().splitlines()) == 1
-    assert sorted(f.name for f in out.iterdir()) == ["images", "labels", "manifest.jsonl",
-                                                     "settings.json", "vis"]
+    assert len(list((out / "images").iterdir())) == 1 and not list(out.rglob("*.part"))
 
 
-def test_a_folder_that_vanishes_stays_away(tmp_path, monkeypatch, capsys):
-    """OUT deleted in the middle of generate: a sentence, not a new folder with half a run in it."""
-    out = tmp_path / "run"
-    dies_in(monkeypatch, dginstyle, "make_images", 2, lambda: shutil.rmtree(out))
-    refuses(capsys, ["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)], "run")
-    assert not out.exists()
-
-
-def test_what_is_no_number_is_not_saved(tmp_path, monkeypatch, capsys):
-    """Latents with a NaN: the image is named and left out, or the run stops before it."""
-    real = dginstyle.sample
-
-    def sample(*args):
-        latents = real(*args)
-        latents[1, 0, 0, 0] = float("nan")
-        return latents
-
-    monkeypatch.setattr(dginstyle, "sample", sample)
-    words = ["generate", *QUICK, "--no-mrlf", "--batch", "2", "--out"]
-    refuses(capsys, [*words, str(tmp_path / "stop")], "000001", "seed", "no longer")
+def test_nan_latents_are_not_saved(tmp_path, monkeypatch, capsys):
+    """The image is named, and the run stops before it or leaves it out."""
+    latents = torch.zeros(2, 12, 16, 32)
+    latents[1, 0, 0, 0] = math.nan
+    monkeypatch.setattr(dginstyle, "sample", lambda *_: latents)
+    words = ["generate", *QUICK, "--batch", "2", "--out"]
+    refuses(capsys, [*words, str(tmp_path / "stop")], "000001", "seed", "NaN")
     assert not (tmp_path / "stop/images").is_dir()
     assert main([*words, str(tmp_path / "skip"), "--on-error", "skip"]) == 0
     assert len(list((tmp_path / "skip/images").iterdir())) == 1
     assert "000001" in (tmp_path / "skip/skipped.jsonl").read_text()
-    assert len((tmp_path / "skip/manifest.jsonl").read_text().splitlines()) == 1
 
 
-def test_another_runs_folder_is_refused(capsys, generated, tmp_path):
-    """A folder with other settings, or with files of other origin, is not written to."""
-    out = tmp_path / "run"
-    shutil.copytree(generated, out)
-    before = files(out)
-    refuses(capsys, ["generate", *QUICK, "--seed", "5", "--out", str(out)], "seed", str(out))
-    assert files(out) == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "mine")], "not empty")
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-
-
-def test_bad_data(capsys, tmp_path):
-    """Folders without data, lonely files and labels that are no labels are named before anything
-    is written."""
-    def attempt(*words):
-        refuses(capsys, ["generate", *QUICK, "--data", str(tmp_path / "set"), "--no-rcs",
-                         "--out", str(tmp_path / "out")], *words)
-        assert not (tmp_path / "out").exists()
-
-    attempt("set")
-    data_photo(tmp_path / "set/images/a.png", size=(128, 256))
-    attempt("label")
-    data_png(tmp_path / "set/labels/a_labelTrainIds.png", np.full((128, 256), 77, np.uint8))
-    attempt("a_labelTrainIds.png", "77")
-
-
-def test_bad_weights(capsys, tmp_path):
-    """Truncated files, pickles of code, other architectures and channel counts are named."""
-    out = [*QUICK, "--out", str(tmp_path / "out")]
-    sd = tmp_path / "sd"
-    shutil.copytree(HERE / "toy", sd, ignore=shutil.ignore_patterns("*.png", "settings.json"))
-    common = ["generate", "--sd", str(sd), *out, "--size", "64x128"]
-    refuses(capsys, common[:-2], "--controlnet")
-    common += ["--controlnet", str(sd / "controlnet")]
-
-    control = ControlNet.from_pretrained(sd / "controlnet")
-    ControlNet(control.config, 7, control.hint_widths).save_pretrained(tmp_path / "seven")
-    refuses(capsys, [*common[:-1], str(tmp_path / "seven")], "7 channels", "19 classes")
-    other = tiny_models()
-    other.controlnet.save_pretrained(tmp_path / "other")
-    refuses(capsys, [*common[:-1], str(tmp_path / "other")], "ControlNet", "UNet")
-    refuses(capsys, [*common[:-1], str(sd / "unet")], "ControlNet")
-    mixed = ["--swap", "0.5", "--source-unet"]
-    refuses(capsys, [*common, *mixed, str(sd / "vae")], "UNet")
-
-    class Evil:
-        def __reduce__(self):
-            return (print, ("executed",))
-
-    torch.save({"x": Evil()}, tmp_path / "evil.bin")
-    refuses(capsys, [*common, *mixed, str(tmp_path / "evil.bin")], "evil.bin")
-    weights = sd / "unet" / "diffusion_pytorch_model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[: len(content) // 2])
-    refuses(capsys, common, "diffusion_pytorch_model.safetensors")
-    weights.unlink()
-    refuses(capsys, common, "unet")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("error, shown", [(data.UserError("no"), True), (ValueError("no"), False),
-                                          (OSError(28, "no"), True), (OSError("no"), False)])
-def test_faults_of_the_program_keep_their_traceback(error, shown, monkeypatch):
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     """Only what the user can put right loses it; a ValueError of some library does not."""
     def fails(*args, **options):
-        raise error
+        raise ValueError("a fault")
 
     monkeypatch.setattr(data, "open_set", fails)
-    monkeypatch.setattr(dginstyle, "generate", fails)
     for command, words in ((main, ["generate"]), (data.main, ["stats", "x"])):
-        if shown:
-            assert command(words) == 2
-        else:
-            with pytest.raises(type(error), match="no"):
-                command(words)
+        with pytest.raises(ValueError, match="a fault"):
+            command(words)
 
 
 # -------------------------------------------------------------------------------------------- train
 
-SMALL = ["--size", "32x64", "--weather", "night", "--sample-steps", "1"]  # small sheets, too
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """The toy pack with settings for a few updates, as a folder for --sd."""
+    folder = tmp_path_factory.mktemp("pack")
+    for place in (HERE / "toy").iterdir():
+        if place.is_dir() and place.name not in ("samples", "__pycache__"):
+            (folder / place.name).symlink_to(place)
+    rates = {"dreambooth": 3e-4, "controlnet": 1e-3, "vae": 1e-3, "prior": 1e-3}
+    (folder / "settings.json").write_text(json.dumps({
+        "train": {"data": ["toy:all:4"], "workers": 0, "weather": ["night"], "sample_steps": 1,
+                  "rcs_min_pixels": 40, "checkpointing": False, "accumulate": 1},
+        **{stage: {"lr": lr, "ema": 0.9, "steps": 4, "batch": 2} for stage, lr in rates.items()}}))
+    return folder
+
+
+SMALL = ["--size", "32x64"]  # small sheets, too
 
 
 def train(stage, *flags):
-    """A training stage, of the toy pack's making or of the paper."""
+    """A training stage, of the toy pack's making or of the paper -> exit code."""
     words = [stage, *map(str, flags)]
     return make.main(words) if stage in make.STAGES else main(["train", *words])
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "dreambooth", "controlnet"])
-def test_training_stages_learn_and_resume_exactly(stage, tmp_path):
-    """2 + 2 updates give bit for bit the weights of 4, the loss is finite, a sheet is drawn."""
-    flags = [*SMALL, "--batch", "2", "--lr-schedule", "constant", "--data", "toy:all:4", "--seed",
-             "3", "--cache", "0"]
-    parts = {"vae": "vae", "prior": "unet", "dreambooth": "unet_source", "controlnet": "controlnet"}
-    for name, steps in (("whole", ["4"]), ("parts", ["2", "4"])):
-        for n in steps:
-            assert train(stage, *flags, "--steps", n, "--out", tmp_path / name) == 0
-    weights = [load_file(next((tmp_path / name / parts[stage]).glob("*.safetensors")))
-               for name in ("whole", "parts")]
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    start = load_file(next((HERE / "toy" / parts[stage]).glob("*.safetensors")))
-    assert any(not torch.equal(weights[0][k], start[k]) for k in start)
-    log = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
+STAGE_FOLDERS = {"vae": "vae", "prior": "unet", "dreambooth": "unet_source",
+                 "controlnet": "controlnet"}
+
+
+@pytest.mark.parametrize("stage", STAGE_FOLDERS)
+def test_a_training_that_was_stopped_ends_with_the_same_weights(stage, pack, tmp_path, monkeypatch):
+    """SIGTERM in update 2 of 4: 143 after that update, and the same command ends with the weights
+    of an undisturbed run; they have changed, the loss is finite, a sheet is drawn."""
+    words = [stage, *SMALL, "--sd", pack, "--out"]
+    assert train(*words, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        dies_in(patch, torch.optim.AdamW, "step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(*words, tmp_path / "parts") == 143
+    saved = tmp_path / f"parts/checkpoints/{stage}.pt"
+    assert torch.load(saved, weights_only=True)["step"] == 2
+    assert train(*words, tmp_path / "parts") == 0
+    whole, parts, start = (
+        load_file(next((root / STAGE_FOLDERS[stage]).glob("*.safetensors")))
+        for root in (tmp_path / "whole", tmp_path / "parts", HERE / "toy"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert any(not torch.equal(whole[k].float(), start[k].float()) for k in start)
+    log = [json.loads(line) for line in open(tmp_path / "whole/log.jsonl")]
     assert log[-1]["step"] == 4 and np.isfinite(log[-1]["loss"])
-    assert np.asarray(Image.open(tmp_path / "whole" / "samples" / f"{stage}.png")).std() > 0
+    assert np.asarray(Image.open(tmp_path / f"whole/samples/{stage}.png")).std() > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", ["vae", "prior", "dreambooth", "controlnet", "segment", "diff"])
-def test_every_stage_trains_in_half_precision(stage, precision, tmp_path):
-    """As the command runs on a GPU: fp32 weights (but DIFF's prior), autocast, samples afresh and
-    (UNets) cached; DIFF measures so too."""
-    half = ["--precision", precision, "--out", str(tmp_path / "run")]
-    flags = ["--batch", "1", "--data", "toy:sunny:4", "--steps", "1"]
+@pytest.mark.parametrize("stage, precision", [
+    *((stage, "bf16") for stage in (*STAGE_FOLDERS, "segment", "diff")), ("controlnet", "fp16"),
+    ("segment", "fp16")])
+def test_every_stage_trains_in_half_precision(stage, precision, pack, tmp_path):
+    """As the command runs on a GPU: fp32 weights (but DIFF's prior), autocast, and in fp16 cached
+    latents; DIFF measures so too."""
+    half = ["--precision", precision, "--out", str(tmp_path)]
     if stage in ("segment", "diff"):
+        flags = ["--data", "toy:sunny:4", "--steps", "1", "--batch", "1", "--workers", "0"]
         assert main(["segment", "train", *DIFF_RUN * (stage == "diff"), *flags, *half]) == 0
     else:
-        assert train(stage, *SMALL, *flags, *half, "--cache", "0") == 0
-    if stage in ("dreambooth", "controlnet"):
-        half[-1] = str(tmp_path / "cached")
-        assert train(stage, *SMALL, *flags, *half, "--cache", "4") == 0
+        cache = 4 * (precision == "fp16")
+        assert train(stage, *SMALL, "--sd", pack, "--steps", 1, "--cache", cache, *half) == 0
     if stage == "diff":
         assert main(["segment", "eval", "--eval-data", "toy:sunny:1", *half]) == 0
-    for log in tmp_path.glob("*/log.jsonl"):
-        row, = map(json.loads, open(log))
-        assert np.isfinite(row["loss"])
-
-
-def test_the_controlnet_needs_a_source_unet_of_its_own_model(tmp_path, capsys):
-    """Beside another SD than the toy pack nothing falls back to the toy's U^S."""
-    sd = write_sd_folder(tmp_path / "sd", tiny_models())
-    shutil.rmtree(sd / "unet_source")
-    refuses(capsys, ["train", "controlnet", "--sd", str(sd), "--data", "toy:sunny:2", "--out",
-                     str(tmp_path / "out")], "--source-unet")
-
-
-def test_label_maps_below_the_crop_are_enlarged(tmp_path):
-    """A map smaller than the training window is enlarged to cover it, as for the segmenter, and
-    the ControlNet learns from such pairs too."""
-    pairs = data.Pairs(street_set(tmp_path / "set", "a", (40, 100)))
-    common = ["--data", str(tmp_path / "set"), "--steps", "1"]
-    out = tmp_path / "out"
-    assert main(["generate", *common, "--num", "1", "--no-mrlf", "--out", str(out)]) == 0
-    made = data.Pairs(out).label(0)
-    assert made.shape == (64, 128) and set(np.unique(made)) <= set(np.unique(pairs.label(0)))
-    assert main(["train", "controlnet", *common, "--batch", "1", "--cache", "0", "--sample-steps",
-                 "1", "--out", str(tmp_path / "train")]) == 0
+    row, = map(json.loads, open(tmp_path / "log.jsonl"))
+    assert np.isfinite(row["loss"])
 
 
 # ------------------------------------------------------------------------------------------ segment
-
-
-def test_an_encoder_from_nothing_is_said_so(tmp_path, capsys):
-    """A published encoder without --pretrained, and so without feature distance, is no secret."""
-    assert main(["segment", "train", "--data", "toy:sunny:2", "--backbone", "b0", "--steps", "1",
-                 "--batch", "2", "--crop", "64x64", "--out", str(tmp_path)]) == 0
-    assert "--pretrained is missing: MiT-B0" in capsys.readouterr().out
 
 
 def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path, capsys):
@@ -3390,65 +2593,38 @@ def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path
     assert label.shape == (64, 128)
 
 
-def test_predictions_of_equal_names_and_broken_pictures(tmp_path, capsys):
-    """a/1.png and a/1.jpg keep two predictions, b/1.png a third; a broken picture is named and
-    left out, and only when none can be read the command fails."""
-    image = Image.fromarray(streets.toy_street(0, size=(32, 64))[0])
-    for name in ("a/1.png", "a/1.jpg", "b/1.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        image.save(tmp_path / name)
-    (tmp_path / "a" / "2.png").write_bytes(b"no picture")
-    predict = ["segment", "predict", str(tmp_path / "a"), str(tmp_path / "b")]
-    flags = ["--weights", str(HERE / "toy" / "segformer"), "--out"]
-    assert main([*predict, *flags, str(tmp_path / "out")]) == 0
-    names = {p.relative_to(tmp_path / "out" / "predictions").as_posix()
-             for p in (tmp_path / "out").rglob("*_labelTrainIds.png")}
-    assert names == {f"{n}_labelTrainIds.png" for n in ("a/1.png", "a/1.jpg", "b/1.png")}
+def test_predict_folders_with_broken_pictures(tmp_path, capsys):
+    """Pictures and folders of them, before or after the flags; a broken one is named and left out.
+    """
+    for name in ("a/1.png", "a/b/1.png", "c.png"):
+        data_photo(tmp_path / name, size=(32, 64))
+    (tmp_path / "a/2.png").write_bytes(b"no picture")
+    flags = ["--weights", str(HERE / "toy/segformer"), "--out", str(tmp_path / "out")]
+    assert main(["segment", "predict", str(tmp_path / "a"), *flags]) == 0
     said = capsys.readouterr().out
-    assert "left out: " in said and "2.png" in said and "3 predictions" in said
-    predict = ["segment", "predict", str(tmp_path / "a" / "2.png")]
-    refuses(capsys, [*predict, *flags, str(tmp_path / "none")], "2.png")
+    assert "left out: " in said and "2.png" in said and "2 predictions" in said
+    assert main(["segment", "predict", *flags, str(tmp_path / "c.png")]) == 0
+    for name in ("1", "b/1", "c"):
+        label = data.read_label(tmp_path / f"out/predictions/{name}_labelTrainIds.png")
+        assert label.shape == (32, 64)
 
 
-def test_sets_to_measure_on_are_opened_before_training(tmp_path, capsys, monkeypatch):
-    """A mistyped --eval-data costs no training; a set that fails later does not lose the others."""
-    flags = ["segment", "--data", "toy:sunny:2", "--steps", "1", "--batch", "1", "--out",
-             str(tmp_path / "out"), "--eval-data", "toy:sunny:1"]
-    refuses(capsys, [*flags, str(tmp_path / "cityscape")], "cityscape")
-    assert not (tmp_path / "out").exists()
-
-    def broken(self, i):
-        raise data.UserError("the second set is broken")
-
-    monkeypatch.setattr(data.LabelMaps, "pair", broken, raising=False)
-    (tmp_path / "maps").mkdir()
-    data.save_label(tmp_path / "maps" / "a_labelTrainIds.png", streets.toy_street(0)[1])
-    opened = dginstyle.open_sets
-
-    def sets(specs, *rest, **named):
-        return [(s, data.LabelMaps(s)) if "maps" in s else opened([s], *rest, **named)[0]
-                for s in specs]
-
-    monkeypatch.setattr(dginstyle, "open_sets", sets)
-    refuses(capsys, [*flags, str(tmp_path / "maps")], "second set")
-    assert set(json.loads((tmp_path / "out" / "eval.json").read_text())) == {"toy:sunny:1"}
-
-
-def segment_draw(argv):
-    """The training draw of a segment command."""
-    args = dginstyle.settings("segment", *argv)
-    return dginstyle.segmenter_draw(dginstyle.open_training_data(args)[1], args)
+def segment_setting(*words, **others):
+    """The data, settings and training draw of a segment command without augmentation."""
+    args = dginstyle.settings("segment", *words)
+    vars(args).update(augment=False, **others)
+    pairs, _ = training.open_data(args)
+    return pairs, args, segment.segmenter_draw(pairs, args)
 
 
 def test_segmenter_learns_from_the_source_and_the_generated_set(tmp_path):
     """Crops come from both folders in proportion to their pictures; none of them is dropped (the
     released code loses the second)."""
-    for name, value in (("1_source", 1), ("a_made", 2)):
-        root = data_plain(tmp_path / name[2:], [name], np.full((3, 4), value, np.uint8))
-        data_plain(root, [name + "2"], np.full((3, 4), value, np.uint8))
-    data_plain(tmp_path / "made", ["a_made3", "a_made4"], np.full((3, 4), 2, np.uint8))
-    draw = segment_draw(["--data", str(tmp_path / "source"), str(tmp_path / "made"), "--crop",
-                         "6x8", "--fit", "none", "--no-augment"])
+    data_plain(tmp_path / "source", ["1_source", "1_source2"], np.full((3, 4), 1, np.uint8))
+    data_plain(tmp_path / "made", ["a_made", "a_made2", "a_made3", "a_made4"],
+               np.full((3, 4), 2, np.uint8))
+    _, _, draw = segment_setting("--data", tmp_path / "source", tmp_path / "made", "--crop", "6x8",
+                                 "--fit", "none")
     rng = np.random.default_rng(0)
     labels = [draw(rng)[1] for _ in range(300)]
     assert all(label.shape == (6, 8) and len(label.unique()) == 1 for label in labels)
@@ -3458,20 +2634,17 @@ def test_segmenter_learns_from_the_source_and_the_generated_set(tmp_path):
 
 @pytest.mark.parametrize("arch", ["daformer", "hrda"])
 def test_segmenter_draw_is_the_published_one(tmp_path, arch):
-    """A draw, also one sent to another process, is the recipe step by step: resize, crop, colours.
-
-    Scale, box, flip and colours of image and label are those of torchvision on the whole picture.
-    """
+    """A draw is the recipe step by step, resize, crop and flip, on the whole picture."""
     street_set(tmp_path, "abc", (90, 160))
-    draw = segment_draw(["--data", str(tmp_path), "--arch", arch, "--fit", "75x133", "--crop",
-                         "48x64", "--rcs-min-pixels", "40", "--no-augment"])
-    pairs, sampler = draw.pairs, draw.samplers[0]
+    pairs, args, draw = segment_setting("--data", tmp_path, "--arch", arch, "--fit", "75x133",
+                                        "--crop", "48x64", rcs_min_pixels=40)
+    sampler = training.rare_class_sampler(pairs, args)
     for seed in range(20):
-        image, label = pickle.loads(pickle.dumps(draw))(np.random.default_rng(seed))
+        image, label, name = draw(np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         rng.integers(3)
         cls, i = sampler.draw(rng)
-        whole, whole_label = (torch.from_numpy(part.copy()) for part in pairs.pair(i))
+        whole, whole_label = map(torch.tensor, pairs.pair(i))
         whole = TF.resize(whole.permute(2, 0, 1), [75, 133], antialias=False)
         whole_label = F.interpolate(whole_label[None, None], (75, 133))[0, 0].long()
         for _ in range(10):
@@ -3484,41 +2657,17 @@ def test_segmenter_draw_is_the_published_one(tmp_path, arch):
             if n[cls] > (80 if arch == "hrda" else 20):
                 break
         turned = [-1] if rng.random() < 0.5 else []
-        assert torch.equal(label, whole_label[box].flip(turned))
+        assert torch.equal(label, whole_label[box].flip(turned)) and name == pairs.name(i)
         assert torch.equal(image, whole[:, box[0], box[1]].flip(turned))
 
 
-def test_segmenter_crops_show_the_rare_class(tmp_path):
-    """In the authors' RCS subset the class a name begins with, elsewhere one drawn by RCS."""
-    label = np.zeros((64, 256), np.uint8)
-    label[:, 8:], label[:8, -32:] = 1, 7  # enough of it in one crop of seven
-    for name in ("7_a", "plain"):
-        root = tmp_path / name
-        for folder, array, end in (("images", np.repeat(label[..., None], 3, 2), ""),
-                                   ("labels", label, "_labelTrainIds")):
-            data_png(root / folder / f"{name}{end}.png", array)
-    seen = {}
-    for name, *more in (("7_a",), ("plain",), ("7_a", "--no-rcs"), ("plain", "--no-rcs")):
-        draw = segment_draw(["--data", str(tmp_path / name), "--crop", "64x64", "--fit", "none",
-                             "--no-augment", "--rcs-min-pixels", "60", *more])
-        rng = np.random.default_rng(0)
-        seen[name, *more] = np.mean([(draw(rng)[1] == 7).sum() > 30 for _ in range(40)])
-    assert seen["7_a",] > 0.4 and seen["plain",] > 0.4, seen
-    assert seen["7_a", "--no-rcs"] < 0.35 and seen["plain", "--no-rcs"] < 0.35, seen
-
-
-def test_hrda_has_the_published_sizes():
-    """--arch hrda doubles scale, crop and window; an HRDA file is measured in its own windows."""
-    big = streets.ToyStreets(("sunny",), 1, size=(72, 128))
-    args = dginstyle.settings("segment", "--data", "x", "--no-rcs", "--no-augment")
-    for arch, scale in (("daformer", 1), ("hrda", 2)):
-        args.arch = arch
-        image, label = dginstyle.segmenter_draw(data.Joined([big]), args)(np.random.default_rng(0))
-        assert image.shape[1:] == label.shape == (512 * scale, 512 * scale)
-        assert segformer.published_crop(arch) == (512 * scale, 512 * scale)
-        assert segformer.published_fit("cityscapes", arch) == (512 * scale, 1024 * scale)
-        assert segformer.published_fit("acdc", arch) == (540 * scale, 960 * scale)
-        assert segformer.published_fit("plain", arch) is None
+def test_hrda_doubles_the_published_sizes():
+    """Scale, crop and window of section 4.1."""
+    for arch, k in (("daformer", 1), ("hrda", 2)):
+        assert segment.published_crop(arch) == (512 * k, 512 * k)
+        assert segment.published_fit("cityscapes", arch) == (512 * k, 1024 * k)
+        assert segment.published_fit("acdc", arch) == (540 * k, 960 * k)
+        assert segment.published_fit("plain", arch) is None
 
 
 def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
@@ -3527,13 +2676,12 @@ def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
     for kind in ("cityscapes", "bdd100k", "mapillary", "acdc original"):
         data_fake(tmp_path / kind, kind)
         for split in ("train", "test"):
-            spec = str(tmp_path / kind)
-            (_, pairs), = dginstyle.open_sets([spec], data.CITYSCAPES, args, split)
-            part = pairs.images[0].relative_to(spec).as_posix()
-            assert ("train" in part, "val" in part) == (split == "train", split == "test"), part
+            pairs, = training.open_sets([str(tmp_path / kind)], args, split)
+            place = pairs.images[0].relative_to(tmp_path / kind).as_posix()
+            assert ("train" in place, "val" in place) == (split == "train", split == "test"), place
 
 
-def test_other_classes_everywhere(tmp_path, capsys):
+def test_other_classes_everywhere(tmp_path):
     """Three classes of a JSON file: hint, captions, palette, sampling, logits and metric."""
     file, colours = tmp_path / "classes.json", [[9, 0, 0], [0, 9, 0], [0, 0, 9]]
     file.write_text(json.dumps({"names": ["water", "ship", "quay"], "colours": colours,
@@ -3545,10 +2693,9 @@ def test_other_classes_everywhere(tmp_path, capsys):
         data_png(tmp_path / f"set/images/{k}.png", image)
         data_png(tmp_path / f"set/labels/{k}.png", raw)
     common = ["--data", str(tmp_path / "set"), "--classes", str(file)]
-    out = str(tmp_path / "train")
-    assert main(["train", "controlnet", *common, "--steps", "1", "--batch", "1", "--cache", "0",
-                 "--sample-steps", "1", "--out", out]) == 0
-    made = tmp_path / "made"
+    out, made = str(tmp_path / "train"), tmp_path / "made"
+    assert main(["train", "controlnet", *common, "--size", "32x64", "--steps", "1", "--batch", "1",
+                 "--cache", "0", "--out", out]) == 0
     flags = ["--controlnet", out + "/controlnet", "--steps", "1", "--no-mrlf", "--num", "2"]
     assert main(["generate", *common, *flags, "--out", str(made)]) == 0
     for row in map(json.loads, open(made / "manifest.jsonl")):
@@ -3556,108 +2703,26 @@ def test_other_classes_everywhere(tmp_path, capsys):
         label = Image.open(made / row["label"])
         assert set(np.unique(np.array(label)).tolist()) <= {0, 1, 2, 255}
         assert label.getpalette()[:9] == sum(colours, [])
-    segment = [*common, "--out", str(tmp_path / "seg"), "--crop", "64x128"]
-    segment.insert(2, str(made))  # a second set
-    assert main(["segment", *segment, "--backbone", "tiny", "--batch", "2", "--steps", "1",
-                 "--workers", "0", "--eval-data", str(tmp_path / "set")]) == 0
-    result = json.loads((tmp_path / "seg" / "eval.json").read_text())[str(tmp_path / "set")]
+    words = ["--data", str(tmp_path / "set"), str(made), *common[2:], "--out",
+             str(tmp_path / "seg"), "--crop", "64x128", "--backbone", "tiny", "--batch", "2"]
+    assert main(["segment", *words, "--steps", "1", "--workers", "0", "--eval-data",
+                 str(tmp_path / "set")]) == 0
+    result = json.loads((tmp_path / "seg/eval.json").read_text())[str(tmp_path / "set")]
     assert {k for k in result if k.startswith("IoU")} == {"IoU.water", "IoU.ship", "IoU.quay"}
     assert np.shape(result["confusion"]) == (3, 3)
     assert np.sum(result["confusion"]) == 2 * 124 * 256
-    assert SegFormer.from_pretrained(tmp_path / "seg" / "segformer").config.num_classes == 3
-    refuses(capsys, ["generate", "--classes", str(file), "--out", str(tmp_path / "x")], "toy:sunny")
-
-
-def test_a_class_file_with_the_nineteen_names_is_the_nineteen(tmp_path, monkeypatch):
-    """Toy streets take it, and the feature distance, which knows things by trainId, stays on."""
-    (tmp_path / "c.json").write_text(json.dumps({
-        "names": data.CITYSCAPES.names, "colours": data.CITYSCAPES.colours, "ids": {"1": 0}}))
-
-    class Seen(Exception):
-        pass
-
-    def loss(model, images, labels, teacher, fd):
-        raise Seen(teacher is not None)
-
-    monkeypatch.setattr(segformer, "training_loss", loss)
-    monkeypatch.setattr(SegFormer, "load_backbone", lambda self, path: self)
-    with pytest.raises(Seen, match="True"):
-        main(["segment", "train", "--data", "toy:sunny:2", "--classes", str(tmp_path / "c.json"),
-              "--pretrained", "x", "--fd", "0.005", "--out", str(tmp_path / "out")])
+    assert SegFormer.from_pretrained(tmp_path / "seg/segformer").config.num_classes == 3
 
 
 # ---- training.py ---------------------------------------------------------------------------------
 
-
-def test_gradients_are_added_up_once_an_update():
-    """With --accumulate 3, DDP exchanges gradients in the last of three calls only."""
-    waits, net = [], torch.nn.Linear(2, 2)
-
-    class Parallel(training.Objective):
-        waiting = False
-
-        @contextlib.contextmanager
-        def no_sync(self):
-            self.waiting = True
-            yield
-            self.waiting = False
-
-        def forward(self, batch):
-            waits.append(self.waiting)
-            return super().forward(batch)
-
-    args = dginstyle.settings("train", "dreambooth", "--accumulate", "3")
-    plain, parallel = (kind(lambda batch: net(batch[0]).square().mean(), net=net)
-                       for kind in (training.Objective, Parallel))
-    batches = iter([[torch.ones(1, 2)]] * 3)
-    training.update(training.Trained(plain, None, args), parallel, batches, args)
-    assert waits == [True, True, False]
+TINY_RUN = ["segment", "train", "--data", "toy:sunny:4", "--batch", "1", "--workers", "0"]
 
 
-def test_ema_averages_batchnorm_statistics(tmp_path):
-    """With --ema the weights that are saved come with the averaged statistics of BatchNorm."""
-    flags = ["segment", "train", "--data", "toy:sunny:4", "--batch", "2", "--arch", "segformer",
-             "--steps", "3"]
-    for ema in ("0", "0.5"):
-        assert main([*flags, "--ema", ema, "--out", str(tmp_path / ema)]) == 0
-    key = "decode_head.linear_fuse.bn.running_mean"
-    last, mean = (SegFormer.from_pretrained(tmp_path / ema / "segformer").state_dict()[key]
-                  for ema in ("0", "0.5"))
-    assert (last - mean).abs().max() > 1e-4
-    saved = torch.load(tmp_path / "0.5" / "checkpoints" / "segformer.pt", weights_only=True)
-    assert torch.equal(saved["nets"]["model." + key].half().float(), last)
-
-
-def test_workers(monkeypatch, capsys):
-    """One process for every core up to eight; none, and a line, where fork is not to be had."""
-    args = argparse.Namespace(workers=None)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(48))
-    assert training.workers(args) == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert training.workers(args) == 6
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert training.workers(args) == 0 and "darwin" in capsys.readouterr().out
-
-
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    """Two processes end with one ControlNet, that of one process with both shares of a batch."""
-    (tmp_path / "script.py").write_text(
-        "import os, sys, torch, dginstyle\n"
-        "fit = dginstyle.fit\n"
-        "def watched(stage, objective, *rest):\n"
-        "    fit(stage, objective, *rest)\n"
-        "    torch.save(objective.nets.state_dict(), sys.argv[1] + os.environ['RANK'])\n"
-        "dginstyle.fit = watched\n"
-        "sys.exit(dginstyle.main(sys.argv[2:]))\n")
-    flags = ["train", "controlnet", "--data", "toy:sunny:4", "--batch", "1", "--steps", "2",
-             "--cache", "0", "--ema", "0", "--sample-steps", "1", "--save-dtype", "fp32", "--out"]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--",
-                    str(tmp_path / "script.py"), str(tmp_path / "rank"), *flags,
-                    str(tmp_path / "two")], check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(HERE)})
-    ranks = [torch.load(tmp_path / f"rank{r}", weights_only=True) for r in (0, 1)]
-    assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
-
+def test_two_processes_train_as_one(pack, tmp_path, monkeypatch):
+    """Two processes end with the ControlNet of one process that has both shares of a batch."""
+    words = ["train", "controlnet", "--sd", str(pack), "--batch", "1", "--steps", "2", "--out"]
+    two_processes([HERE / "dginstyle.py", *words, tmp_path / "two"])
     encode, seeds = dginstyle.encode_images, iter(range(99))
 
     def seeded(vae, images):  # the generators of update 0, process 0; 0, 1; 1, 0; ...
@@ -3665,73 +2730,28 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
         return encode(vae, images)
 
     monkeypatch.setattr(dginstyle, "encode_images", seeded)
-    assert main([*flags, str(tmp_path / "one"), "--accumulate", "2"]) == 0
-    two, one = (ControlNet.from_pretrained(tmp_path / name / "controlnet").state_dict()
-                for name in ("two", "one"))
-    assert all(torch.equal(ranks[0]["controlnet." + k], two[k]) for k in two)
-    start = UNet.from_pretrained(HERE / "toy" / "unet_source").state_dict()
+    assert main([*words, str(tmp_path / "one"), "--accumulate", "2"]) == 0
+    two, one = (ControlNet.from_pretrained(tmp_path / run / "controlnet").state_dict()
+                for run in ("two", "one"))
+    start = UNet.from_pretrained(HERE / "toy/unet_source").state_dict()
     moved = sum((one[k] - start[k]).abs().sum() for k in one if k in start)
     apart = sum((one[k] - two[k]).abs().sum() for k in one if k in start)
     assert moved > 0 and apart < 1e-4 * moved
 
 
-def test_checkpoints_that_do_not_fit(tmp_path, capsys):
-    """Moments of another shape, numbers that are not finite and another optimiser's settings are
-    refused, though torch's load_state_dict lets them pass."""
-    argv = ["segment", "train", "--data", "toy:sunny:4", "--steps", "1", "--batch", "1",
-            "--workers", "0", "--backbone", "tiny", "--arch", "segformer", "--crop", "64x64",
-            "--out", str(tmp_path)]
-    assert main(argv) == 0
-    file = tmp_path / "checkpoints" / "segformer.pt"
-    saved = torch.load(file, weights_only=True)
-    argv[argv.index("--steps") + 1] = "2"
-    for change in (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.ones(7)),
-                   lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan),
-                   lambda s: s["optimizer"]["param_groups"][0].update(betas=(0.5, 0.5)),
-                   lambda s: next(iter(s["nets"].values())).fill_(math.inf),
-                   lambda s: s.update(step=-1)):
-        broken = copy.deepcopy(saved)
-        change(broken)
-        torch.save(broken, file)
-        refuses(capsys, argv, "segformer.pt")
-    torch.save(saved, file)
-    assert main(argv) == 0
-
-
-TINY_RUN = ["segment", "train", "--data", "toy:sunny:4", "--batch", "1", "--workers", "0"]
-
-
-def dies_in(monkeypatch, module, name, call, what):
-    """From now on call number `call` of module.name does `what` in place of its work."""
-    real, calls = getattr(module, name), []
-
-    def wrapped(*args, **options):
-        calls.append(name)
-        if len(calls) == call:
-            what()
-        return real(*args, **options)
-
-    monkeypatch.setattr(module, name, wrapped)
-
-
-def test_a_killed_training_ends_with_the_same_bytes(tmp_path, monkeypatch, capsys):
-    """Killed at step 6 after a checkpoint at 4: log, checkpoints and weights of a whole run."""
-    flags = [*TINY_RUN, "--steps", "8", "--save-every", "2", "--ema", "0.9", "--out"]
+def test_a_killed_training_ends_with_the_same_weights(tmp_path):
+    """kill -9 after the first checkpoint: the same command goes on from a checkpoint and ends with
+    the weights of an undisturbed run."""
+    flags = [*TINY_RUN, "--steps", "12", "--save-every", "2", "--out"]
     assert main([*flags, str(tmp_path / "whole")]) == 0
-
-    def die():
-        with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as it would after step 50
-            file.write('{"stage": "segformer", "step": 5, "loss": 1.0}\n{"stage": "segf')
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        dies_in(patch, training, "update", 6, die)
-        with pytest.raises(KeyboardInterrupt):
-            main([*flags, str(tmp_path / "parts")])
+    saved = tmp_path / "parts/checkpoints/segformer.pt"
+    kill_when(saved.is_file, [*flags, tmp_path / "parts"])
+    assert 2 <= torch.load(saved, weights_only=True)["step"] < 12
     assert main([*flags, str(tmp_path / "parts")]) == 0
-    assert "going on from step 4" in capsys.readouterr().out
-    assert files(tmp_path / "whole") == files(tmp_path / "parts")
-    assert (tmp_path / "parts/checkpoints/segformer.before.pt").is_file()
+    whole, parts = (load_file(tmp_path / run / "segformer/model.safetensors")
+                    for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert not list((tmp_path / "parts").rglob("*.part"))
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
@@ -3739,64 +2759,49 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     flags = [*TINY_RUN, "--save-every", "1", "--out", str(tmp_path / "run"), "--steps"]
     assert main([*flags, "3"]) == 0
     newest = tmp_path / "run/checkpoints/segformer.pt"
-    whole = newest.read_bytes()
-    newest.write_bytes(whole[: len(whole) // 2])
+    newest.write_bytes(newest.read_bytes()[:9999])
     assert main([*flags, "3"]) == 0
     said = capsys.readouterr().out
-    assert "no whole checkpoint" in said and "going on from step 2" in said
-    assert newest.read_bytes() == whole
+    assert "no whole checkpoint" in said and "from step 2" in said
+    assert torch.load(newest, weights_only=True)["step"] == 3
     for file in newest.parent.iterdir():
         file.write_bytes(b"no checkpoint")
-    refuses(capsys, [*flags, "4"], "no whole checkpoint", "delete")
+    refuses(capsys, [*flags, "4"], "checkpoints", "delete")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_training_after_the_step(number, tmp_path, monkeypatch, capsys):
-    """SIGTERM and Ctrl-C in step 3 leave a checkpoint of it, a sentence, and 143 or 130."""
-    flags = [*TINY_RUN, "--steps", "5", "--out"]
-    assert main([*flags, str(tmp_path / "whole")]) == 0
-    with monkeypatch.context() as patch:
-        dies_in(patch, training, "update", 3, lambda: os.kill(os.getpid(), number))
-        assert main([*flags, str(tmp_path / "parts")]) == 128 + number
-    assert "stopped after step 3; the same command goes on" in capsys.readouterr().err
-    assert main([*flags, str(tmp_path / "parts")]) == 0
-    assert "going on from step 3" in capsys.readouterr().out
-    weights = [files(tmp_path / run / "segformer") for run in ("whole", "parts")]
-    assert weights[0] == weights[1]
-
-
-def test_one_run_a_folder(tmp_path):
-    """A second process is told so; a lock whose holder was killed is free."""
-    code = ("import sys, time, training\n"
-            "with training.locked(sys.argv[1]):\n"
-            "    print('held', flush=True)\n"
-            "    time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, text=True,
+def test_one_run_a_folder(tmp_path, capsys):
+    """A second process is told so; the lock of a killed process is free."""
+    (tmp_path / ".lock").touch()
+    code = ("import fcntl, time; file = open('.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True,
                               stdout=subprocess.PIPE)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(data.UserError, match="another run is at work"), training.locked(tmp_path):
-        pass
+    words = ["generate", *QUICK, "--no-mrlf", "--out", str(tmp_path)]
+    refuses(capsys, words, "another run is at work", str(tmp_path))
     holder.kill()
     holder.wait()
-    with training.locked(tmp_path):
-        assert (tmp_path / ".lock").is_file()
-    assert not list(tmp_path.iterdir())
+    assert main(words) == 0
 
 
-def test_a_loss_that_is_no_number_names_its_pictures(tmp_path, monkeypatch, capsys):
-    """NaN in step 4 of steps looked at together: said with step and pictures; the checkpoint of
-    step 2 is the one that stays."""
-    real, calls = segformer.training_loss, []
+@pytest.mark.parametrize("broken", ["loss", "weight"])
+def test_nan_stops_training(broken, tmp_path, monkeypatch, capsys):
+    """A NaN loss in step 4 is said with step and pictures, a NaN weight before it is saved; the
+    checkpoint of step 2 is the one that stays."""
+    real, calls = segment.training_loss, []
 
-    def loss(*args):
-        calls.append(args)
-        return real(*args) * (float("nan") if len(calls) == 4 else 1)
+    def loss(model, *rest):
+        calls.append(model)
+        value = real(model, *rest)
+        if broken == "weight" and len(calls) == 4:  # after it was used
+            next(model.parameters()).data.fill_(math.nan)
+        return value * (math.nan if broken == "loss" and len(calls) == 4 else 1)
 
-    monkeypatch.setattr(segformer, "training_loss", loss)
+    monkeypatch.setattr(segment, "training_loss", loss)
     flags = [*TINY_RUN, "--steps", "9", "--save-every", "2", "--out", str(tmp_path)]
-    refuses(capsys, flags, "nan at step 4", "train0", "--lr")
-    saved = torch.load(tmp_path / "checkpoints/segformer.pt", weights_only=True)
-    assert saved["step"] == 2
+    refuses(capsys, flags, "nan" if broken == "loss" else "NaN", "step 4", "--lr",
+            *["train0"] * (broken == "loss"))
+    assert torch.load(tmp_path / "checkpoints/segformer.pt", weights_only=True)["step"] == 2
 
 
 def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
@@ -3808,65 +2813,31 @@ def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
         file.write_bytes(whole[: len(whole) * 4 // 5])  # what Pillow opens gladly
     data_words = ["--data", str(tmp_path / "set"), "--steps", "2"]
     tiny = ["--backbone", "tiny", "--crop", "64x64", "--fit", "64x128", "--workers", "2"]
-    runs = {"train": ["segment", "train", *data_words, *tiny, "--batch", "4"],
-            "make": ["generate", *data_words, "--num", "4", "--no-mrlf"],
-            "plain": ["generate", *data_words, "--num", "9", "--no-mrlf", "--no-rcs"],
+    runs = {"train": ["segment", "train", *data_words, *tiny, "--batch", "4", "--no-rcs"],
+            "make": ["generate", *data_words, "--num", "4", "--no-mrlf", "--no-rcs"],
             "eval": ["segment", "eval", "--eval-data", str(tmp_path / "set"), "--weights",
                      str(HERE / "toy/segformer")]}
     for name, words in runs.items():
         out = tmp_path / name
         refuses(capsys, [*words, "--out", str(tmp_path / f"{name} stops")], "cannot be read")
         assert main([*words, "--out", str(out), "--on-error", "skip"]) == 0
-        listed = (out / "skipped.jsonl").read_text()
-        assert "b_labelTrainIds.png" in listed
-        assert len(listed.splitlines()) == len(set(listed.splitlines()))
+        assert "b_labelTrainIds.png" in (out / "skipped.jsonl").read_text()
     assert "images/c.png" in (tmp_path / "train/skipped.jsonl").read_text()
-    assert len(list((tmp_path / "make/images").iterdir())) == 4  # b's label is drawn by nobody
-    assert 0 < len(list((tmp_path / "plain/images").iterdir())) < 9
-
-
-def test_a_full_disk_is_said_and_survived(tmp_path):
-    """Files may not grow beyond a limit: exit 2 and a sentence, nothing half written, and the same
-    commands go on when there is room."""
-    code = """
-import resource, sys, dginstyle
-from pathlib import Path
-for line in sys.argv[1:]:
-    limit, *words = line.split("|")
-    hard = resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), hard))
-    assert dginstyle.main(words) == 2
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert not list(Path(words[-1]).rglob("*.part"))
-    assert dginstyle.main(words) == 0
-"""
-    lines = ["|".join([limit, *words, "--out", str(tmp_path / words[0])]) for limit, *words in (
-        ["8000", "generate", *QUICK, "--no-mrlf"], ["100000", *TINY_RUN, "--steps", "1"])]
-    done = subprocess.run([sys.executable, "-c", code, *lines], cwd=HERE, capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert len(re.findall(r"dginstyle: .*(?:File too large|disk full)", done.stderr)) == 2
+    assert 0 < len(list((tmp_path / "make/images").iterdir())) < 4
 
 
 # ---- recipes.py ----------------------------------------------------------------------------------
 
 
 def test_presets():
-    """Explicit flags win over the preset, the preset over the defaults; fast needs at most a fifth
-    of paper's network evaluations at the published size."""
+    """Explicit flags win over the preset, the preset over the pack, the pack over the published
+    defaults."""
     def parse(*words):
         return dginstyle.settings("generate", "--device", "cpu", *words)
 
-    def evaluations(args):
-        stride = 64 // dginstyle.STRIDES[args.stride]
-        return args.steps * (1 + len(dginstyle.tiles((128, 128), (64, 64), (stride, stride))))
-
     published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
-    assert vars(published) == vars(paper) and paper.sampler == "ddim" and paper.guidance == 7.5
-    fast, turbo = (parse("--sd", "x", "--preset", p) for p in ("fast", "turbo"))
-    assert evaluations(paper) == 520 and evaluations(paper) >= 5 * evaluations(fast)
-    names = ("preset", "sampler", "steps", "start", "control_uncond")
-    assert vars(turbo) | {n: getattr(fast, n) for n in names} == vars(fast) and turbo.start < 1
+    assert vars(published) == vars(paper)
+    assert (paper.sampler, paper.steps, paper.stride, paper.guidance) == ("ddim", 20, "quarter", 7.5)
     mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
     assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
     toy = parse()  # has settings of its own
@@ -3874,9 +2845,9 @@ def test_presets():
     assert parse("--preset", "paper").sampler == "ddim"
 
 
-def test_a_packs_settings(tmp_path, capsys):
-    """settings.json of an --sd folder: flags win over it, it wins over the published defaults,
-    paths start at the folder, and what is no setting is an error."""
+def test_a_packs_settings(tmp_path):
+    """settings.json of an --sd folder: flags win over it, it wins over the published defaults, a
+    stage's section over the command's, and paths start at the folder."""
     file, flags = tmp_path / "settings.json", ["--sd", tmp_path, "--device", "cpu"]
     file.write_text(json.dumps({"generate": {"guidance": 3, "window": "8x16", "controlnet": "c"},
                                 "train": {"lr": 0.5, "batch": 7}, "controlnet": {"batch": 9}}))
@@ -3886,42 +2857,6 @@ def test_a_packs_settings(tmp_path, capsys):
     args = dginstyle.settings("train", "controlnet", *flags)
     assert (args.batch, args.lr, args.accumulate, args.steps) == (9, 0.5, 4, 312_100)
     assert dginstyle.settings("train", "dreambooth", *flags).batch == 7
-    for bad in ({"generate": {"guidence": 3}}, {"generates": {}}, {"train": {"lr": "fast"}}, [1]):
-        file.write_text(json.dumps(bad))
-        refuses(capsys, ["generate", *map(str, flags)], "settings.json")
-
-
-def test_bad_flags(capsys, tmp_path):
-    """Sizes that do not fit, unknown words and impossible numbers are named, and a refused run
-    leaves nothing that blocks the next."""
-    train = "train dreambooth --data toy:sunny:2"
-    for command, *words in (
-            ("generate --size 60x100", "60x100", "multiples of"),
-            ("generate --size 1000x2000", "1000"), ("generate --size huge", "huge"),
-            ("generate --weather sandstorm", "sandstorm", "snowy"),
-            ("generate --steps 0", "--steps: 0 is not from 1"),
-            ("generate --swap 1.5", "--swap: 1.5 is not from 0 to 1"),
-            ("generate --num 0", "--num: 0 "), ("generate --stride 40x40", "stride"),
-            ("generate --device cuda:77", "cuda:77"), ("generate --seed -1", "--seed"),
-            (f"{train} --save-every 0", "--save-every: 0 "), (f"{train} --batch 0", "--batch: 0 "),
-            (f"{train} --lr 0", "--lr: 0 "), (f"{train} --size 36x36", "36x36", "multiples of"),
-            (f"{train} --sd /nowhere", "/nowhere"),
-            ("segment --data somewhere", "--eval-data"),
-            ("segment --data toy:sandstorm", "sandstorm"),
-            ("segment --data toy:sunny:none", "toy:sunny:none"),
-            ("segment predict nowhere.png", "nowhere.png")):
-        refuses(capsys, [*command.split(), "--out", str(tmp_path / "out")], *words)
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "file").write_text("")
-    refuses(capsys, ["generate", *QUICK, "--out", str(tmp_path / "file")], str(tmp_path / "file"))
-
-
-def test_every_flag_is_read():
-    """No flag that nobody looks at: each name of a table occurs as args.NAME or ours.NAME."""
-    source = "".join((HERE / f"{f}.py").read_text() for f in ("dginstyle", "training", "recipes"))
-    for table in (recipes.GENERATE, recipes.TRAIN, recipes.SEGMENT):
-        for name in table:
-            assert f"args.{name}" in source or f"ours.{name}" in source, name
 
 
 # ---- gallery.py ----------------------------------------------------------------------------------
@@ -3936,309 +2871,226 @@ def test_gallery_lists_every_image(generated):
     assert all((generated / r[key]).is_file() for r in rows for key in ("image", "label"))
 
 
-def test_gallery_opens_on_the_images(generated):
-    """The label is transparent until the slider moves or a pointer rests; the file is folded."""
-    page = (generated / "gallery.html").read_text()
-    assert re.search(r"--show: ([\d.]+);", page)[1] == "0"
-    assert re.search(r'id="show".* value="(.*?)"', page)[1] == "0"
-    rules = dict(re.findall(r"^(\.pair.*?) \{ (opacity: .*?);", page, re.M))
-    assert rules == {".pair img + img": "opacity: var(--show)",
-                     ".pair:hover img + img, .pair:focus img + img": "opacity: 1"}
-    folded = page.partition('createElement("details")')[2].partition("text.append")[0]
-    assert "r.image" in folded and page.count("r.seed") == folded.count("r.seed") == 1
-
-
-def test_gallery_in_a_browser(tmp_path):
-    """2,000 hostile rows: the filters count right and only pictures near the screen are loaded."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium")
-    for name in ("a #1.png", "label.png"):
-        Image.new("RGB", (128, 64)).save(tmp_path / name)
-    gallery.write_gallery(tmp_path, [
-        {"image": "a #1.png", "label": "label.png", "prompt": f"</script><b>{k} car", "seed": 2**60,
-         "class": ("rider", "pole", None)[k % 3], "weather": "night" if k % 2 else None}
-        for k in range(2000)], (64, 128), title="<i>")
+def test_gallery_shields_its_page(tmp_path):
+    """Words of a prompt or title end neither the script nor the page; seeds keep all digits."""
+    rows = [{"image": "a.png", "label": "b.png", "prompt": "</script><b>", "seed": 2**60 + 1}]
+    gallery.write_gallery(tmp_path, rows, (64, 128), title="<i>")
     page = (tmp_path / "gallery.html").read_text()
-    probe = """<script>onload = () => setTimeout(() => {
-      const loaded = [...document.images].filter(i => i.naturalWidth).length;
-      const choose = (id, v, on) => { find(id).value = v; find(id)[on](); };
-      choose("class", "rider", "onchange"); choose("weather", "none", "onchange");
-      choose("words", "lorry", "oninput"); const none = find("count").textContent;
-      choose("words", "CAR 4", "oninput");
-      document.title = [loaded, rows.length, none, find("count").textContent].join("|");
-    }, 300)</script>"""
-    (tmp_path / "gallery.html").write_text(page + probe)
-    run = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                          "--virtual-time-budget=5000", f"file://{tmp_path}/gallery.html"],
-                         capture_output=True, text=True, timeout=120)
-    title = run.stdout.partition("<title>")[2].partition("</title>")[0]
-    loaded, total, none, some = title.split("|")
-    wanted = [k for k in range(0, 2000, 6) if "4" in str(k)]
-    assert int(total) == 2000 and 0 < int(loaded) < 1000
-    assert none == "0 of 2000" and some == f"{len(wanted)} of 2000"
+    assert page.count("</script>") == 2 and "<i>" not in page and str(2**60 + 1) in page
+
+
+def test_grid_of_unequal_strips(tmp_path):
+    """A strip of another size in vis/, of another run, is one sentence that names it."""
+    for k, w in enumerate((96, 96, 48)):
+        data_photo(tmp_path / f"vis/{k}.png", k, (8, w))
+    with pytest.raises(data.UserError, match=r"vis/2.png and .*vis/0.png differ in size"):
+        gallery.write_grid(tmp_path)
+    (tmp_path / "vis/2.png").unlink()
+    gallery.write_grid(tmp_path)
+    assert Image.open(tmp_path / "grid.png").size[0] > 192
 
 
 # ---- toy/ ----------------------------------------------------------------------------------------
 
 
-def test_latents_can_be_normalised_inside_the_vae():
-    """The folded statistics give latents of mean 0 and standard deviation 1, and equal pictures."""
-    auto = tiny_models().vae
-    images = list(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    folded = make.normalise_latents(auto, images)
-    with torch.no_grad():
-        z = folded.encode(torch.stack(images))
-        assert z.mean((0, 2, 3)).abs().max() < 1e-4
-        assert (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
-        want = auto.decode(auto.encode(torch.stack(images)))
-        assert relative(folded.decode(z), want) < 1e-4
-
-
 def test_toy_streets_repeat_and_share_scenes():
-    """A scene is a function of its seed; every style shows it with the same label."""
+    """A scene is a function of its seed, every style shows it with the same label, the splits have
+    different ones, and together they show every class and ignore."""
     image, label = streets.toy_street(3, "sunny")
-    again, _ = streets.toy_street(3, "sunny")
-    assert np.array_equal(image, again) and image.shape == (128, 256, 3)
+    assert np.array_equal(image, streets.toy_street(3, "sunny")[0])
     for style in streets.STYLES[1:]:
         other, same_label = streets.toy_street(3, style)
         assert np.array_equal(label, same_label) and np.abs(other - image.astype(int)).mean() > 10
-    with pytest.raises(ValueError, match="no toy style"):
-        streets.toy_street(0, "sandstorm")
-
-
-def test_toy_streets_show_every_class():
-    """All 19 classes and ignore occur, and train, val and test scenes differ."""
-    scenes = streets.ToyStreets(n=60)
-    seen = set().union(*(np.unique(scenes.label(i)).tolist() for i in range(60)))
-    assert seen == {*range(19), 255}
     labels = [streets.ToyStreets(n=1, split=s).label(0) for s in ("train", "val", "test")]
     assert not np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[1], labels[2])
+    scenes = streets.ToyStreets(n=60)
+    assert {k for i in range(60) for k in np.unique(scenes.label(i)).tolist()} == {*range(19), 255}
 
 
-# ---- experiments/badinput.py, and what every reader does with any bytes --------------------------
+# ---- bad inputs: what the user can put right is one sentence -------------------------------------
+
+
+def put(path, content):
+    """A file anew, never into one shared by hard link: a picture (array), bytes, text or JSON; None
+    leaves it out."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if isinstance(content, np.ndarray):
+        Image.fromarray(content).save(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def edit(path, **entries):
+    """Change entries of a JSON file."""
+    put(path, json.loads(Path(path).read_text()) | entries)
+
+
+def cut(path):
+    """Only four fifths of a file: of a picture, what Pillow opens gladly."""
+    put(path, Path(path).read_bytes()[: os.path.getsize(path) * 4 // 5])
+
+
+def weights(**tensors):
+    """Change tensors of the UNet's file; None leaves one out."""
+    state = load_file(UNET) | tensors
+    os.unlink(UNET)
+    save_file({k: v for k, v in state.items() if v is not None}, UNET)
+
+
+class Code:
+    """Unpickled by the usual pickle it makes a folder."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def pickled():
+    """A pickle with code in place of the UNet's weights."""
+    os.unlink(UNET)
+    torch.save({"x": Code()}, UNET.replace("safetensors", "bin"))
+
+
+def labels(array):
+    """Other labels for all pictures."""
+    for file in Path("data/labels").iterdir():
+        put(file, array)
+
+
+def full(file):
+    """What the system says when there is no room."""
+    raise OSError(28, "No space left on device")
+
+
+SHORT = "--steps 1 --batch 1 --out out"
+BAD_COMMANDS = {  # a row of the table begins with one of these, and its other words come last
+    "generate": f"--sd sd --data data --num 1 --no-mrlf {SHORT}",
+    "train controlnet": f"--sd sd --data data --workers 0 {SHORT}",
+    "segment train": f"--data data --backbone tiny --crop 64x64 --workers 0 {SHORT}",
+    "segment eval": "--weights segformer --eval-data data --out out",
+    "segment predict": "--weights segformer --out out", "segment": "--data data --out out",
+    "stats": "data", "rcs-subset": "data out"}
+UNET, UNET_CONFIG = "sd/unet/diffusion_pytorch_model.safetensors", "sd/unet/config.json"
+SCHEDULER, SETTINGS = "sd/scheduler/scheduler_config.json", "sd/settings.json"
+LABEL, IMAGE, FLAT = "data/labels/a.png", "data/images/a.png", np.zeros((64, 128), np.uint8)
+BAD_INPUTS = [  # command line, words of the sentence, what is done before
+    ("generate --data nowhere", "nowhere"),
+    ("generate --data toy:sandstorm", "sandstorm"),
+    ("generate --data toy:sunny:none", "toy:sunny:none"),
+    ("stats", "data", lambda _: shutil.rmtree("data/images")),
+    ("generate", "data", lambda _: [shutil.rmtree("data/images"), os.mkdir("data/images")]),
+    ("generate", "label", lambda _: shutil.rmtree("data/labels")),
+    ("generate", "size", lambda _: labels(FLAT[:9, :9])),
+    ("stats", f"{LABEL} 77", lambda _: put(LABEL, FLAT + 77)),
+    ("generate", LABEL, lambda _: put(LABEL, np.zeros((64, 128, 3), np.uint8))),
+    ("generate", LABEL, lambda _: cut(LABEL)),
+    ("generate", "no class", lambda _: labels(FLAT + 255)),
+    ("segment eval", IMAGE, lambda _: cut(IMAGE)),
+    ("segment predict nowhere.png", "nowhere.png"),
+    ("segment predict odd.png", "odd.png", lambda _: put("odd.png", "no picture")),
+    ("rcs-subset --num 99", "99"),
+    ("rcs-subset", "out not empty", lambda _: put("out/a", "")),
+
+    ("generate --sd nowhere --controlnet sd/controlnet", "nowhere"),
+    ("generate --controlnet sd/vae", "sd/vae"),
+    ("generate", "--controlnet", lambda _: put(SETTINGS, None)),
+    ("generate", UNET, lambda _: cut(UNET)),
+    ("generate", "sd/unet", lambda _: put(UNET, None)),
+    ("generate", "sd/unet", lambda _: pickled()),
+    ("generate", f"{UNET} conv_in", lambda _: weights(**{"conv_in.bias": None})),
+    ("generate", f"{UNET} conv_in", lambda _: weights(**{"conv_in.bias": torch.ones(3)})),
+    ("generate", f"{UNET} odd", lambda _: weights(odd=torch.ones(1))),
+    ("generate", f"{UNET} NaN", lambda _: weights(**{"conv_in.bias": torch.ones(64) * math.nan})),
+    ("generate", "sd/unet", lambda _: edit(UNET_CONFIG, layers_per_block=10**9)),
+    ("generate", "sd/unet", lambda _: edit(UNET_CONFIG, cross_attention_dim=3)),
+    ("train controlnet", "--source-unet", lambda _: shutil.rmtree("sd/unet_source")),
+
+    ("generate", UNET_CONFIG, lambda _: put(UNET_CONFIG, "{")),
+    ("generate", SCHEDULER, lambda _: put(SCHEDULER, "[]")),
+    ("generate", "thresholding", lambda _: edit(SCHEDULER, thresholding=True)),
+    ("generate", "sd/tokenizer", lambda _: put("sd/tokenizer/vocab.json", "{")),
+    ("generate", SETTINGS, lambda _: put(SETTINGS, "{")),
+    ("generate", f"{SETTINGS} guidence", lambda _: edit(SETTINGS, generate={"guidence": 3})),
+    ("generate", SETTINGS, lambda _: edit(SETTINGS, generate={"steps": "x"})),
+    ("segment eval", "segformer", lambda _: put("segformer/config.json", "{")),
+    ("stats", ".class_counts.json", lambda _: put("data/.class_counts.json", "{")),
+    ("generate --classes c.json", "c.json", lambda _: put("c.json", "{")),
+    ("generate --classes c.json", "c.json", lambda _: edit("c.json", ids={})),
+    ("generate --classes c.json", "c.json", lambda _: edit("c.json", ids={"7": 5})),
+    ("generate --classes c.json", "c.json", lambda _: put("c.json", {"names": ["road"]})),
+    ("generate --classes c.json", "2 classes"),
+    ("segment eval --classes c.json", "2"),
+
+    ("generate --size 60x100", "60x100 multiples"), ("generate --size huge", "huge"),
+    ("train controlnet --size 36x36", "36x36 multiples"), ("segment train --crop 8x8", "8x8"),
+    ("segment train --arch hrda --crop 100x100", "100x100 multiples"),
+    ("generate --weather sandstorm", "sandstorm snowy"),
+    ("generate --steps 0", "--steps 0"), ("generate --num x", "--num x"),
+    ("generate --seed=-1", "--seed -1"), ("generate --swap 1.5", "--swap 1.5"),
+    ("generate --guidance nan", "--guidance nan"), ("generate --stride none", "--stride none"),
+    ("generate --mrlf --stride 40x40", "stride 40"), ("generate --device cuda:77", "cuda:77"),
+    ("train controlnet --lr 0", "--lr 0"), ("segment", "--eval-data"),
+    ("segment --eval-data toy:sunny cityscape", "cityscape"),
+    ("segment train runs/night", "runs/night"), ("generate --nothing", "--nothing"),
+
+    ("generate --out a\0b", "--out"), ("generate --out c.json", "c.json"),
+    ("generate --out data/images/new", "data/images/new"),
+    ("generate", "out not empty", lambda _: put("out/thesis.txt", "precious")),
+    ("generate", "out other settings", lambda _: put("out/settings.json", {"seed": "5"})),
+    ("segment train", "out other settings", lambda _: put("out/segformer.json", {"seed": "5"})),
+    ("generate", "out/settings.json", lambda _: put("out/settings.json", "{")),
+    ("generate --no-rcs", "No space left", lambda patch: patch.setattr(os, "fsync", full)),
+    ("segment train --no-rcs", "No space left", lambda patch: patch.setattr(os, "fsync", full)),
+]
 
 
 @pytest.fixture(scope="module")
 def good_inputs(tmp_path_factory):
-    """What the cases of experiments/badinput.py start from."""
-    folder, here = tmp_path_factory.mktemp("good") / "good", os.getcwd()
-    folder.mkdir()
-    badinput.good(folder)
-    os.chdir(here)
+    """The toy pack, two pairs and a file of two classes, of which every bad input is made."""
+    folder = tmp_path_factory.mktemp("good")
+    shutil.copytree(HERE / "toy", folder / "sd", ignore=shutil.ignore_patterns("*.png", "*.py"))
+    shutil.copytree(HERE / "toy/segformer", folder / "segformer")
+    settings = {"controlnet": "controlnet", "preset": "fast", "rcs_min_pixels": 40}
+    put(folder / SETTINGS, {"generate": settings, "train": {"rcs_min_pixels": 40}})
+    put(folder / "c.json", {"names": ["road", "sky"], "colours": [[0, 0, 0]] * 2,
+                            "ids": {str(i): i % 2 for i in range(19)}})
+    for k, name in enumerate("ab"):
+        image, label = streets.toy_street(k, size=FLAT.shape)
+        put(folder / f"data/images/{name}.png", image)
+        put(folder / f"data/labels/{name}.png", label)
     return folder
 
 
-@pytest.mark.parametrize("group", badinput.GROUPS)
-def test_a_bad_input_ends_in_a_sentence(group, good_inputs, tmp_path, monkeypatch, capfd):
-    """Of each group of experiments/badinput.py three cases: one sentence that names the culprit and
-    exit code 2, or what the case allows; the good inputs themselves are taken."""
-    monkeypatch.chdir(good_inputs)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    cases = list(badinput.GROUPS[group]())
-    for k, case in enumerate(random.Random(0).sample(cases, 3)):
-        (name, command, culprit, how, words, why), root = case, tmp_path / str(k)
-        shutil.copytree(good_inputs, root, symlinks=True)
-        monkeypatch.chdir(root)
-        how()
-        before = badinput.snapshot(root)
-        try:
-            code = badinput.run([*badinput.COMMANDS[command].split(), *words])
-        except SystemExit as error:  # argparse
-            code = error.code
-        said = "".join(capfd.readouterr())
-        assert badinput.outcome(code, said, 0, 0, culprit, why, root) in badinput.FINE, (name, said)
-        assert badinput.snapshot(root) == before, name
+@pytest.mark.parametrize("case", BAD_INPUTS, ids=lambda case: f"{case[0]}: {case[1]}"[:60])
+def test_a_bad_input_is_one_sentence(case, good_inputs, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line on stderr with the culprit, and no file is written or changed."""
+    line, culprits, *changes = case
+    name = next(name for name in BAD_COMMANDS if f"{line} ".startswith(f"{name} "))
+    words = [*name.split(), *BAD_COMMANDS[name].split(), *line.removeprefix(name).split()]
+    shutil.copytree(good_inputs, tmp_path / "case", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "case")
+    for change in changes:
+        change(monkeypatch)
+    before = files(Path("."))
+    code = exit_code(words, data.main if name in ("stats", "rcs-subset") else main)
+    said = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    said = [line for line in said if line.strip() and "%|" not in line]  # no progress bars
+    assert code == 2 and len(said) == 1, said
+    assert all(word in said[0] for word in culprits.split()), said
+    written = files(Path(".")).items() - before.items()
+    assert {file for file, _ in written} <= {"out/.lock", "data/.class_counts.json"}
+    assert not Path("executed").exists()
 
 
-FUZZ = hypothesis.settings(derandomize=True, deadline=None, max_examples=80, database=None,
-                           suppress_health_check=list(hypothesis.HealthCheck))
-NUMBERS = st.floats(allow_subnormal=False)  # the commands flush those
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | NUMBERS |
-                    st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-                        st.text(max_size=3), inner, max_size=3), max_leaves=6)
-NETS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "segformer": SegFormer,
-        "controlnet": ControlNet}
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_config_values_fuzz(net, monkeypatch):
-    """Whatever stands in one field of a config.json, the network loads or a FileError names the
-    file; nothing is built that the file's tensors could not fill."""
-    module = sys.modules[NETS[net].__module__]
-    config, state, _ = module.read_weights(HERE / "toy" / net)
-    names = [key for key in config if "class" not in key and key != "architecture"]
-
-    @FUZZ
-    @hypothesis.given(st.sampled_from(names), JSON | st.sampled_from(
-        [10**9, 2**62, [10**9] * 3, [1] * 10_000, [[1]], math.nan, 0, -1, 1, 2]))
-    def check(name, value):
-        monkeypatch.setattr(module, "read_weights",
-                            lambda path: ({**config, name: value}, dict(state), "the file"))
-        try:
-            NETS[net].from_pretrained("anywhere")
-        except ValueError as error:
-            assert type(error).__name__ == "FileError" and "the file" in str(error), error
-
-    check()
-
-
-def attempts(function, *arguments):
-    """function(*arguments), or None if it raises one of the documented errors."""
-    try:
-        return function(*arguments)
-    except (data.UserError, unet_module.FileError, clip_text.FileError) as error:
-        assert str(error).strip()
-    return None
-
-
-def test_json_readers_fuzz(tmp_path):
-    """Any bytes and any JSON, in any of the files read as JSON: a value of the right kind or one
-    documented error."""
-    file, folder = tmp_path / "settings.json", tmp_path / "scheduler_config.json"
-    toy = json.loads((HERE / "toy/scheduler/scheduler_config.json").read_text())
-    rows = st.dictionaries(st.sampled_from(["names", "colours", "ids", "image", "label", "prompt",
-                                            "generate", "segment", "0", "num", "lr"]), JSON)
-
-    @FUZZ
-    @hypothesis.given(st.binary(max_size=40) | (JSON | rows).map(lambda x: json.dumps(x).encode()),
-                      st.sampled_from(sorted(toy)), JSON)
-    def check(content, key, value):
-        file.write_bytes(content)
-        assert isinstance(attempts(unet_module.read_json, file), (dict, type(None)))
-        assert isinstance(attempts(data._read_json, file, list), (list, type(None)))
-        attempts(data.Classes.from_json, file)
-        attempts(recipes.pack_settings, tmp_path)
-        for line in attempts(dginstyle.manifest_lines, file) or ():
-            assert isinstance(json.loads(line)["image"], str)
-        attempts(data._remember, file, ["a"], [1], lambda jobs: [{}], "counts", data._is_counts)
-        (tmp_path / "sample_class_stats.json").write_bytes(content)
-        for row in (attempts(data._authors_counts, tmp_path) or {}).values():
-            assert all(type(n) is int and n >= 0 for n in row.values())
-        folder.write_text(json.dumps({**toy, key: value}))
-        if schedule := attempts(Schedule.from_pretrained, tmp_path):
-            assert 0 < schedule.abar.min() <= schedule.abar.max() <= 1
-
-    check()
-
-
-def test_class_files_fuzz(tmp_path):
-    """A class file that is taken has as many colours of bytes as names, and ids within them."""
-    file, some = tmp_path / "classes.json", st.lists(JSON, max_size=3)
-    colours = st.lists(st.lists(st.integers(-1, 256), min_size=2, max_size=3), max_size=3)
-
-    @FUZZ
-    @hypothesis.given(st.lists(st.text(max_size=4), max_size=3) | some, colours | some,
-                      st.dictionaries(st.integers(-1, 65536).map(str) | st.text(max_size=2),
-                                      st.none() | st.integers(-1, 3) | JSON, max_size=3))
-    def check(names, colours, ids):
-        file.write_text(json.dumps({"names": names, "colours": colours, "ids": ids}))
-        if classes := attempts(data.Classes.from_json, file):
-            assert data._palette(classes)[: len(names)].tolist() == colours
-            assert set(classes.ids.values()) <= {None, *range(len(names))}
-
-    check()
-
-
-def test_label_files_fuzz(tmp_path):
-    """Any numbers in a PNG or TIFF of any depth, under any palette, and any damage to its bytes: a
-    label of 0..18 and 255, or a UserError."""
-    file, rng = tmp_path / "a.png", np.random.default_rng(0)
-
-    @FUZZ
-    @hypothesis.given(st.sampled_from(["uint8", "uint16", "int32", "float32", "bool"]),
-                      st.lists(st.integers(-3, 70_000), min_size=6, max_size=6),
-                      st.sampled_from(["PNG", "TIFF"]), st.booleans(),
-                      st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3))
-    def check(kind, values, form, palette, damage):
-        array = np.array(values).reshape(2, 3).astype(kind)
-        image = Image.fromarray(array)
-        if palette and kind == "uint8":
-            image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
-        with contextlib.suppress(OSError):  # Pillow writes no such PNG
-            image.save(file, format=form)
-        content = bytearray(file.read_bytes())
-        for place, byte in damage:
-            content[place % max(1, len(content)) : place % max(1, len(content)) + 1] = [byte]
-        file.write_bytes(content)
-        label = attempts(data.read_label, file)
-        assert label is None or set(np.unique(label)) <= {255, *range(19)}
-        if kind == "uint8" and not damage and form == "PNG":
-            fits = ((array < 19) | (array == 255)).all()
-            assert (label is not None) == fits and (not fits or np.array_equal(label, array))
-        attempts(data.read_image, file)
-
-    check()
-
-
-def test_safetensors_headers_fuzz(tmp_path):
-    """Any header before any numbers: tensors that are as large as they say, or a FileError."""
-    file = tmp_path / "a.safetensors"
-    entry = st.fixed_dictionaries({
-        "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F7"]),
-        "shape": st.lists(st.integers(-1, 9) | st.just(2**62), max_size=3),
-        "data_offsets": st.lists(st.integers(-1, 40), min_size=1, max_size=3)})
-
-    @FUZZ
-    @hypothesis.given(st.dictionaries(st.text(max_size=3), entry | JSON, max_size=3) | JSON,
-                      st.integers(-9, 9), st.binary(max_size=40))
-    def check(header, off, numbers):
-        text = json.dumps(header).encode()
-        file.write_bytes(struct.pack("<Q", max(0, len(text) + off)) + text + numbers)
-        for tensor in (attempts(unet_module.read_weights, file) or ((), {}, ""))[1].values():
-            assert 0 < tensor.nbytes <= len(numbers)
-
-    check()
-
-
-def test_tokenizer_files_fuzz(tmp_path):
-    """Any merges and any changed ids: prompts get ids of the vocabulary, or a FileError."""
-    shutil.copytree(HERE / "toy" / "tokenizer", tmp_path, dirs_exist_ok=True)
-    text = (tmp_path / "merges.txt").read_text()
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-
-    @FUZZ
-    @hypothesis.given(st.integers(0, len(text)),
-                      st.text("ab \n#", max_size=8) | st.text(max_size=3),
-                      st.dictionaries(st.sampled_from(sorted(vocab)) | st.text(max_size=3),
-                                      JSON | st.integers(0, 700), max_size=2))
-    def check(cut, more, ids):
-        (tmp_path / "merges.txt").write_text(text[:cut] + more + text[cut:], "utf-8",
-                                             errors="surrogatepass")
-        (tmp_path / "vocab.json").write_text(json.dumps({**vocab, **ids}))
-        if tokenizer := attempts(Tokenizer.from_pretrained, tmp_path):
-            assert set(tokenizer.encode("a rainy street, ab")) <= {*tokenizer.vocab.values()}
-
-    check()
-
-
-def test_words_of_data_and_flags_fuzz(tmp_path, monkeypatch):
-    """Any word after --data is a data set or a UserError; any word after a flag is a value in its
-    range or an ArgumentTypeError: no nan, no infinity, no number of another size."""
-    monkeypatch.chdir(tmp_path)
-    flags = [flag for table in recipes.TABLES.values() for flag in table.values()]
-
-    @FUZZ
-    @hypothesis.given(st.text(max_size=8) | st.from_regex(
-        r"toy(:(sunny|night|all|x)?)?(:-?[0-9]{1,9})?", fullmatch=True))
-    def check_data(word):
-        with contextlib.suppress(OSError):  # a name that the system has no room for
-            attempts(data.open_set, word)
-
-    @FUZZ
-    @hypothesis.given(st.sampled_from(flags), st.text(max_size=5) | NUMBERS.map(str) |
-                      st.integers().map(str) | st.from_regex("[0-9x-]{1,7}", fullmatch=True))
-    def check_flag(flag, word):
-        try:
-            value = flag.read(word)
-        except argparse.ArgumentTypeError:
-            return
-        for n in value if isinstance(value, tuple) else [value]:
-            assert not isinstance(n, (int, float)) or flag.low <= n <= flag.high, (flag, word)
-
-    check_data()
-    check_flag()
+def test_a_preview_of_another_size_is_one_sentence(generated, tmp_path, capsys):
+    """A picture in vis/ that is not the run's names its file when the command runs again."""
+    out = tmp_path / "run"
+    shutil.copytree(generated, out)
+    put(min((out / "vis").iterdir()), FLAT[:9, :9])
+    refuses(capsys, ["generate", *QUICK, "--out", str(out)], "vis", "00000")
 
 
 # ---- experiments/bench.py ------------------------------------------------------------------------
@@ -4438,43 +3290,41 @@ def test_rehearsal_of_three_commands(capsys):
 # ---- experiments/pretend.py: on a GPU that is not there ------------------------------------------
 
 
-def on_pretended(device="cuda:0", dtype=torch.float32, low_vram=False):
+def on_pretended(dtype=torch.float32):
     """tiny_models there, to be called within pretend.gpu()."""
-    models = replace(tiny_models(), schedule=pretend.schedule(),
-                     turns_on=device if low_vram else None)
+    models = replace(tiny_models(), schedule=pretend.schedule())
     for net in (models.unet, models.controlnet, models.vae, models.text_encoder):
-        net.to("cpu" if low_vram else device, dtype, memory_format=torch.channels_last)
+        net.to("cuda:0", dtype, memory_format=torch.channels_last)
     return models
 
 
-@pytest.mark.parametrize("low_vram", [False, True])
-def test_both_passes_on_a_gpu(low_vram):
-    """Nothing is left on the CPU in sampling, with any sampler, guidance and size; with low_vram
-    no weight is left on the GPU."""
+def test_both_passes_on_a_gpu():
+    """Nothing is left on the CPU in sampling, with any sampler, guidance and size."""
     with pretend.gpu(), torch.no_grad():
-        models = on_pretended("cuda:0", torch.bfloat16, low_vram)
+        models = on_pretended(torch.bfloat16)
         text, hint = models.encode_prompts(["road", "sky"], "fog"), torch.zeros(2, 20, 32, 64)
         for sampler, weights, share in (("ddim", "uniform", 1.0), ("dpm++", "cosine", 0.4)):
             options = dict(sampler=sampler, steps=2, weights=weights, control_uncond=share,
-                           tile_batch=16)
+                           tile_batch=16, prior_tone=1 - share)
             latents = dginstyle.first_pass(models, (32, 64), text, hint, Noise([0, 1]), **options)
             latents = dginstyle.second_pass(models, latents, torch.zeros(2, 1, 32, 64), hint, text,
                                             Noise([0, 1]), official_renoise=share < 1,
                                             stride="half", **options)
             assert latents.is_cuda and latents.shape == (2, 4, 16, 32)
         dginstyle.first_pass(models, (32, 64), text, None, Noise([0, 1]), steps=1, tile_batch=16)
-        nets = (models.unet, models.controlnet, models.vae, models.text_encoder)
-        there = {p.device.type for net in nets for p in net.parameters()}
-        assert there == {"cpu" if low_vram else "cuda"}
 
 
 def test_a_misplaced_tensor_is_found():
-    """The pretended GPU refuses one weight, a hint or a mask that was left on the CPU."""
+    """The pretended GPU refuses a hint and a weight that were left on the CPU, and counts a wait:
+    the tests around this one can fail."""
     with pretend.gpu(), torch.no_grad():
         models = on_pretended()
         text, x = models.encode_prompts(["road"]), torch.zeros(1, 4, 8, 8, device="cuda:0")
         hint = models.encode_hint(torch.zeros(1, 20, 32, 32))
-        assert models.predict(x, 9, text, hint).is_cuda
+        with pretend.Launches() as seen:
+            assert models.predict(x, 9, text, hint).is_cuda and not seen.waits
+            x.cpu(), x + torch.zeros(1, 4, 8, 8).to("cuda:0")
+        assert seen.waits == {"copy from": 1, "copy to": 1}
         with pytest.raises(RuntimeError, match="same device"):
             models.predict(x, 9, text, hint.cpu())
         weight = models.unet.mid_block.resnets[1].norm2.weight
@@ -4484,30 +3334,16 @@ def test_a_misplaced_tensor_is_found():
 
 
 def test_no_step_of_sampling_waits_for_the_gpu():
-    """Between two steps nothing is read back or sent over; a wait that is there is counted."""
-    with pretend.gpu():
+    """Between two steps nothing is read back or sent over; at SD1.5's size in bf16 a step in 25
+    windows launches at most 1,100 operators, and text and both ways of the VAE run there too."""
+    with pretend.gpu(), torch.no_grad():
         models = on_pretended()
         for options in (dict(stride=(2, 2), tile_batch=5), dict(sampler="dpm++", stride=(4, 4))):
             seen = pretend.second_pass_step(models, **{"tile_batch": 32, **options})
             assert not seen.waits and seen.launched["convolution"] > 20
-        x, flags = torch.zeros(4, device="cuda:0"), torch.ones(4, dtype=torch.bool, device="cuda:0")
-        with pretend.Launches() as seen:
-            x + torch.zeros(4).to("cuda:0", non_blocking=True)
-            assert not seen.waits
-            x.cpu(), x + torch.zeros(4).to("cuda:0"), x.copy_(torch.zeros(4))
-            for read in (lambda: x.sum().item(), lambda: x[flags], lambda: bool(flags.all())):
-                with pytest.raises(Exception, match="aten|data-dependent"):
-                    read()
-        assert seen.waits == {"copy from": 1, "copy to": 2, "_local_scalar_dense": 2, "index": 1}
-
-
-def test_stable_diffusion_on_a_gpu():
-    """At SD1.5's size in bf16: text, both ways of the VAE, and a step in 25 windows, which waits
-    for nothing and launches at most 1000 operators."""
-    with pretend.gpu(), torch.no_grad():
         models = pretend.sd_models()
         seen = pretend.second_pass_step(models, stride=(16, 16), tile_batch=32)
-        assert not seen.waits and seen.launched.total() < 1000
+        assert not seen.waits and seen.launched.total() <= 1100
         z = models.vae.encode(torch.zeros(1, 3, 512, 512, device="cuda:0", dtype=torch.bfloat16))
         assert models.vae.decode(z).shape == (1, 3, 512, 512) and z.is_cuda
 
@@ -4528,75 +3364,69 @@ def test_sampling_on_a_real_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     args = dginstyle.settings("generate", "--precision", "fp32")
-    condition = bench.street(here.size)
+    label = streets.toy_street(0, size=here.size)[1]
+    condition = dginstyle.Condition("street", label, data.caption(label), None, None, (0, 0), 0)
     images = [dginstyle.decode(m.vae, dginstyle.sample(m, [condition], data.CITYSCAPES, args))
               for m in (there, here)]
     assert np.abs(images[0].astype(int) - images[1]).mean() < 3
 
 
-@pytest.mark.parametrize("head", ["segformer", "daformer", "hrda"])
-def test_measuring_on_a_gpu(head):
-    """A picture goes through sliding windows, scaled and scaled back, on the GPU alone."""
-    with pretend.gpu(), torch.no_grad():
-        model = seg_model(head=head).eval().to("cuda:0")
-        for fit in (None, (48, 80)):
-            logits = segformer.predict(model, np.zeros((96, 160, 3), np.uint8), (64, 64), fit)
-            assert logits.is_cuda and logits.shape == (model.config.num_classes, 96, 160)
+class UpdateDone(Exception):
+    """Raised in place of a second update."""
 
 
-def updates(monkeypatch, words, flags, models, toy_stage=None):
-    """Run a training stage's own code up to its loop, then an update -> Launches of the update.
+def watch_update(monkeypatch):
+    """-> Launches of the training loop from its first update to its second, which raises
+    UpdateDone."""
+    update, seen = training.update, pretend.Launches()
 
-    models: what the stage finds in --sd; toy_stage: a function of toy.make, run in its place."""
-    caught = {}
-    for module in (dginstyle, make):
-        monkeypatch.setattr(module, "fit", lambda stage, objective, draw, args, save, pairs=None,
-                            groups=None: caught.update(objective=objective, draw=draw, args=args,
-                                                       groups=groups))
-    monkeypatch.setattr(Models, "from_pretrained", lambda *a, **k: models)
-    monkeypatch.setattr(UNet, "from_pretrained", lambda path: copy.deepcopy(models.unet))
-    monkeypatch.setattr(VAE, "from_pretrained",
-                        lambda path: VAE(VAEConfig(**vae_module.PRESETS["tiny"])))
-    args = dginstyle.settings(*words, *flags, "--device", "cuda:0", "--data", "toy:sunny:2",
-                              "--batch", "2")
-    if args.command == "train":
-        function = toy_stage or getattr(dginstyle, f"train_{args.stage}")
-        function(args, dginstyle.open_training_data(args)[1], data.CITYSCAPES)
-    else:
-        dginstyle.train_segmenter(args)
-    objective, draw, args, groups = caught.values()
-    objective.to(args.device, memory_format=torch.channels_last).train()
-    state = training.Trained(objective, groups, args)
-    batches = (list(map(torch.stack, zip(*(draw(np.random.default_rng(k)) for _ in range(2)),
-                                         strict=True))) for k in range(100))
-    with pretend.Launches() as seen:
-        loss = training.update(state, objective, batches, args)
-        state.follow(loss, args.ema, 0)
-    assert loss.is_cuda and loss.ndim == 0
-    assert all(p.is_cuda and p.grad is None for p in state.parameters)
+    def watched(parallel, optimizer, *rest):
+        if seen.launched:
+            seen.__exit__(None, None, None)
+            raise UpdateDone
+        seen.__enter__()
+        loss, names = update(parallel, optimizer, *rest)
+        assert loss.is_cuda and loss.ndim == 0
+        assert all(p.is_cuda for group in optimizer.param_groups for p in group["params"])
+        return loss, names
+
+    def loader(draw, args, first):  # a DataLoader draws a seed, for which nothing here has content
+        samples = [draw(np.random.default_rng(k)) for k in range(args.batch)]
+        return [torch.utils.data.default_collate(samples)] * 2 * args.accumulate
+
+    monkeypatch.setattr(training, "update", watched)
+    monkeypatch.setattr(training, "loader", loader)
     return seen
 
 
 @pytest.mark.parametrize("stage,precision", [
     ("dreambooth", "fp16"), ("controlnet", "bf16"), ("daformer", "bf16"), ("hrda", "fp16"),
     ("segformer", "fp16"), ("diff", "bf16"), ("vae", "bf16"), ("prior", "fp16")])
-def test_training_on_a_gpu(stage, precision, monkeypatch):
+def test_training_on_a_gpu(stage, precision, pack, tmp_path, monkeypatch):
     """An update of every stage, with checkpointing, accumulation, clipping, averaged weights and
     fp16's scaler, lies on the GPU and waits for nothing."""
-    flags = ["--precision", precision, "--accumulate", str(1 + (stage == "controlnet")),
-             "--ema", "0.9", "--clip", "1"]
+    words = ["--precision", precision, "--accumulate", str(1 + (stage == "controlnet")), "--data",
+             "toy:sunny:2", "--batch", "2", "--steps", "3", "--device", "cuda:0", "--workers", "0",
+             "--out", str(tmp_path)]
     with pretend.gpu():
         models = on_pretended()
-        if stage in ("dreambooth", "controlnet", *make.STAGES):
-            words = ["train", stage if stage == "controlnet" else "dreambooth", "--checkpointing",
-                     "--size", "32x32", "--source-unet", ".", "--cache", "0"]
-        else:
-            words = ["segment", "train", "--crop", "64x64", "--arch", stage]
-        if stage == "diff":
-            words = [*words[:4], "--backbone", "diff", "--diff-steps", "5"]
-            models.unet, models.vae = diff_prior().unet.to("cuda:0"), diff_prior().vae.to("cuda:0")
-        toy_stage = make.STAGES.get(stage)
-        assert not updates(monkeypatch, words, flags, models, toy_stage).waits
+        monkeypatch.setattr(Models, "from_pretrained", lambda *_, **__: models)
+        monkeypatch.setattr(UNet, "from_pretrained", lambda *_: copy.deepcopy(models.unet))
+        monkeypatch.setattr(VAE, "from_pretrained",
+                            lambda *_: VAE(VAEConfig(**vae_module.PRESETS["tiny"])))
+        seen = watch_update(monkeypatch)
+        with pytest.raises(UpdateDone):
+            if stage in STAGE_FOLDERS:
+                train(stage, *words, "--sd", pack, "--checkpointing", "--size", "32x32",
+                      "--source-unet", ".")
+            elif stage == "diff":
+                prior = diff_prior()
+                models.unet, models.vae = prior.unet.to("cuda:0"), prior.vae.to("cuda:0")
+                main(["segment", "train", *words, "--crop", "64x64", "--backbone", "diff",
+                      "--diff-steps", "5"])
+            else:
+                main(["segment", "train", *words, "--crop", "64x64", "--arch", stage])
+        assert not seen.waits
 
 
 # ---- the house -----------------------------------------------------------------------------------
@@ -4605,43 +3435,23 @@ ALLOWED = {
     "unet.py": {"torch", "safetensors"}, "vae.py": {"torch", "safetensors"},
     "clip_text.py": {"torch", "safetensors"}, "segformer.py": {"torch", "safetensors"},
     "controlnet.py": {"torch", "unet"},
-    "diff.py": {"torch", "safetensors", "unet", "segformer"}, "toy/streets.py": {"numpy", "PIL"},
-    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm", "toy"},
+    "diff.py": {"torch", "safetensors", "unet", "segformer"},
+    "data.py": {"torch", "torchvision", "numpy", "PIL", "tqdm"},
+    "toy/streets.py": {"numpy", "PIL", "data"},
 }
-ALONE = """
-import sys
-for folder in sys.argv[1:]:
-    sys.path[0], name = folder, folder.rpartition("/")[2]
-    __import__(name)
-    if name == "diff":
-        import torch
-        from diff import PRESETS, Diff, DiffConfig, Prior
-        from unet import PRESETS as SIZES, UNet, UNetConfig
-        vae = torch.nn.Conv2d(3, 12, 4, stride=4)
-        vae.factor, vae.encode = 4, lambda images, noise: vae(images)
-        prior = Prior(UNet(UNetConfig(**SIZES["tiny"])), vae, torch.randn(2, 7, 96), classes=(1,))
-        model = Diff(DiffConfig(**PRESETS["tiny"], steps="1"), prior)
-        model.loss(torch.rand(2, 3, 32, 32), torch.randint(3, (2, 32, 32))).backward()
-        assert model.eval()(torch.rand(1, 3, 32, 64)).argmax(1).shape == (1, 16, 32)
-    for other in (name, "unet", "segformer"):
-        sys.modules.pop(other, None)
-"""
 
 
 def test_files_can_be_copied_out(tmp_path):
-    """Each file imports only what the README promises, and imports from an empty folder; there
-    diff.py, unet.py and segformer.py learn with another's latents, in ten lines."""
-    folders = [tmp_path / Path(file).stem for file in ALLOWED]
-    for (file, allowed), folder in zip(ALLOWED.items(), folders, strict=True):
+    """Each file imports only what the README promises, and imports outside this folder."""
+    for file, allowed in ALLOWED.items():
         tree = ast.parse((HERE / file).read_text())
         used = {n.name.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.Import)
                 for n in x.names}
         used |= {x.module.split(".")[0] for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
         assert used - set(sys.stdlib_module_names) <= allowed, file
-        folder.mkdir()
-        for name in {file} | {f"{name}.py" for name in allowed & {"unet", "segformer"}}:
-            shutil.copy(HERE / name, folder)
-    subprocess.run([sys.executable, "-c", ALONE, *map(str, folders)], cwd=tmp_path, check=True)
+        shutil.copy(HERE / file, tmp_path)
+    names = ", ".join(Path(file).stem for file in ALLOWED)
+    subprocess.run([sys.executable, "-c", f"import {names}"], cwd=tmp_path, check=True)
 
 
 def test_loader_copies_are_equal():
@@ -4676,5 +3486,5 @@ if __name__ == "__main__":
     torch.set_default_dtype(torch.bfloat16)  # 2.5 GB instead of 5
     base = UNet(UNetConfig())
     full = Models(base, ControlNet.from_unet(base, 20), VAE(), TextEncoder(),
-                  Tokenizer.train(["a city street scene"], 10), Schedule())
+                  make.train_tokenizer(["a city street scene"], 10), Schedule())
     print("written to", write_sd_folder(Path(sys.argv[1]), full))

@@ -19,9 +19,9 @@ import contextlib
 import json
 import math
 import os
-import types
-import zipfile
+import re
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,21 +96,16 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, t):
-        """Timesteps, a number or (B,) -> (1, dim) or (B, dim); an embedding passes through."""
+        """Timesteps, a number or (B,) -> (1, dim) or (B, dim)."""
         weight = self.linear_1.weight
         if not torch.is_tensor(t):  # made where it is needed: sending it there would be waited for
             t = torch.full((1,), t, device=weight.device)
-        if t.ndim == 2:
-            return t
         e = timestep_embedding(t.reshape(-1), weight.shape[1]).to(weight.dtype)
         return self.linear_2(F.silu(self.linear_1(e)))
 
 
 class ResnetBlock(nn.Module):
-    """(B,C,h,w), SiLU of the time embedding (1 or B,dim) -> (B,C',h,w).
-
-    `inner` receives the map before the shortcut.
-    """
+    """(B,C,h,w), SiLU of the time embedding (1 or B,dim) -> (B,C',h,w)."""
 
     def __init__(self, c_in, c_out, cfg):
         super().__init__()
@@ -122,12 +117,10 @@ class ResnetBlock(nn.Module):
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, emb, inner=None):
+    def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(emb)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        if inner is not None:
-            inner.append(h)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -146,16 +139,11 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, c, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list in the public keys: to_out.0
 
-    def keys_values(self, context):
-        """(P,L,D) -> keys and values, each (P, heads, L, C/heads)."""
-        return [y.unflatten(2, (self.heads, -1)).transpose(1, 2)
-                for y in (self.to_k(context), self.to_v(context))]
-
     def forward(self, x, context):
-        B, N, C = x.shape
-        k, v = context[self] if isinstance(context, dict) else self.keys_values(context)
-        P = k.shape[0]
+        (B, N, C), P = x.shape, context.shape[0]
         assert B % P == 0, (B, P)
+        k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (P, heads, L, C/heads)
+                for y in (self.to_k(context), self.to_v(context)))
         q = self.to_q(x).view(P, -1, self.heads, C // self.heads).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v)  # (P, heads, B/P·N, C/heads)
         return self.to_out[0](out.transpose(1, 2).reshape(B, N, C))
@@ -205,7 +193,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """(B,C,h,w), context (B,L,D) -> (B,C,h,w). `inner` receives the transformer block's output."""
+    """(B,C,h,w), context (P,L,D) -> (B,C,h,w)."""
 
     def __init__(self, c, heads, cfg):
         super().__init__()
@@ -216,7 +204,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])  # SD has one per transformer
         self.proj_out = nn.Linear(c, c) if self.linear else nn.Conv2d(c, c, 1)
 
-    def forward(self, x, context, inner=None):
+    def forward(self, x, context):
         B, C, h, w = x.shape
         y = self.norm(x)
         if self.linear:
@@ -224,8 +212,6 @@ class SpatialTransformer(nn.Module):
         else:
             y = self.proj_in(y).flatten(2).transpose(1, 2)
         y = self.transformer_blocks[0](y, context)
-        if inner is not None:
-            inner.append(y.transpose(1, 2).unflatten(2, (h, w)))
         if self.linear:
             y = self.proj_out(y).transpose(1, 2).reshape(B, C, h, w)
         else:
@@ -264,9 +250,9 @@ class Level(nn.Module):
         if heads:
             self.attentions = nn.ModuleList([SpatialTransformer(c, heads, cfg) for _ in widths_in])
 
-    def layer(self, i, x, emb, context, inner=None):
-        x = self.resnets[i](x, emb, inner)
-        return self.attentions[i](x, context, inner) if hasattr(self, "attentions") else x
+    def layer(self, i, x, emb, context):
+        x = self.resnets[i](x, emb)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
 
 
 class DownBlock(Level):
@@ -310,25 +296,21 @@ class UpBlock(Level):
         if not last:
             self.upsamplers = nn.ModuleList([Upsample(c)])
 
-    def forward(self, x, skips, emb, context, run, inner=None):
+    def forward(self, x, skips, emb, context, run):
         for i, skip in enumerate(skips):
-            x = run(self.layer, i, torch.cat([x, skip], dim=1), emb, context, inner)
+            x = run(self.layer, i, torch.cat([x, skip], dim=1), emb, context)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
-def encode_context(net, context):
-    """A text (P,L,D) -> {cross-attention of a UNet or ControlNet: its keys and values}."""
-    return {block.attn2: block.attn2.keys_values(context)
-            for block in net.modules() if isinstance(block, TransformerBlock)}
+def runner(net):
+    """How a UNet or ControlNet calls its layers: run(layer, *arguments).
 
-
-def call(function, *args):
-    return function(*args)
-
-
-def call_checkpointed(function, *args):
-    """Keep only the inputs and compute again in the backward pass: memory for time."""
-    return checkpoint(function, *args, use_reentrant=False)
+    With `checkpointing` on, training keeps only the arguments and computes the layer again in the
+    backward pass: memory for time.
+    """
+    if net.checkpointing and net.training:
+        return partial(checkpoint, use_reentrant=False)
+    return lambda layer, *arguments: layer(*arguments)
 
 
 class UNet(nn.Module):
@@ -360,34 +342,15 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, width[0], eps=1e-5)
         self.conv_out = nn.Conv2d(width[0], cfg.out_channels, 3, padding=1)
 
-    def encode_time(self, t):
-        """A timestep -> its embedding: `t` for all calls of one step of a sampler."""
-        return self.time_embedding(t)
-
-    def encode_context(self, context):
-        """(P,L,D) -> keys and values: `context` for all calls with one text."""
-        return encode_context(self, context)
-
     def forward(self, x, t, context, control=None):
-        """x (B,C,h,w), t a number or (B,) in 0..999, context (B,L,D) -> eps (B,C,h,w).
+        """x (B,C,h,w), t a number or (B,) in 0..999, context (P,L,D) -> eps (B,C,h,w).
 
-        t and context may come encoded, by `encode_time` and `encode_context`; a context of P rows,
-        P a divisor of B, serves B/P samples in a row with each of them.
+        P divides B: each text serves B/P samples in a row.
         control: (residuals of the skips, residual of the middle) from a ControlNet, or None.
-        """
-        return self.out(self.trunk(x, t, context, control))
-
-    def trunk(self, x, t, context, control=None, inner=None):
-        """As `forward`, up to the last norm: -> (B,C_0,h,w), from which `out` makes eps.
-
-        inner: a list, to which the decoder's maps (B,C',h',w') are added in the order of their
-        making: of every resnet what it adds to its shortcut, of every transformer what its block
-        puts out. Not together with checkpointing, which makes them twice.
         """
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         assert x.shape[2] % factor == 0 and x.shape[3] % factor == 0, (tuple(x.shape), factor)
-        run = call_checkpointed if self.checkpointing and self.training else call
-        assert inner is None or run is call, "checkpointing makes the decoder's maps twice"
+        run = runner(self)
 
         emb = F.silu(self.time_embedding(t))
         x = self.conv_in(x)
@@ -402,12 +365,8 @@ class UNet(nn.Module):
             x = x + middle
         for block in self.up_blocks:
             n = len(block.resnets)
-            x = block(x, skips[: -n - 1 : -1], emb, context, run, inner)
+            x = block(x, skips[: -n - 1 : -1], emb, context, run)
             skips = skips[:-n]
-        return x
-
-    def out(self, x):
-        """What `trunk` returns -> eps (B,C,h,w)."""
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     @classmethod
@@ -418,23 +377,34 @@ class UNet(nn.Module):
         not exactly this architecture.
         """
         config, state, file = read_weights(path)
-        if any(k.startswith("model.diffusion_model.") for k in state):
-            state = {k.removeprefix("model.diffusion_model."): v for k, v in state.items()
-                     if k.startswith("model.diffusion_model.")}
-        with reading(file, "UNet of Stable Diffusion"), torch.device("meta"):
+        with reading(file), torch.device("meta"):
+            state = inside(state, "model.diffusion_model.")
             state = from_ldm(state) if "input_blocks.0.0.weight" in state else state
-            model = cls(read_config(config, state, file))
+            config = read_config(config, state, file)
+            inputs, outputs = state["conv_in.weight"].shape[1], state["conv_out.weight"].shape[0]
+            if inputs != outputs:
+                kind = {5: "depth to image", 8: "pix2pix", 9: "inpainting"}.get(inputs, "others")
+                raise FileError(f"{file}: a UNet for {kind} ({inputs} channels in, {outputs} out); "
+                                "give one for text to image")
+            model = cls(config)
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
         up = [t.replace("Down", "Up") for t in reversed(self.config.down_block_types)]
-        extra = {"_class_name": "UNet2DConditionModel", "up_block_types": up}
-        write_model(self, folder, extra, dtype)
+        config = {"_class_name": "UNet2DConditionModel", "up_block_types": up,
+                  **asdict(self.config)}
+        write_weights(folder, "diffusion_pytorch_model.safetensors", config, self.state_dict(),
+                      dtype)
 
 
 # --------------------------------------------------------------------------------------------
 # Files, for UNet and ControlNet
+
+
+def inside(state, prefix):
+    """The tensors under a prefix, without it, or all of them where no key has it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
 
 
 def read_config(config, state, file):
@@ -442,84 +412,70 @@ def read_config(config, state, file):
 
     Without one ({}) the sizes are read off the tensors.
     """
-    if not config:
-        return infer_config(state, file)
+    if any(k.startswith(("label_emb.", "add_embedding.")) for k in state):
+        raise FileError(f"{file}: a network of SDXL; give one of Stable Diffusion 1 or 2")
     for key, value in (("act_fn", "silu"), ("flip_sin_to_cos", True), ("freq_shift", 0),
                        ("class_embed_type", None), ("addition_embed_type", None),
                        ("resnet_time_scale_shift", "default"), ("mid_block_scale_factor", 1)):
         if config.get(key, value) != value:
             raise FileError(f"{file}: its config.json says {key} = {str(config[key])[:60]}: not "
                             "Stable Diffusion 1 or 2")
-    if config.get("sample_size", 0) is None:  # so diffusers writes a size that is not known
-        config = {k: v for k, v in config.items() if k != "sample_size"}
-    return configure(UNetConfig, config, state, file,
+    return configure(UNetConfig, config or infer_config(state, file), state, file,
                      lambda c: c.layers_per_block * len(c.block_out_channels))
 
 
 def infer_config(state, file):
-    """The sizes of a UNet or ControlNet without config.json, read off its tensors."""
-    levels = len({k.split(".")[1] for k in state if k.startswith("down_blocks.")})
-    resnets = [k for k in state if k.startswith("down_blocks.0.resnets.") and "conv1.w" in k]
-    attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in range(levels)]
-    kinds = [("CrossAttn" if a else "") + "DownBlock2D" for a in attention]
-    width = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
-    context = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+    """The settings of a UNet or ControlNet without config.json, read off its tensors."""
+    levels = range(len({k.split(".")[1] for k in state if k.startswith("down_blocks.")}))
+    width = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
+    resnets = [k for k in state if re.match(r"down_blocks\.0\.resnets\.\d+\.conv1\.weight", k)]
+    attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in levels]
     linear = state["mid_block.attentions.0.proj_in.weight"].ndim == 2
-    channels = state["conv_in.weight"].shape[1]
     if linear and any(c % 64 for c in width):
         raise FileError(f"{file}: widths {width} do not tell the number of attention heads; "
-                         "put the model's config.json beside the weights")
-    heads = tuple(c // 64 for c in width) if linear else 8  # SD2: heads of 64; SD1: always 8
-    return UNetConfig(in_channels=channels, out_channels=channels, block_out_channels=tuple(width),
-                      down_block_types=tuple(kinds), layers_per_block=len(resnets),
-                      attention_head_dim=heads, cross_attention_dim=context,
-                      use_linear_projection=linear)
+                        "put the model's config.json beside the weights")
+    text = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
+    channels = state["conv_in.weight"].shape[1]
+    return dict(in_channels=channels, out_channels=channels, block_out_channels=width,
+                down_block_types=[("CrossAttn" if a else "") + "DownBlock2D" for a in attention],
+                layers_per_block=len(resnets), cross_attention_dim=text.shape[1],
+                attention_head_dim=[c // 64 for c in width] if linear else 8,  # SD2: heads of 64
+                use_linear_projection=linear)
 
 
-# LDM -> diffusers, the parts inside one resnet and the layers outside the blocks
-LDM_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-              "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+# LDM -> diffusers: the layers outside the blocks, and those within a resnet
 LDM_OUTER = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
              "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
              "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
              "middle_block.2": "mid_block.resnets.1"}
+LDM_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+              "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
 
 
 def from_ldm(state):
-    """LDM names -> diffusers names. Blocks are numbered through: n = level · (layers + 1) + i."""
-    down = [int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight")]  # the downsamplers
-    if not down:
-        raise ValueError("LDM names without a down-sampling layer: this is no UNet or ControlNet")
-    per = min(down)  # resnets a level + 1
+    """LDM names -> diffusers names; unknown ones stay for `load_strict` to name.
+
+    Blocks are numbered through: n = level · (resnets a level + 1) + i.
+    """
+    per = min((int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight")), default=3)
+
+    def block(match):
+        """input_blocks.4.1.norm -> down_blocks.1.attentions.0.norm"""
+        side, n, kind, layer = match.groups()
+        level, i = divmod(int(n) - (side == "input"), per)
+        steps = {"op": "downsamplers.0.conv", "conv": "upsamplers.0.conv"}
+        name = steps.get(layer) or f"{('resnets', 'attentions')[int(kind)]}.{i}.{layer}"
+        return f"{'down' if side == 'input' else 'up'}_blocks.{level}.{name}"
+
     out = {}
     for key, v in state.items():
-        p = key.split(".")
         outer = next((k for k in LDM_OUTER if key.startswith(k + ".")), None)
-        if outer:
-            head, p = LDM_OUTER[outer], p[len(outer.split(".")):]
-        elif p[0] in ("input_blocks", "output_blocks"):
-            n = int(p[1]) - (p[0] == "input_blocks")
-            head = f"{'down' if p[0] == 'input_blocks' else 'up'}_blocks.{n // per}."
-            if p[3] == "op":
-                head, p = head + "downsamplers.0.conv", p[4:]
-            elif p[3] == "conv":
-                head, p = head + "upsamplers.0.conv", p[4:]
-            else:
-                head, p = head + f"{('resnets', 'attentions')[int(p[2])]}.{n % per}", p[3:]
-        else:
-            raise ValueError(f"no LDM key of a UNet: {key}")
-        tail = ".".join(p)
+        key = LDM_OUTER[outer] + key[len(outer) :] if outer else re.sub(
+            r"^(input|output)_blocks\.(\d+)\.(\d)\.(\w+)", block, key)
         for old, new in LDM_RESNET.items():
-            if "resnets" in head and tail.startswith(old):
-                tail = new + tail[len(old):]
-        out[f"{head}.{tail}"] = v
+            key = key.replace(f".{old}.", f".{new}.")
+        out[key] = v
     return out
-
-
-def write_model(model, folder, extra, dtype=None):
-    """config.json (the model's config and `extra`) and the weights, as diffusers lays them out."""
-    write_weights(folder, "diffusion_pytorch_model.safetensors", {**extra, **asdict(model.config)},
-                  model.state_dict(), dtype)
 
 
 # --------------------------------------------------------------------------------------------
@@ -531,12 +487,31 @@ class FileError(ValueError):
     """A file that does not hold what it should; the message names it and says what to do."""
 
 
+@contextlib.contextmanager
+def reading(file):
+    """Within, whatever reading an outside file raises becomes one FileError that names it."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
+        reason = f"{type(error).__name__}: {reason}"
+        fault = f"cannot be read ({reason}): check that it is whole and the right one"
+        if "Unsupported global" in reason:
+            fault = ("holds other objects than tensors; if you trust it, torch.load it with "
+                     "weights_only=False and write its tensors with safetensors.torch.save_file")
+        small = Path(file).is_file() and Path(file).stat().st_size < 1024
+        if small and Path(file).read_bytes().startswith(b"version https://git-lfs"):
+            fault = "is a Git-LFS pointer; run `git lfs pull` in its folder or download the file"
+        raise FileError(f"{file} {fault}") from error
+
+
 def read_weights(path):
     """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
-    single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
-    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
+    single file has an empty config. Pickles go through `weights_only=True`: they run no code.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -545,138 +520,63 @@ def read_weights(path):
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
             raise FileError(f"{path}: a model folder has config.json and a weight file")
-        path, config = files[0], read_json(path / "config.json")
-    elif not path.is_file():
+        with reading(path / "config.json"):
+            config = dict(json.loads((path / "config.json").read_text("utf-8")))
+        path = files[0]
+    elif not path.exists():
         raise FileError(f"{path}: no such weight file or model folder")
-    try:
+    with reading(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
-                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
-                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
-        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    for k, v in state.items():
-        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
-        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
-            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
-    return config, state, str(path)
-
-
-def read_json(file):
-    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
-    if not file.is_file() or file.stat().st_size > 2**26:
-        raise FileError(f"{file}: no such file, or one too large for a few settings")
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
-    return content
-
-
-def read_fields(cls, config, file, least, most):
-    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
-
-    FileError for a value of another kind than the field's, and for whole numbers outside least to
-    most, other numbers outside 0 to 1000.
-    """
-    def fits(value, kind):
-        if isinstance(kind, types.UnionType):
-            return any(fits(value, one) for one in kind.__args__)
-        if getattr(kind, "__origin__", None) is tuple:
-            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
-        if kind is float:
-            return type(value) in (int, float) and 0 <= value <= 1000
-        return type(value) is kind and (kind is not int or least <= value <= most)
-
-    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for f in fields(cls):
-        if f.name in values and not fits(values[f.name], f.type):
-            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
-    return values
+        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
 
 
 def configure(cls, config, state, file, layers):
-    """The entries of config.json that a config class has -> an instance of it.
+    """The entries of a config.json that a config class has -> an instance; null is the default.
 
-    FileError for whole numbers that are larger than the longest side of a tensor and the number of
-    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
-    could not be the one in the file.
+    FileError if layers(instance) exceeds the number of tensors: such a network is not even built.
     """
-    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
-    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
-        instance = cls(**read_fields(cls, config, file, 1, longest))
+    with reading(file):
+        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        instance = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
         if layers(instance) > len(state):
-            raise ValueError("it has more layers than the file has tensors")
+            raise ValueError("its config.json has more layers than the file has tensors")
     return instance
 
 
-@contextlib.contextmanager
-def reading(file, what):
-    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
-    try:
-        yield
-    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
-        if isinstance(error, FileError):
-            raise
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise FileError(f"{file}: no {what} ({reason})") from error
-
-
 def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors: every key and shape, or a FileError.
+    """Give a model built on meta exactly its tensors, floats in `dtype`; FileError names faults.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    faults = [f"missing {k}" for k in want.keys() - have.keys()]
-    faults += [f"unknown {k}" for k in have.keys() - want.keys()]
-    both = want.keys() & have.keys()
-    faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
-    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
-    faults += [f"{k} holds {state[k].dtype}" for k in both
-               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
-    if faults:
-        shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
-        name = type(model).__name__
-        raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
-    copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
-              for k, v in state.items()}
-    if broken := [k for k, v in copies.items() if not v.isfinite().all()]:
-        raise FileError(f"{file}: {broken[0]} holds numbers that are not finite in {dtype}")
-    model.load_state_dict(copies, strict=True, assign=True)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:  # missing keys; unknown keys; the first tensor of another shape
+        faults = "; ".join(line[:160].rstrip(" .") for line in str(error).split("\n\t")[1:4])
+        raise FileError(f"{file}: not the weights of a {type(model).__name__}: {faults}") from None
+    for key, v in model.state_dict(keep_vars=True).items():
+        v.data = v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
+        if not v.isfinite().all():
+            raise FileError(f"{file}: {key} holds NaN or infinity in {dtype}; get it again")
     return model
 
 
 def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
-    Each is written beside and renamed: a file that is there is whole, and the weights come last.
-    FileError when the disk is full.
+    Each is written beside and renamed: a file that is there is whole. FileError on a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
-    parts = folder / "config.json.part", folder / f"{name}.part"
     try:
-        parts[0].write_text(json.dumps(config, indent=2) + "\n")
-        save_file(state, parts[1], metadata={"format": "pt"})
-        for part in parts:
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())  # on the disk before it takes the place of another
-            os.replace(part, part.with_suffix(""))
+        (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        save_file(state, folder / f"{name}.part", metadata={"format": "pt"})
     except SafetensorError as error:
         raise FileError(f"{folder / name} cannot be written: {error}") from None
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    for file in ("config.json", name):
+        os.replace(folder / f"{file}.part", folder / file)

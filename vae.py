@@ -15,13 +15,15 @@ Use alone (needs torch and safetensors):
 
 Two numbers that re-implementations get wrong without any shape telling: the encoder's
 down-sampling pads right and bottom only, and GroupNorm uses eps 1e-6 here (1e-5 in the UNet).
+
+Memory: decoding a 1024 x 1024 image in bf16 holds three maps of 256 x 1024 x 1024 at once, 1.5 GiB
+beside 0.2 GiB of weights. Where no fused kernel takes a head of width 512, attention keeps two
+float32 matrices of 128² x 128² weights, 2 GiB, before those maps exist. A 12 GB card has room.
 """
 
 import contextlib
 import json
 import os
-import types
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -44,10 +46,6 @@ class VAEConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # 1 / std of SD's latents; absent from old configs
 
-    def __post_init__(self):
-        if not self.scaling_factor > 0:
-            raise ValueError(f"scaling_factor {self.scaling_factor}: latents are divided by it")
-
 
 PRESETS = {
     "sd": {},
@@ -55,48 +53,15 @@ PRESETS = {
                  norm_num_groups=8, scaling_factor=1.0),
 }
 
-# spelling in old files -> today's, by whole path component; LDM's own names are in `from_ldm`
-LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-BAND = 2**25  # maps with more numbers than this are worked on in bands of rows: 512 x 512 is whole
-
-
-def in_bands(layer, x, scale=1):
-    """layer(x), (B,C,H,W) -> (B,C',scale·H,scale·W), a band of rows at a time where maps are large.
-
-    Every band comes with the row above and the row below it, all that a 3x3 convolution sees, so
-    the result is that of the whole map; only what lies between input and output is smaller.
-    """
-    H = x.shape[2]
-    rows = max(1, H * BAND // (x.numel() * scale**2))
-    if rows >= H:
-        return layer(x)
-    for top in range(0, H, rows):
-        above = min(top, 1)
-        band = layer(x[:, :, top - above : top + rows + 1])
-        if top == 0:
-            channels_last = band.is_contiguous(memory_format=torch.channels_last)
-            out = torch.empty(
-                *band.shape[:2], scale * H, band.shape[3], dtype=band.dtype, device=band.device,
-                memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        band = band[:, :, scale * above : scale * (above + rows)]
-        out[:, :, scale * top : scale * (top + rows)] = band
-    return out
-
-
-def norm_silu_conv(norm, conv, x):
-    """conv(silu(norm(x))), in bands where the map is large, with the statistics of the whole."""
-    if x.numel() <= BAND:
-        return conv(F.silu(norm(x)))
-    # group by group: a float32 copy of the whole map would be the largest tensor of all
-    statistics = [torch.var_mean(group.float(), dim=(1, 2, 3), correction=0)
-                  for group in x.chunk(norm.num_groups, dim=1)]
-    var, mean = (torch.stack(s, dim=1)[:, :, None] for s in zip(*statistics, strict=True))
-    weight, bias = (p.view(norm.num_groups, -1) for p in (norm.weight, norm.bias))
-    a = weight * (var + norm.eps).rsqrt()  # (B,G,C/G)
-    a, b = (p.flatten(1)[:, :, None, None] for p in (a, bias - a * mean))  # (B,C,1,1)
-    return in_bands(lambda band: conv(F.silu((a * band + b).to(x.dtype))), x)
+# other public spellings -> ours, by path component: old diffusers files, then LDM
+SPELLINGS = {
+    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
+    "down": "down_blocks", "downsample": "downsamplers.0", "up": "up_blocks",
+    "upsample": "upsamplers.0", "block": "resnets", "nin_shortcut": "conv_shortcut",
+    "mid": "mid_block", "block_1": "resnets.0", "block_2": "resnets.1", "attn_1": "attentions.0",
+    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
+    "norm_out": "conv_norm_out",
+}
 
 
 class ResnetBlock(nn.Module):
@@ -112,8 +77,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        h = norm_silu_conv(self.norm1, self.conv1, x)
-        h = norm_silu_conv(self.norm2, self.conv2, h)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -131,10 +96,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, h, w = x.shape
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1 head, h·w, C)
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        rows = max(1, BAND // (h * w))  # queries at a time, should all their weights be kept
-        out = torch.cat([F.scaled_dot_product_attention(part, k, v)
-                         for part in q.split(rows, dim=2)], dim=2)
+        out = F.scaled_dot_product_attention(
+            self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         out = self.to_out[0](out)
         return x + out[:, 0].transpose(1, 2).reshape(B, C, h, w)
 
@@ -170,8 +133,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
-        return in_bands(lambda band: self.conv(
-            F.interpolate(band, scale_factor=2.0, mode="nearest")), x, scale=2)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -219,7 +181,7 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -242,7 +204,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -296,16 +258,12 @@ class VAE(nn.Module):
         not exactly this architecture.
         """
         config, state, file = read_weights(path)
-        if any(k.startswith("first_stage_model.") for k in state):
-            state = {k.removeprefix("first_stage_model."): v for k, v in state.items()
-                     if k.startswith("first_stage_model.")}
-        with reading(file, "autoencoder of Stable Diffusion"), torch.device("meta"):
-            if any(k.startswith("encoder.down.") for k in state):
-                state = from_ldm(state)
-            state = {".".join(LEGACY.get(p, p) for p in k.split(".")): v for k, v in state.items()}
-            for key, v in state.items():  # attention was a 1x1 convolution once
-                if ".attentions." in key and v.ndim == 4:
-                    state[key] = v[:, :, 0, 0]
+        with reading(file), torch.device("meta"):
+            state = public_keys(state)
+            if others := [k for k in ("latents_mean", "latents_std", "shift_factor")
+                          if config.get(k)]:
+                raise FileError(f"{file}: its config.json has {others[0]}, so it is no autoencoder "
+                                "of Stable Diffusion 1 or 2, which only scale their latents")
             model = cls(configure(VAEConfig, config or infer_config(state), state, file,
                                   lambda c: c.layers_per_block * len(c.block_out_channels)))
         return load_strict(model, state, file, dtype).eval()
@@ -331,27 +289,24 @@ def infer_config(state):
     return dict(block_out_channels=width, layers_per_block=layers, latent_channels=latent)
 
 
-def from_ldm(state):
-    """LDM names of the autoencoder -> diffusers names; `loss.*` (the discriminator) is dropped."""
-    attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
-                 "proj_out": "to_out.0"}
-    last = max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-    out = {}
+def public_keys(state):
+    """{key in any public spelling: tensor} -> {our key: tensor}; unknown keys stay as they are.
+
+    Keeps only the autoencoder of an LDM checkpoint, without its discriminator (`loss.`).
+    """
+    stem = "first_stage_model."
+    inside = {k.removeprefix(stem): v for k, v in state.items() if k.startswith(stem)}
+    state, out = inside or state, {}
+    levels = {k.split(".")[2] for k in state if k.startswith("decoder.up.")}
     for key, v in state.items():
         p = key.split(".")
         if p[0] in ("loss", "model_ema", "logvar"):
             continue
-        if p[1] in ("down", "up"):  # encoder.down.1.block.0.conv1, decoder.up.3.upsample.conv
-            level = int(p[2]) if p[1] == "down" else last - int(p[2])  # LDM counts up from the end
-            part = [f"resnets.{p[4]}", *p[5:]] if p[3] == "block" else [f"{p[3]}rs.0", *p[4:]]
-            p = [p[0], f"{p[1]}_blocks.{level}", *part]  # downsample.conv -> downsamplers.0.conv
-        elif p[1] == "mid":
-            part = {"block_1": "resnets.0", "block_2": "resnets.1", "attn_1": "attentions.0"}[p[2]]
-            rest = [attention[p[3]], *p[4:]] if p[2] == "attn_1" else p[3:]
-            p = [p[0], "mid_block", part, *rest]
-        elif p[1] == "norm_out":
-            p[1] = "conv_norm_out"
-        out[".".join("conv_shortcut" if q == "nin_shortcut" else q for q in p)] = v
+        if p[:2] == ["decoder", "up"]:  # LDM counts these levels from the end
+            p[2] = str(len(levels) - 1 - int(p[2]))
+        key = ".".join(SPELLINGS.get(q, q) for q in p)
+        # attention was a 1x1 convolution once
+        out[key] = v[:, :, 0, 0] if ".attentions." in key and v.ndim == 4 else v
     return out
 
 
@@ -364,12 +319,31 @@ class FileError(ValueError):
     """A file that does not hold what it should; the message names it and says what to do."""
 
 
+@contextlib.contextmanager
+def reading(file):
+    """Within, whatever reading an outside file raises becomes one FileError that names it."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
+        reason = f"{type(error).__name__}: {reason}"
+        fault = f"cannot be read ({reason}): check that it is whole and the right one"
+        if "Unsupported global" in reason:
+            fault = ("holds other objects than tensors; if you trust it, torch.load it with "
+                     "weights_only=False and write its tensors with safetensors.torch.save_file")
+        small = Path(file).is_file() and Path(file).stat().st_size < 1024
+        if small and Path(file).read_bytes().startswith(b"version https://git-lfs"):
+            fault = "is a Git-LFS pointer; run `git lfs pull` in its folder or download the file"
+        raise FileError(f"{file} {fault}") from error
+
+
 def read_weights(path):
     """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
-    single file has an empty config. Pickles go through `weights_only=True`: tensors or an error.
-    FileError for tensors that claim more numbers than the file holds for them, and odd kinds.
+    single file has an empty config. Pickles go through `weights_only=True`: they run no code.
     """
     path, config = Path(path), {}
     if path.is_dir():
@@ -378,138 +352,63 @@ def read_weights(path):
         files = [path / name for name in names if (path / name).is_file()]
         if not files or not (path / "config.json").is_file():
             raise FileError(f"{path}: a model folder has config.json and a weight file")
-        path, config = files[0], read_json(path / "config.json")
-    elif not path.is_file():
+        with reading(path / "config.json"):
+            config = dict(json.loads((path / "config.json").read_text("utf-8")))
+        path = files[0]
+    elif not path.exists():
         raise FileError(f"{path}: no such weight file or model folder")
-    try:
+    with reading(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            if zipfile.is_zipfile(path):  # torch never compresses: a small file stays small
-                if sum(e.file_size for e in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
-                    raise ValueError("it is compressed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
-        state = {k: v for k, v in state.items() if torch.is_tensor(v)}
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise FileError(f"{path}: no readable tensor file ({reason}); get it again") from error
-    for k, v in state.items():
-        plain = v.layout == torch.strided and v.device.type == "cpu" and not v.is_quantized
-        if not (isinstance(k, str) and plain and 0 < v.nbytes <= v.untyped_storage().nbytes()):
-            raise FileError(f"{path}: {k!r} is no plain tensor; get the file again")
-    return config, state, str(path)
-
-
-def read_json(file):
-    """The dict in a JSON file of at most 64 MB, or a FileError that names the file."""
-    if not file.is_file() or file.stat().st_size > 2**26:
-        raise FileError(f"{file}: no such file, or one too large for a few settings")
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file}: no readable JSON ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{file}: holds no JSON object {{…}}; get it again")
-    return content
-
-
-def read_fields(cls, config, file, least, most):
-    """The entries of a JSON object that a config class has -> {name: value}, lists as tuples.
-
-    FileError for a value of another kind than the field's, and for whole numbers outside least to
-    most, other numbers outside 0 to 1000.
-    """
-    def fits(value, kind):
-        if isinstance(kind, types.UnionType):
-            return any(fits(value, one) for one in kind.__args__)
-        if getattr(kind, "__origin__", None) is tuple:
-            return isinstance(value, tuple) and all(fits(v, kind.__args__[0]) for v in value)
-        if kind is float:
-            return type(value) in (int, float) and 0 <= value <= 1000
-        return type(value) is kind and (kind is not int or least <= value <= most)
-
-    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for f in fields(cls):
-        if f.name in values and not fits(values[f.name], f.type):
-            raise FileError(f"{file}: {f.name} = {str(values[f.name])[:60]} in its JSON cannot be")
-    return values
+        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
 
 
 def configure(cls, config, state, file, layers):
-    """The entries of config.json that a config class has -> an instance of it.
+    """The entries of a config.json that a config class has -> an instance; null is the default.
 
-    FileError for whole numbers that are larger than the longest side of a tensor and the number of
-    tensors, and if layers(instance) exceeds the latter: a network is not even built, on meta, that
-    could not be the one in the file.
+    FileError if layers(instance) exceeds the number of tensors: such a network is not even built.
     """
-    longest = max([len(state), *(side for v in state.values() for side in v.shape)])
-    with reading(file, f"config.json of a {cls.__name__.removesuffix('Config')} beside it"):
-        instance = cls(**read_fields(cls, config, file, 1, longest))
+    with reading(file):
+        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        instance = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
         if layers(instance) > len(state):
-            raise ValueError("it has more layers than the file has tensors")
+            raise ValueError("its config.json has more layers than the file has tensors")
     return instance
 
 
-@contextlib.contextmanager
-def reading(file, what):
-    """Within, names, shapes and sizes that make no sense become a FileError of this file."""
-    try:
-        yield
-    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
-        if isinstance(error, FileError):
-            raise
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise FileError(f"{file}: no {what} ({reason})") from error
-
-
 def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors: every key and shape, or a FileError.
+    """Give a model built on meta exactly its tensors, floats in `dtype`; FileError names faults.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    faults = [f"missing {k}" for k in want.keys() - have.keys()]
-    faults += [f"unknown {k}" for k in have.keys() - want.keys()]
-    both = want.keys() & have.keys()
-    faults += [f"{k} is {have[k]}, not {want[k]}" for k in both if have[k] != want[k]]
-    kind = {k: v.is_floating_point() or v.dtype for k, v in model.state_dict().items()}
-    faults += [f"{k} holds {state[k].dtype}" for k in both
-               if (state[k].is_floating_point() or state[k].dtype) != kind[k]]
-    if faults:
-        shown = "; ".join(sorted(faults)[:3]) + (" …" if len(faults) > 3 else "")
-        name = type(model).__name__
-        raise FileError(f"{file}: not the weights of this {name}: {len(faults)} faults: {shown}")
-    copies = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
-              for k, v in state.items()}
-    if broken := [k for k, v in copies.items() if not v.isfinite().all()]:
-        raise FileError(f"{file}: {broken[0]} holds numbers that are not finite in {dtype}")
-    model.load_state_dict(copies, strict=True, assign=True)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:  # missing keys; unknown keys; the first tensor of another shape
+        faults = "; ".join(line[:160].rstrip(" .") for line in str(error).split("\n\t")[1:4])
+        raise FileError(f"{file}: not the weights of a {type(model).__name__}: {faults}") from None
+    for key, v in model.state_dict(keep_vars=True).items():
+        v.data = v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
+        if not v.isfinite().all():
+            raise FileError(f"{file}: {key} holds NaN or infinity in {dtype}; get it again")
     return model
 
 
 def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
-    Each is written beside and renamed: a file that is there is whole, and the weights come last.
-    FileError when the disk is full.
+    Each is written beside and renamed: a file that is there is whole. FileError on a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
-    parts = folder / "config.json.part", folder / f"{name}.part"
     try:
-        parts[0].write_text(json.dumps(config, indent=2) + "\n")
-        save_file(state, parts[1], metadata={"format": "pt"})
-        for part in parts:
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())  # on the disk before it takes the place of another
-            os.replace(part, part.with_suffix(""))
+        (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        save_file(state, folder / f"{name}.part", metadata={"format": "pt"})
     except SafetensorError as error:
         raise FileError(f"{folder / name} cannot be written: {error}") from None
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    for file in ("config.json", name):
+        os.replace(folder / f"{file}.part", folder / file)

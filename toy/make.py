@@ -10,8 +10,11 @@ of the pack. A public Stable Diffusion model has both parts already.
 Shapes: B batch, H W pixels, Z latent channels. Images in [-1, 1].
 """
 
-import argparse
+import json
 import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,10 +27,10 @@ import gallery
 import recipes
 import unet
 import vae as vae_module
-from clip_text import TextEncoder, TextEncoderConfig, Tokenizer
+from clip_text import ALPHABET, BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
 from dginstyle import Models, Schedule
 from toy.streets import STYLES
-from training import DTYPES, Objective, fit
+from training import DTYPES, optimise
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -53,17 +56,17 @@ def train_vae(args, pairs, classes):
         return F.mse_loss(y, x) + 0.05 * F.l1_loss(y, x) + KL * kl
 
     @torch.no_grad()
-    def save():
+    def save(nets):
         """The VAE with normalised latents, and a sheet of crops before and after it."""
         crops = torch.stack([draw(np.random.default_rng([1, k]))[0] for k in range(256)])
         crops = crops.to(args.device)
-        final = normalise_latents(vae, crops)
+        final = normalise_latents(nets["vae"], crops)
         final.save_pretrained(args.out / "vae", DTYPES[args.save_dtype])
         sheet = torch.cat([crops[:9], final.decode(final.encode(crops[:9]))], dim=3)
         gallery.write_image(args.out / "samples" / "vae.png", gallery.contact_sheet(
             dginstyle.to_uint8(sheet), columns=3, scale=1))
 
-    fit("vae", Objective(loss, vae=vae), draw, args, save, pairs)
+    optimise("vae", loss, {"vae": vae}, draw, args, save)
 
 
 @torch.no_grad()
@@ -84,6 +87,22 @@ def normalise_latents(vae, images):
     return copy
 
 
+def train_tokenizer(texts: list[str], merges: int) -> Tokenizer:
+    """Learn up to `merges` merges: join the most frequent pair of neighbours, repeat.
+
+    The vocabulary is, in CLIP's order, 512 byte symbols, the joined ones, start and end.
+    """
+    words, learned = [word for text in texts for word in clip_text.split_words(text)], []
+    while len(learned) < merges:
+        counts = Counter(pair for word in words for pair in pairwise(word))
+        if not counts:
+            break
+        learned.append(max(counts, key=lambda pair: (counts[pair], pair)))  # pair breaks ties
+        words = [clip_text.merge(word, learned[-1]) for word in words]
+    symbols = dict.fromkeys([*ALPHABET, *(a + b for a, b in learned), BOS, EOS])
+    return Tokenizer({symbol: i for i, symbol in enumerate(symbols)}, learned)
+
+
 def train_prior(args, pairs, classes):
     """The toy prior U^P with its text encoder, on captioned pictures of all styles.
 
@@ -91,7 +110,7 @@ def train_prior(args, pairs, classes):
     the prior answers to every form of prompt the generator uses, the empty one included.
     """
     words = [data.weather_prompt(" ".join(classes.names), w) for w in STYLES]
-    tokenizer = Tokenizer.train(words, merges=240)  # enough for one token a word
+    tokenizer = train_tokenizer(words, merges=240)  # enough for one token a word
     schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
     text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
                                        "vocab_size": len(tokenizer.vocab)})
@@ -101,13 +120,14 @@ def train_prior(args, pairs, classes):
     models.check()
 
     def draw(rng):
-        """-> image (3,h,w), tokens (L,) of its caption."""
+        """-> image (3,h,w), tokens (L,) of its caption, its name."""
         i = int(rng.integers(len(pairs)))
         crop, label = data.scaled_crop(*pairs.pair(i), models.size, rng, args.resize_ratios)
-        names, weather, kind = data.caption(label, classes), pairs.weather(i), rng.random()
+        k, j = pairs.find(i)
+        weather, names, kind = pairs.sets[k].weather(j), data.caption(label, classes), rng.random()
         prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
                   else f"{weather} weather" if kind < 0.88 else "")
-        return dginstyle.from_uint8(crop[None])[0], tokenizer(prompt)[0]
+        return dginstyle.from_uint8(crop[None])[0], tokenizer(prompt)[0], pairs.name(i)
 
     def loss(batch):
         """[images or latents, tokens], batched -> a number."""
@@ -115,20 +135,22 @@ def train_prior(args, pairs, classes):
         z = dginstyle.encode_images(models.vae, images)
         return dginstyle.diffusion_loss(models, z, models.text_encoder(tokens))
 
-    def save():
+    def save(nets):
         """The UNet, its text side and scheduler as they are now, and a sheet of every weather."""
         out, dtype = args.out, DTYPES[args.save_dtype]
-        models.unet.save_pretrained(out / "unet", dtype)
-        models.text_encoder.save_pretrained(out / "text_encoder", dtype)
+        nets["unet"].save_pretrained(out / "unet", dtype)
+        nets["text_encoder"].save_pretrained(out / "text_encoder", dtype)
         tokenizer.save(out / "tokenizer")
-        schedule.save_pretrained(out / "scheduler")
-        dginstyle.sample_sheet(models, dginstyle.sheet_prompts(args), None, args,
+        (out / "scheduler").mkdir(exist_ok=True)
+        (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+            {"_class_name": "DDIMScheduler", "clip_sample": False, **asdict(schedule)}, indent=2))
+        dginstyle.sample_sheet(replace(models, **nets), dginstyle.sheet_prompts(args), None, args,
                                out / "samples" / "prior.png")
 
     models.vae.to(args.device)
     nets = dict(unet=models.unet, text_encoder=models.text_encoder)
     draw = dginstyle.cached(draw, models.vae, args)
-    fit("prior", Objective(loss, **nets), draw, args, save, pairs)
+    optimise("prior", loss, nets, draw, args, save)
 
 
 STAGES = {"vae": train_vae, "prior": train_prior}
@@ -136,13 +158,13 @@ STAGES = {"vae": train_vae, "prior": train_prior}
 
 def main(argv=None):
     """python -m toy.make vae|prior -> exit code, 2 for errors of the user."""
-    parser = argparse.ArgumentParser(prog="toy.make", description=__doc__.split("\n")[0],
-                                     epilog="The toy pack's own settings: toy/settings.json.")
+    parser = dginstyle.Parser(prog="toy.make", description=__doc__.split("\n")[0],
+                              epilog="The toy pack's own settings: toy/settings.json.")
     parser.set_defaults(
         command="train",
         run=lambda args: dginstyle.train_stage(args.stage, STAGES[args.stage], args))
     parser.add_argument("stage", choices=STAGES)
-    recipes.add_flags(parser, recipes.TRAIN, "train")
+    recipes.add_flags(parser, "train")
     return dginstyle.run(parser, argv)
 
 

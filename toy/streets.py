@@ -500,3 +500,21 @@ class ToyStreets:
     def report(self):
         h, w = self.size
         return f"toy streets: {self.n} pairs of {h}x{w} ({self.split}; {', '.join(self.styles)})"
+
+
+def open_toy(spec, classes, split):
+    """A word toy:STYLE[:N] of --data → ToyStreets (style sunny, 500 pictures, 50 to measure on).
+
+    STYLE is one of STYLES or all, every style in turn. UserError for any other word or classes.
+    """
+    from data import CITYSCAPES, UserError  # the rest of this file needs numpy and Pillow alone
+
+    _, style, n, *rest = *spec.split(":"), "", ""
+    if classes.names != CITYSCAPES.names:
+        raise UserError(f"{spec}: toy streets have Cityscapes' classes, not --classes")
+    if style not in ("", "all", *STYLES):
+        raise UserError(f"{spec}: choose a style from all, {', '.join(STYLES)}")
+    if any(rest) or n and not (n.isdecimal() and len(n) < 8 and 1 <= int(n) <= 10**6):
+        raise UserError(f"{spec}: after the style stands a number of pictures, 1 to 1,000,000")
+    styles = STYLES if style == "all" else (style or "sunny",)
+    return ToyStreets(styles, int(n or (50 if split == "test" else 500)), split)
