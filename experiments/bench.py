@@ -44,7 +44,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import segment
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,6 +52,7 @@ import data
 import dginstyle
 import gallery
 import recipes
+import segment
 import training
 from clip_text import TextEncoder, TextEncoderConfig
 from controlnet import ControlNet
@@ -436,7 +436,8 @@ def compile_bench(bench, sd_size):
 
     image()
     without = bench.clock(image)
-    dginstyle.compile_nets(models)
+    for net in (models.unet, models.controlnet):
+        net.compile(dynamic=True)
     for name in ("first", "second"):
         seconds = bench.clock(image)
         bench.add(f"{name} image", f"{seconds:.4g}", f"{without:.4g}", seconds=seconds,
@@ -461,12 +462,12 @@ def training_bench(bench, sd):
             self.seconds += time.perf_counter() - start
             return batch
 
-    def timed(state, parallel, batches, args):
+    def timed(parallel, optimizer, scaler, batches, args):
         waited = Waited(batches)
-        start, loss = time.perf_counter(), update(state, parallel, waited, args)
+        start, result = time.perf_counter(), update(parallel, optimizer, scaler, waited, args)
         bench.wait()
         times.append((time.perf_counter() - start, waited.seconds))
-        return loss
+        return result
 
     b5 = ["segment", "train", "--workers", 4, "--backbone", "b5"]  # what --data toy: leaves open
     stages = {"dreambooth": ["train", "dreambooth"], "controlnet": ["train", "controlnet"],
@@ -511,7 +512,7 @@ def data_path_bench(bench, files=12, draws=36):
             add(arch, segment.segmenter_draw(pairs, args))
         args, caught = dginstyle.settings("train", "controlnet", "--data", root, "--cache", 0,
                                           "--size", "512", "--device", "cpu"), []
-        with mock.patch.object(dginstyle, "fit", lambda *a, **k: caught.append(a[2])):
+        with mock.patch.object(dginstyle, "optimise", lambda *a: caught.append(a[3])):
             dginstyle.train_controlnet(args, pairs, CLASSES)
         add("controlnet", caught[0])
 

@@ -37,7 +37,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import segment
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -47,6 +46,7 @@ import data
 import dginstyle
 import recipes
 import segformer
+import segment
 from experiments import measures
 from toy import streets
 from vae import VAE
@@ -426,10 +426,10 @@ def measure_cost(x):
     torch.set_num_threads(1)
     weights = {"SegFormer": (recipes.TOY / "segformer", "fp32"),
                "DIFF": (x.run_path(NO_IPKL, 0) / "segformer", x.precision)}
-    costs, image = {}, streets.toy_street(0)[0]
+    costs, image, load_models = {}, streets.toy_street(0)[0], dginstyle.Models.from_pretrained
     for name, (folder, kind) in weights.items():
         args = dginstyle.settings("segment", "eval", "--weights", folder, "--precision", kind)
-        model, seconds = dginstyle.load_segmenter(args, data.CITYSCAPES), []
+        model, seconds = segment.load_segmenter(args, data.CITYSCAPES, load_models), []
         for _ in range(12):
             start = time.process_time()
             segment.predict(model, image, args.crop)

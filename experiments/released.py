@@ -138,25 +138,3 @@ def released_features(net, texts, masks, z, noise, abar):
                   for k in range(len(steps[0][kind][level])) for i in order]
         maps.append(torch.cat(pieces, dim=1).float())
     return maps
-
-
-def released_net(unet):
-    """Our UNet or diffusers' as `released_features` wants it: hooks on the decoder's blocks."""
-    def net(x, t, context):
-        maps, size, hooks = ([[] for _ in unet.up_blocks], [[] for _ in unet.up_blocks]), {}, []
-        for resnets, tokens, block in zip(*maps, unet.up_blocks, strict=True):
-            for resnet in block.resnets:
-                hooks.append(resnet.conv2.register_forward_hook(
-                    lambda module, args, out, kept=resnets: kept.append(out)))
-            for attention in getattr(block, "attentions", []):
-                hooks.append(attention.register_forward_pre_hook(
-                    lambda module, args: size.update(hw=tuple(args[0].shape[2:]))))
-                hooks.append(attention.transformer_blocks[0].register_forward_hook(
-                    lambda module, args, out, kept=tokens: kept.append(
-                        out.transpose(1, 2).unflatten(2, size["hw"]))))
-        out = unet(x, t, context)
-        for hook in hooks:
-            hook.remove()
-        return getattr(out, "sample", out), *maps
-
-    return net
