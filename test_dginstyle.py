@@ -7,11 +7,9 @@ diffusers and transformers (skipped if not installed) or with a literal loop.
 weights and a ControlNet with 20 hint channels, for timing and memory.
 """
 
-import argparse
 import ast
 import colorsys
 import concurrent.futures
-import contextlib
 import copy
 import functools
 import json
@@ -23,12 +21,10 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 import unicodedata
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +41,7 @@ import data
 import dginstyle
 import diff
 import gallery
+import recipes
 import segformer
 import segment
 import training
@@ -2450,19 +2447,6 @@ def refuses(capsys, argv, *words):
     assert "Traceback" not in said
 
 
-def dies_in(monkeypatch, module, name, call, what):
-    """From now on call number `call` of module.name does `what` before its work."""
-    real, calls = getattr(module, name), []
-
-    def wrapped(*args, **options):
-        calls.append(name)
-        if len(calls) == call:
-            what()
-        return real(*args, **options)
-
-    monkeypatch.setattr(module, name, wrapped)
-
-
 def kill_when(exists, words):
     """A command in a process of its own, killed with SIGKILL once exists() is true."""
     process = subprocess.Popen(
@@ -2564,9 +2548,7 @@ def test_generate_takes_label_maps_of_any_kind(flags, data_set, made, tmp_path):
     assert main(["generate", "--num", "2", "--steps", "1", "--data", str(root), "--out", str(out),
                  *flags]) == 0
     assert [Image.open(f).size for f in (out / "images").iterdir()] == [made] * 2
-    labels = (set(np.unique(data.read_label(f)).tolist()) for f in (out / "labels").iterdir())
-    known = (set(np.unique(streets.toy_street(k, size=data_set)[1]).tolist()) for k in range(2))
-    assert set().union(*labels) <= set().union(*known)
+    assert [data.read_label(f).shape for f in (out / "labels").iterdir()] == [made[::-1]] * 2
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch(tmp_path, monkeypatch):
@@ -2592,16 +2574,6 @@ def test_processes_make_the_images_of_one(generated, tmp_path):
     assert (out / "manifest.jsonl").read_text() == (generated / "manifest.jsonl").read_text()
     a, b = (pixels(run / "images") for run in (generated, out))
     assert all(np.abs(a[k].astype(int) - b[k]).max() <= 2 for k in a)
-
-
-def test_a_signal_ends_generate_at_once(tmp_path, monkeypatch, capsys):
-    """Ctrl-C in the second batch: 130, one image with its row, nothing half written."""
-    out = tmp_path / "run"
-    dies_in(monkeypatch, dginstyle, "make_images", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert main(["generate", *QUICK, "--no-mrlf", "--batch", "1", "--out", str(out)]) == 130
-    assert "resume" in capsys.readouterr().err
-    assert len((out / "manifest.jsonl").read_text().splitlines()) == 1
-    assert len(list((out / "images").iterdir())) == 1 and not list(out.rglob("*.part"))
 
 
 def test_nan_latents_are_not_saved(tmp_path, monkeypatch, capsys):
@@ -2665,8 +2637,16 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(stage, pack, tmp
     of an undisturbed run; they have changed, the loss is finite, a sheet is drawn."""
     words = [stage, *SMALL, "--sd", pack, "--out"]
     assert train(*words, tmp_path / "whole") == 0
+    real, calls = torch.optim.AdamW.step, []
+
+    def step(optimizer, *args):
+        calls.append(optimizer)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(optimizer, *args)
+
     with monkeypatch.context() as patch:
-        dies_in(patch, torch.optim.AdamW, "step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(torch.optim.AdamW, "step", step)
         assert train(*words, tmp_path / "parts") == 143
     saved = tmp_path / f"parts/checkpoints/{stage}.pt"
     assert torch.load(saved, weights_only=True)["step"] == 2
@@ -2830,15 +2810,11 @@ def test_other_classes_everywhere(tmp_path):
         label = Image.open(made / row["label"])
         assert set(np.unique(np.array(label)).tolist()) <= {0, 1, 2, 255}
         assert label.getpalette()[:9] == sum(colours, [])
-    words = ["--data", str(tmp_path / "set"), str(made), *common[2:], "--out",
-             str(tmp_path / "seg"), "--crop", "64x128", "--backbone", "tiny", "--batch", "2"]
-    assert main(["segment", *words, "--steps", "1", "--workers", "0", "--eval-data",
-                 str(tmp_path / "set")]) == 0
-    result = json.loads((tmp_path / "seg/eval.json").read_text())[str(tmp_path / "set")]
+    assert main(["segment", *common, "--out", out, "--crop", "64x128", "--backbone", "tiny",
+                 "--steps", "1", "--workers", "0", "--eval-data", str(tmp_path / "set")]) == 0
+    result = json.loads(Path(out, "eval.json").read_text())[str(tmp_path / "set")]
     assert {k for k in result if k.startswith("IoU")} == {"IoU.water", "IoU.ship", "IoU.quay"}
-    assert np.shape(result["confusion"]) == (3, 3)
     assert np.sum(result["confusion"]) == 2 * 124 * 256
-    assert SegFormer.from_pretrained(tmp_path / "seg/segformer").config.num_classes == 3
 
 
 # ---- training.py ---------------------------------------------------------------------------------
@@ -2956,34 +2932,25 @@ def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
 # ---- recipes.py ----------------------------------------------------------------------------------
 
 
-def test_presets():
-    """Explicit flags win over the preset, the preset over the pack, the pack over the published
-    defaults."""
+def test_where_a_setting_comes_from(tmp_path):
+    """A flag wins over the preset, the preset over settings.json of --sd, this over the published
+    defaults; a stage's section over its command's, and paths start at the folder."""
+    (tmp_path / "settings.json").write_text(json.dumps({
+        "generate": {"guidance": 3, "steps": 9, "window": "8x16", "controlnet": "c"},
+        "train": {"lr": 0.5, "batch": 7}, "controlnet": {"batch": 9}}))
+
     def parse(*words):
-        return dginstyle.settings("generate", "--device", "cpu", *words)
+        return dginstyle.settings(*words, "--device", "cpu")
 
-    published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
-    assert vars(published) == vars(paper)
-    assert (paper.sampler, paper.steps, paper.stride, paper.guidance) == ("ddim", 20, "quarter", 7.5)
-    mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
-    assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
-    toy = parse()  # has settings of its own
-    assert (toy.sampler, toy.guidance, toy.controlnet) == ("dpm++", 6.0, HERE / "toy/controlnet")
-    assert parse("--preset", "paper").sampler == "ddim"
-
-
-def test_a_packs_settings(tmp_path):
-    """settings.json of an --sd folder: flags win over it, it wins over the published defaults, a
-    stage's section over the command's, and paths start at the folder."""
-    file, flags = tmp_path / "settings.json", ["--sd", tmp_path, "--device", "cpu"]
-    file.write_text(json.dumps({"generate": {"guidance": 3, "window": "8x16", "controlnet": "c"},
-                                "train": {"lr": 0.5, "batch": 7}, "controlnet": {"batch": 9}}))
-    args = dginstyle.settings("generate", *flags)
+    args = parse("generate", "--sd", "x")
+    assert (args.sampler, args.steps, args.stride, args.guidance) == ("ddim", 20, "quarter", 7.5)
+    args = parse("generate", "--sd", tmp_path)
     assert (args.guidance, args.window, args.controlnet) == (3.0, (8, 16), tmp_path / "c")
-    assert dginstyle.settings("generate", *flags, "--guidance", "1").guidance == 1.0
-    args = dginstyle.settings("train", "controlnet", *flags)
+    args = parse("generate", "--sd", tmp_path, "--preset", "fast", "--stride", "4x8")
+    assert (args.steps, args.stride, args.sampler, args.guidance) == (8, (4, 8), "dpm++", 3.0)
+    args = parse("train", "controlnet", "--sd", tmp_path)
     assert (args.batch, args.lr, args.accumulate, args.steps) == (9, 0.5, 4, 312_100)
-    assert dginstyle.settings("train", "dreambooth", *flags).batch == 7
+    assert parse("train", "dreambooth", "--sd", tmp_path).batch == 7
 
 
 # ---- gallery.py ----------------------------------------------------------------------------------
@@ -3081,14 +3048,8 @@ def pickled():
     torch.save({"x": Code()}, UNET.replace("safetensors", "bin"))
 
 
-def labels(array):
-    """Other labels for all pictures."""
-    for file in Path("data/labels").iterdir():
-        put(file, array)
-
-
 def full(file):
-    """What the system says when there is no room."""
+    """os.fsync of a disk without room."""
     raise OSError(28, "No space left on device")
 
 
@@ -3102,25 +3063,24 @@ BAD_COMMANDS = {  # a row of the table begins with one of these, and its other w
     "stats": "data", "rcs-subset": "data out"}
 UNET, UNET_CONFIG = "sd/unet/diffusion_pytorch_model.safetensors", "sd/unet/config.json"
 SCHEDULER, SETTINGS = "sd/scheduler/scheduler_config.json", "sd/settings.json"
-LABEL, IMAGE, FLAT = "data/labels/a.png", "data/images/a.png", np.zeros((64, 128), np.uint8)
+LABELS, IMAGE = ("data/labels/a.png", "data/labels/b.png"), "data/images/a.png"
+LABEL, FLAT = LABELS[0], np.zeros((64, 128), np.uint8)
 BAD_INPUTS = [  # command line, words of the sentence, what is done before
     ("generate --data nowhere", "nowhere"),
     ("generate --data toy:sandstorm", "sandstorm"),
-    ("generate --data toy:sunny:none", "toy:sunny:none"),
     ("stats", "data", lambda _: shutil.rmtree("data/images")),
     ("generate", "data", lambda _: [shutil.rmtree("data/images"), os.mkdir("data/images")]),
     ("generate", "label", lambda _: shutil.rmtree("data/labels")),
-    ("generate", "size", lambda _: labels(FLAT[:9, :9])),
+    ("generate", "size", lambda _: [put(f, FLAT[:9]) for f in LABELS]),
     ("stats", f"{LABEL} 77", lambda _: put(LABEL, FLAT + 77)),
     ("generate", LABEL, lambda _: put(LABEL, np.zeros((64, 128, 3), np.uint8))),
     ("generate", LABEL, lambda _: cut(LABEL)),
-    ("generate", "no class", lambda _: labels(FLAT + 255)),
+    ("generate", "no class", lambda _: [put(f, FLAT + 255) for f in LABELS]),
     ("segment eval", IMAGE, lambda _: cut(IMAGE)),
     ("segment predict nowhere.png", "nowhere.png"),
     ("segment predict odd.png", "odd.png", lambda _: put("odd.png", "no picture")),
     ("rcs-subset --num 99", "99"),
     ("rcs-subset", "out not empty", lambda _: put("out/a", "")),
-
     ("generate --sd nowhere --controlnet sd/controlnet", "nowhere"),
     ("generate --controlnet sd/vae", "sd/vae"),
     ("generate", "--controlnet", lambda _: put(SETTINGS, None)),
@@ -3132,25 +3092,20 @@ BAD_INPUTS = [  # command line, words of the sentence, what is done before
     ("generate", f"{UNET} odd", lambda _: weights(odd=torch.ones(1))),
     ("generate", f"{UNET} NaN", lambda _: weights(**{"conv_in.bias": torch.ones(64) * math.nan})),
     ("generate", "sd/unet", lambda _: edit(UNET_CONFIG, layers_per_block=10**9)),
-    ("generate", "sd/unet", lambda _: edit(UNET_CONFIG, cross_attention_dim=3)),
     ("train controlnet", "--source-unet", lambda _: shutil.rmtree("sd/unet_source")),
-
     ("generate", UNET_CONFIG, lambda _: put(UNET_CONFIG, "{")),
     ("generate", SCHEDULER, lambda _: put(SCHEDULER, "[]")),
     ("generate", "thresholding", lambda _: edit(SCHEDULER, thresholding=True)),
     ("generate", "sd/tokenizer", lambda _: put("sd/tokenizer/vocab.json", "{")),
     ("generate", SETTINGS, lambda _: put(SETTINGS, "{")),
     ("generate", f"{SETTINGS} guidence", lambda _: edit(SETTINGS, generate={"guidence": 3})),
-    ("generate", SETTINGS, lambda _: edit(SETTINGS, generate={"steps": "x"})),
     ("segment eval", "segformer", lambda _: put("segformer/config.json", "{")),
     ("stats", ".class_counts.json", lambda _: put("data/.class_counts.json", "{")),
     ("generate --classes c.json", "c.json", lambda _: put("c.json", "{")),
     ("generate --classes c.json", "c.json", lambda _: edit("c.json", ids={})),
     ("generate --classes c.json", "c.json", lambda _: edit("c.json", ids={"7": 5})),
-    ("generate --classes c.json", "c.json", lambda _: put("c.json", {"names": ["road"]})),
     ("generate --classes c.json", "2 classes"),
     ("segment eval --classes c.json", "2"),
-
     ("generate --size 60x100", "60x100 multiples"), ("generate --size huge", "huge"),
     ("train controlnet --size 36x36", "36x36 multiples"), ("segment train --crop 8x8", "8x8"),
     ("segment train --arch hrda --crop 100x100", "100x100 multiples"),
@@ -3162,12 +3117,10 @@ BAD_INPUTS = [  # command line, words of the sentence, what is done before
     ("train controlnet --lr 0", "--lr 0"), ("segment", "--eval-data"),
     ("segment --eval-data toy:sunny cityscape", "cityscape"),
     ("segment train runs/night", "runs/night"), ("generate --nothing", "--nothing"),
-
     ("generate --out a\0b", "--out"), ("generate --out c.json", "c.json"),
     ("generate --out data/images/new", "data/images/new"),
     ("generate", "out not empty", lambda _: put("out/thesis.txt", "precious")),
     ("generate", "out other settings", lambda _: put("out/settings.json", {"seed": "5"})),
-    ("segment train", "out other settings", lambda _: put("out/segformer.json", {"seed": "5"})),
     ("generate", "out/settings.json", lambda _: put("out/settings.json", "{")),
     ("generate --no-rcs", "No space left", lambda patch: patch.setattr(os, "fsync", full)),
     ("segment train --no-rcs", "No space left", lambda patch: patch.setattr(os, "fsync", full)),
@@ -3210,14 +3163,6 @@ def test_a_bad_input_is_one_sentence(case, good_inputs, tmp_path, monkeypatch, c
     written = files(Path(".")).items() - before.items()
     assert {file for file, _ in written} <= {"out/.lock", "data/.class_counts.json"}
     assert not Path("executed").exists()
-
-
-def test_a_preview_of_another_size_is_one_sentence(generated, tmp_path, capsys):
-    """A picture in vis/ that is not the run's names its file when the command runs again."""
-    out = tmp_path / "run"
-    shutil.copytree(generated, out)
-    put(min((out / "vis").iterdir()), FLAT[:9, :9])
-    refuses(capsys, ["generate", *QUICK, "--out", str(out)], "vis", "00000")
 
 
 # ---- experiments/bench.py ------------------------------------------------------------------------
@@ -3425,20 +3370,19 @@ def on_pretended(dtype=torch.float32):
     return models
 
 
-def test_both_passes_on_a_gpu():
-    """Nothing is left on the CPU in sampling, with any sampler, guidance and size."""
+@pytest.mark.parametrize("sampler, weights, share", [("ddim", "uniform", 1.0),
+                                                     ("dpm++", "cosine", 0.4)])
+def test_both_passes_on_a_gpu(sampler, weights, share):
+    """Nothing is left on the CPU in sampling."""
     with pretend.gpu(), torch.no_grad():
-        models = on_pretended(torch.bfloat16)
+        models, noise = on_pretended(torch.bfloat16), Noise([0, 1])
         text, hint = models.encode_prompts(["road", "sky"], "fog"), torch.zeros(2, 20, 32, 64)
-        for sampler, weights, share in (("ddim", "uniform", 1.0), ("dpm++", "cosine", 0.4)):
-            options = dict(sampler=sampler, steps=2, weights=weights, control_uncond=share,
-                           tile_batch=16, prior_tone=1 - share)
-            latents = dginstyle.first_pass(models, (32, 64), text, hint, Noise([0, 1]), **options)
-            latents = dginstyle.second_pass(models, latents, torch.zeros(2, 1, 32, 64), hint, text,
-                                            Noise([0, 1]), official_renoise=share < 1,
-                                            stride="half", **options)
-            assert latents.is_cuda and latents.shape == (2, 4, 16, 32)
-        dginstyle.first_pass(models, (32, 64), text, None, Noise([0, 1]), steps=1, tile_batch=16)
+        options = dict(sampler=sampler, steps=2, weights=weights, control_uncond=share,
+                       tile_batch=16, prior_tone=1 - share)
+        latents = dginstyle.first_pass(models, (32, 64), text, hint, noise, **options)
+        latents = dginstyle.second_pass(models, latents, torch.zeros(2, 1, 32, 64), hint, text,
+                                        noise, official_renoise=share < 1, stride="half", **options)
+        assert latents.is_cuda and latents.shape == (2, 4, 16, 32)
 
 
 def test_a_misplaced_tensor_is_found():
@@ -3490,8 +3434,7 @@ def test_sampling_on_a_real_gpu():
         next(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    args = dginstyle.settings("generate", "--precision", "fp32")
-    label = streets.toy_street(0, size=here.size)[1]
+    args, label = dginstyle.settings("generate"), streets.toy_street(0, size=here.size)[1]
     condition = dginstyle.Condition("street", label, data.caption(label), None, None, (0, 0), 0)
     images = [dginstyle.decode(m.vae, dginstyle.sample(m, [condition], data.CITYSCAPES, args))
               for m in (there, here)]
