@@ -118,19 +118,29 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder) -> "Tokenizer":
-        """Read vocab.json, merges.txt and the pad token; `folder` may be that of the whole SD."""
+        """Read vocab.json and merges.txt, or a tokenizer.json alone, and the pad token.
+
+        `folder` may be that of the whole SD.
+        """
         folder, pad = Path(folder), EOS
         folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
         for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second decides
             if (folder / name).is_file():
                 with reading(folder / name):
                     pad = json.loads((folder / name).read_text("utf-8")).get("pad_token") or pad
-        with reading(folder / "vocab.json"):
-            vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-        with reading(folder / "merges.txt"):
-            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-            lines = [line.split() for line in lines if line and not line.startswith("#version")]
-            merges = [(a, b) for a, b in lines]
+        file = folder / "tokenizer.json"  # all that transformers 5 writes
+        if not file.is_file() or (folder / "vocab.json").is_file():
+            with reading(folder / "vocab.json"):
+                vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+            file = folder / "merges.txt"
+        with reading(file):
+            content = file.read_text("utf-8")
+            if file.suffix == ".json":
+                model = json.loads(content)["model"]
+                vocab, merges = model["vocab"], model["merges"]  # "a b" or, since 2024, ["a", "b"]
+            else:
+                merges = [m for m in content.split("\n") if m and not m.startswith("#version")]
+            merges = [(a, b) for a, b in (m.split() if isinstance(m, str) else m for m in merges)]
             return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad)
 
     def save(self, folder):
@@ -265,15 +275,15 @@ LEGACY = {  # whole keys: other public spelling -> ours; None = not needed
 def public_keys(state):
     """{key in any public spelling: tensor} -> {our key: tensor}; unknown keys stay as they are.
 
-    Keeps only the text encoder of an LDM checkpoint, and all but the last layer of OpenCLIP.
+    Keeps only the text encoder of an LDM checkpoint, without layer 24 of OpenCLIP: SD2.x reads the
+    output of layer 23, and some of its files end there.
     """
     for prefix in ("cond_stage_model.transformer.", "cond_stage_model.model."):
         inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         state = inside or state
-    last = max((int(m[1]) for key in state if (m := re.match(BLOCK, key))), default=None)
     out = {}
     for key, value in state.items():
-        name = "" if key.startswith(f"transformer.resblocks.{last}.") else key
+        name = "" if key.startswith("transformer.resblocks.23.") else key
         for pattern, ours in LEGACY.items():
             name = re.sub(f"^(?:{pattern})$", ours or "", name)
         if "{}" in name:

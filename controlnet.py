@@ -132,6 +132,14 @@ class ControlNet(nn.Module):
         model.load_state_dict({**own, **copied})
         return model.to(next(unet.parameters()).device)
 
+    def fit_hint(self, hint_channels):
+        """Itself, with a new hint encoder unless it reads this number of channels already."""
+        if hint_channels != self.hint_channels:
+            self.controlnet_cond_embedding = HintEncoder(
+                hint_channels, self.hint_widths, self.config.block_out_channels[0])
+            self.hint_channels = hint_channels
+        return self
+
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32):
         """Load a diffusers folder, a .safetensors in either spelling, or an LDM ControlNet.

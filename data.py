@@ -53,7 +53,19 @@ def reading(path, kind="a file"):
     except UserError:
         raise
     except Exception as error:  # of Pillow, json and our own checks: any kind
+        if is_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` "
+                            "where it was cloned") from error
         raise UserError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def is_pointer(path):
+    """Whether a file is the few lines that a clone without Git LFS has in place of a large file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(23) == b"version https://git-lfs"
+    except (OSError, ValueError):
+        return False
 
 
 def read_json(path, kind=dict):
@@ -152,19 +164,24 @@ def read_image(path):
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
-    """Label file → (H, W) uint8, 0..K-1 and 255, upright by its EXIF.
-
-    `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 and the values
-    `also_ignore` are ignored. UserError for colour labels and for any other value.
-    """
+def _read_raw(path):
+    """Label file → its values as they are stored, upright by its EXIF."""
     with _open(path) as image:
         # never convert a label to "L": it would turn palette indices into luminance
         if image.mode not in ("L", "P", "I", "I;16", "I;16B") or image.tile[0][3] in ("L;2", "L;4"):
             raise ValueError(f"its mode is {image.mode}: a label must be one channel of class "
                              "indices of 8 or 16 bits, not colours")
         ImageOps.exif_transpose(image, in_place=True)
-        raw = np.array(image)
+        return np.array(image)
+
+
+def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
+    """Label file → (H, W) uint8, 0..K-1 and 255, upright by its EXIF.
+
+    `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 and the values
+    `also_ignore` are ignored. UserError for colour labels and for any other value.
+    """
+    raw = _read_raw(path)
     table = {c: c for c in range(len(classes))} if ids is None else ids
     unknown = len(classes)  # no trainId
     lut = np.full(65537, unknown, np.uint8)  # the last entry is for values beyond 16 bits
@@ -264,11 +281,13 @@ LAYOUTS = {  # the first one whose image folder exists is taken
 }
 
 
-def _upright_size(path):
-    """(width, height) of a picture file as it is shown, from its header."""
+def _shown(path):
+    """(width, height) of a picture file as it is shown, from its header, and the EXIF orientation
+    where it is a half turn or a mirror, which no size tells."""
     with _open(path) as image:
-        turned = "exif" in image.info and image.getexif().get(0x0112) in range(5, 9)
-        return image.size[::-1] if turned else image.size
+        orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+        size = image.size[::-1] if orientation in range(5, 9) else image.size
+        return *size, orientation if orientation in (2, 3, 4) else 1
 
 
 class Pairs:
@@ -288,7 +307,7 @@ class Pairs:
 
     def __init__(self, root, classes=CITYSCAPES, split=None, condition=None):
         self.root, self.classes, self.condition = Path(root), classes, condition
-        self.also_ignore, self.skipped, found = (), [], []
+        self.also_ignore, self.skipped, self.doubt, found = (), [], "", []
         folders = self._find_folders(split)
         tables = self._tables()
         files = (Path(file) for folder in folders for file in glob.iglob(
@@ -318,6 +337,11 @@ class Pairs:
             if folders and (self.layout == "acdc" or not self.condition):
                 break
         else:
+            for layout in LAYOUTS.values() if not self.condition else ():
+                wanted, *others = (layout.images.format(split=name, condition="*")
+                                   for name in (split or layout.split, "train", "val"))
+                if there := [other for other in others if any(self.root.glob(other))]:
+                    raise UserError(f"{self.root} holds {there[0]} only: {wanted} is missing")
             asked = " and ".join(filter(None, (split, self.condition)))
             raise UserError(f"{self.root} is no data set folder{asked and f' with {asked}'}: it "
                             "needs images/ and labels/, or one of the published layouts")
@@ -345,10 +369,12 @@ class Pairs:
                 if not label.is_file():
                     continue
                 try:
-                    same = _upright_size(image) == _upright_size(label)
+                    same = _shown(image) == _shown(label)
                 except UserError:
+                    if is_pointer(image) or is_pointer(label):
+                        return label, end, "a Git LFS pointer: run `git lfs pull` in its clone"
                     return label, end, "contents or a label that cannot be read"
-                return label, end, None if same else "a label of another size"
+                return label, end, None if same else "a label of another size or turn"
         wanted = " or ".join(f"NAME{end}.png" for end in tables)
         return None, None, f"no {wanted} in {others[0]}"
 
@@ -361,22 +387,35 @@ class Pairs:
         K, names = len(self.classes), [path.stem for path in self.images]
         raw = [path for path, end in zip(self.labels, ends, strict=True) if end == ""]
         if raw and not self.classes.own_ids:
-            values = set()
-            for path in raw[::max(1, len(raw) // 8)]:
-                with _open(path) as image:
-                    values |= set(np.unique(image).tolist()) - {IGNORE}
-            if max(values, default=0) > 19:
+            some = [_read_raw(path).ravel() for path in raw[::max(1, len(raw) // 8)]]
+            if max(label[label != IGNORE].max(initial=0) for label in some) > 19:
                 self.layout = "gta"
             else:
                 tables[""] = None
+            self._doubt_ids(some, tables[""] or {c: c for c in range(K)})
         if all(re.match(r"\d\d?_", name) and int(name.split("_")[0]) < K for name in names):
             self.layout = "rcs_subset"
         # dginstyle.py generate leaves a manifest, and settings and previews if it was cut short
         started = (self.root / "settings.json").is_file() and (self.root / "vis").is_dir()
-        if started or [*self.root.glob("manifest.jsonl"), *self.root.glob("manifest.*.part")]:
+        if started or (self.root / "manifest.jsonl").is_file():
             self.layout = "generated"
         elif not raw and any(re.search(r"^[an]_|_genid\d", name) for name in names):
             self.layout, self.also_ignore = "generated", (K,)  # the authors' set: K means ignore
+
+    def _doubt_ids(self, labels, table):
+        """Set `doubt`, for the report, where some labels look as if they held ids of another set.
+
+        That is, where more than half of their pixels are ignored, or 15 % are of a class that never
+        fills streets: GTA, Cityscapes, CamVid and the toy world stay below 5 %.
+        """
+        pixels = np.random.default_rng(0).choice(np.concatenate(labels), 10_000).tolist()
+        share = Counter(table.get(value) for value in pixels)
+        thin = ("wall", "fence", "pole", "traffic light", "traffic sign", "rider", "motorcycle",
+                "bicycle")
+        odd = [name for name in thin if share[CITYSCAPES.names.index(name)] > 1500]
+        odd += ["ignore"] if share[None] > 5000 else []
+        if odd:
+            self.doubt = f"; many pixels are {' or '.join(odd)}: do the labels need --classes?"
 
     def keep(self, indices):
         """Leave only the pairs `indices`, in this order."""
@@ -410,7 +449,8 @@ class Pairs:
         text += " of the class file" if mapped and self.classes.own_ids else ""
         text += f"; {self.also_ignore[0]} read as ignore" if self.also_ignore else ""
         left_out = Counter(reason for _, reason in self.skipped).items()
-        return text + "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
+        text += "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
+        return text + self.doubt
 
 
 class LabelMaps(Pairs):
@@ -425,7 +465,7 @@ class LabelMaps(Pairs):
         self._ids = [None] * len(self.labels)
 
     def name(self, i):
-        return _stem(self.labels[i])
+        return self.labels[i].stem.removesuffix("_labelTrainIds")
 
     def report(self):
         return f"{self.root} (label maps): {len(self)} labels without pictures"
@@ -515,9 +555,9 @@ def class_counts(data, workers=4, on_error="stop"):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
     One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
-    size and time of its file and the way it is read stay the same. The authors' JSON files in ROOT
-    spare the pass. Joined sets are counted one by one; objects that have label(i) and a length but
-    no list `labels` of files are counted in this process and not kept.
+    size and time of its file and the way it is read stay the same. Joined sets are counted one by
+    one; objects that have label(i) and a length but no list `labels` of files are counted in this
+    process and not kept.
     UserError for a label that cannot be read; on_error="skip": its row is 0, `data.skipped` has it.
     """
     if hasattr(data, "sets"):
@@ -530,9 +570,7 @@ def class_counts(data, workers=4, on_error="stop"):
     file = data.root / ".class_counts.json"
     cache = read_json(file) if file.is_file() else {}
     keys = [_key(data, i) for i in range(len(data))]
-    authors = {} if classes.own_ids else _authors_counts(data.root)
-    rows = [authors.get(_stem(label), cache.get(key))
-            for label, key in zip(data.labels, keys, strict=True)]
+    rows = [cache.get(key) for key in keys]
     todo = [i for i, row in enumerate(rows) if row is None]
     jobs = [(data.labels[i], data._ids[i]) for i in todo]
     with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is asked to
@@ -544,11 +582,11 @@ def class_counts(data, workers=4, on_error="stop"):
     fresh = {keys[i]: rows[i] for i in todo if isinstance(rows[i], dict)}
     if fresh:
         _save_cache(file, cache | fresh)
-    for i, row in enumerate(rows):
-        if isinstance(row, str) and on_error == "stop":
-            raise UserError(row)
-        if isinstance(row, str):
-            data.skipped.append((data.labels[i], row))
+    for i in todo:
+        if isinstance(rows[i], str):
+            if on_error == "stop":
+                raise UserError(rows[i])
+            data.skipped.append((data.labels[i], rows[i]))
             rows[i] = {}
     with reading(file, "class counts (it can be deleted)"):
         return np.array([[row.get(str(c), 0) for c in range(len(classes))] for row in rows],
@@ -560,30 +598,6 @@ def _key(data, i):
     path, how = data.labels[i], (data.classes.names, data._ids[i], data.also_ignore)
     stat, place = path.stat(), path.relative_to(data.root).as_posix()
     return f"{place} {stat.st_size} {stat.st_mtime_ns} {zlib.crc32(repr(how).encode())}"
-
-
-def _stem(path):
-    return Path(path).stem.removesuffix("_labelTrainIds")
-
-
-def _authors_counts(root):
-    """{label name: {"0": pixels, ...}} from the JSON files of the authors' converter, if any.
-
-    sample_class_stats.json is [{"0": n, ..., "file": path}], samples_with_class.json says the same
-    as {"0": [[path, n], ...]}. Their paths are those of the converter's day: base names count.
-    """
-    found, (stats, files) = {}, (root / f"{stem}.json" for stem in (
-        "sample_class_stats", "samples_with_class"))
-    if stats.is_file():
-        with reading(stats, "class counts (it can be deleted)"):
-            for row in read_json(stats, list):
-                found[_stem(row["file"])] = {c: int(n) for c, n in row.items() if c != "file"}
-    elif files.is_file():
-        with reading(files, "class counts (it can be deleted)"):
-            for c, shown in read_json(files).items():
-                for path, n in shown:
-                    found.setdefault(_stem(path), {})[c] = int(n)
-    return found
 
 
 def _save_cache(path, cache):
@@ -708,6 +722,29 @@ def caption(label, classes=CITYSCAPES):
 def weather_prompt(names, weather):
     """The prompt with weather of the official generator; `names` is a caption."""
     return f"A city street scene with {names}, in {weather} weather."
+
+
+def read_prompts(path):
+    """File of prompt templates, one a line, with {classes} and, if wanted, {weather} → list of str.
+
+    Blank lines and lines that begin with # are left out. UserError for other braces or no template.
+    """
+    with reading(path, "prompt templates"):
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+        templates = [line for line in lines if line and not line.startswith("#")]
+        if not templates:
+            raise ValueError("it has no line that is a template")
+        for template in templates:
+            words = template.replace("{classes}", "").replace("{weather}", "")
+            if "{classes}" not in template or "{" in words or "}" in words:
+                raise ValueError("a template has {classes} and perhaps {weather} in it, and no "
+                                 f"other braces, unlike {template!r}")
+    return templates
+
+
+def fill_prompt(template, names, weather):
+    """The prompt of a template of `read_prompts`; `names` is a caption."""
+    return template.replace("{weather}", weather).replace("{classes}", names)
 
 
 def connected_components(label):

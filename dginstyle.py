@@ -26,7 +26,7 @@ import ctypes
 import json
 import math
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def style_swap(source, prior, ratio=1.0):
 @torch.no_grad()
 def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
             control_scale=1.0, control_uncond=1.0, window=None, stride=None, weights="uniform",
-            keep=None, noise=None, start=1.0, official_renoise=False, tile_batch=None,
+            keep=None, noise=None, start=1.0, source=None, official_renoise=False, tile_batch=None,
             prior_tone=0.0):
     """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
@@ -99,7 +99,8 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     weights, tile_batch   see `window_weights`; windows in a network call, None: what memory allows
     keep    (z (B,C,h,w), mask (B,1,h,w)): after every step the latents where mask = 1 become z at
             the new noise level (section 3.3); needs `noise`, which is called once per step
-    start   below 1 only the steps below this share of the timesteps are made, from z noised with x
+    start   below 1 only the steps below this share of the timesteps are made, from the latents
+            source (B,C,h,w) noised with x
     prior_tone   see `match_tone`; 0: the tone that the control brings
 
     The windows' outputs are averaged, sum_i w_i out_i / sum_i w_i at every latent, as in
@@ -124,7 +125,7 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     below = start * models.schedule.num_train_timesteps
     steps = [(t, t_prev) for t, t_prev in solver.timesteps if t < below]
     if start < 1:
-        x = models.schedule.add_noise(z, x, steps[0][0])
+        x = models.schedule.add_noise(source.to(x), x, steps[0][0])
     fresh = [noise(z.shape).to(x) if keep else None for _ in steps]  # no step waits for the host
     for (t, t_prev), n in zip(steps, fresh, strict=True):
         total = torch.zeros_like(x)
@@ -248,6 +249,21 @@ def enlarge(vae, latents):
     return torch.cat([vae.encode(i[None]) for i in large]).float()
 
 
+def invert(unet, schedule, z, text, timesteps):
+    """Deterministic DDIM inversion (LDEdit, arXiv 2210.02249): the noise that leads from z to x_t.
+
+    z (B,C,h,w) latents of a picture, text (B,L,D) what it shows. The steps of DDIM are run upwards,
+    from clean latents through `timesteps`, rising, without guidance. -> eps (B,C,h,w) such that
+    Schedule.add_noise(z, eps, timesteps[-1]) are the inverted latents.
+    """
+    x = z
+    for t_prev, t in zip([-1, *timesteps[:-1]], timesteps, strict=True):
+        out = unet(x.to(text.dtype), max(t_prev, 0), text).float()
+        x = schedule.step(out, x, t_prev, t)
+    abar = schedule.abar_at(timesteps[-1])
+    return (x - abar**0.5 * z) / (1 - abar) ** 0.5
+
+
 STRIDES = {"quarter": 4, "half": 2}
 
 
@@ -269,7 +285,7 @@ def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride
     hint = F.interpolate(hint, scale_factor=2.0, mode="nearest")
     mask = F.interpolate(mask, size=z.shape[2:], mode="nearest")
     *_, latents = denoise(models, x, text, hint, window=window, stride=stride,
-                          keep=(z, mask), noise=noise, **options)
+                          keep=(z, mask), noise=noise, source=z, **options)
     return latents
 
 
@@ -320,12 +336,13 @@ class Condition:
     rare_class: str | None
     crop: tuple[int, int]  # top, left in the label map
     seed: int
+    image: np.ndarray | None = None  # (H,W,3) uint8, the picture of the crop, for --restyle
 
     def manifest_row(self, args):
         """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
         names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "prior_tone",
                  "swap", "mrlf", "stride", "start", "window", "window_weights", "large_segment",
-                 "renoise", "negative", "precision")
+                 "renoise", "negative", "precision", "restyle")
         return json.dumps({
             "image": f"images/{self.name}.png", "label": f"labels/{self.name}_labelTrainIds.png",
             "prompt": self.prompt, "weather": self.weather, "class": self.rare_class,
@@ -342,16 +359,22 @@ def draw_condition(k, pairs, sampler, size, args, classes):
     """
     rng = np.random.default_rng([args.seed, k])
     cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
-    _, label = data.cover(None, pairs.label(i), size)
+    image, label = pairs.pair(i) if args.restyle else (None, pairs.label(i))
+    image, label = data.cover(image, label, size)
     top, left, _ = data.crop_box(label, size, rng, cls)
-    label = label[top : top + size[0], left : left + size[1]].copy()
+    box = np.s_[top : top + size[0], left : left + size[1]]
+    image, label = None if image is None else image[box], label[box].copy()
     prompt, weather = data.caption(label, classes), None
-    if rng.random() < args.weather_prob:
+    if args.prompts:
+        template = str(rng.choice(args.prompts))
+        weather = str(rng.choice(args.weather)) if "{weather}" in template else None
+        prompt = data.fill_prompt(template, prompt, weather)
+    elif rng.random() < args.weather_prob:
         weather = str(rng.choice(args.weather))
         prompt = data.weather_prompt(prompt, weather)
     return Condition(f"{k:06d}_{pairs.name(i)}", label, prompt, weather,
                      None if cls is None else classes.names[cls], (int(top), int(left)),
-                     int(rng.integers(2**62)))
+                     int(rng.integers(2**62)), image)
 
 
 def sample(models, conditions, classes, args):
@@ -364,7 +387,10 @@ def sample(models, conditions, classes, args):
                    control_scale=args.control_scale, control_uncond=args.control_uncond,
                    window=args.window, weights=args.window_weights, tile_batch=args.tile_batch,
                    prior_tone=args.prior_tone)
-    latents = first_pass(models, size, text, hint, noise, **options)
+    if args.restyle:
+        latents = restyle(models, conditions, classes, hint, text, noise, args.restyle, options)
+    else:
+        latents = first_pass(models, size, text, hint, noise, **options)
     if args.mrlf:
         large = args.large_segment * size[0] * size[1] / 512**2  # pixels at 512 x 512
         mask = np.stack([data.large_segments(c.label, large) for c in conditions])
@@ -372,6 +398,32 @@ def sample(models, conditions, classes, args):
                               noise, stride=args.stride, start=args.start,
                               official_renoise=args.renoise == "official", **options)
     return latents
+
+
+def restyle(models, conditions, classes, hint, text, noise, share, options):
+    """--restyle: a first pass that paints the conditions' pictures anew -> latents (B,C,h,w).
+
+    Their latents are inverted up to this share of the noise under their captions, then sampled down
+    under the prompts with U^P and the ControlNet.
+    """
+    images = np.stack([c.image for c in conditions])
+    with torch.no_grad():
+        z = models.vae.encode(from_uint8(images).to(models.vae.quant_conv.weight)).float()
+    captions = models.encode_prompts([data.caption(c.label, classes) for c in conditions])[1]
+    solver = SAMPLERS[options["sampler"]](models.schedule, options["steps"])
+    below = share * models.schedule.num_train_timesteps
+    timesteps = [t for t, _ in reversed(solver.timesteps) if t < below]
+    import os
+    way = os.environ.get("RESTYLE", "noise")
+    if way == "noise":
+        eps = noise(z.shape)
+    else:
+        net = models.unet if way == "prior" else UNet.from_pretrained("toy/unet_source")
+        net.to(device=models.device, dtype=models.unet.conv_in.weight.dtype)
+        with torch.no_grad():
+            eps = invert(net, models.schedule, z, captions, timesteps)
+    return first_pass(models, images.shape[1:3], text, hint, lambda shape: eps, start=share,
+                      source=z, **options)
 
 
 def make_images(models, conditions, classes, args):
@@ -404,9 +456,10 @@ def generate(args):
     args = settle(args)
     if args.controlnet is None:
         raise UserError("--controlnet is missing: name the ControlNet that goes with --sd")
-    pairs, classes = open_data(args, labels_only=True)
+    pairs, classes = open_data(args, labels_only=not args.restyle)
     models = Models.from_pretrained(args.sd, args.controlnet, args.source_unet, args.swap,
                                     args.device, DTYPES[choose_precision(args)])
+    args.prompts = data.read_prompts(args.prompts) if args.prompts else None
     size = args.size or models.size
     check_options(models, size, classes, args)
     if args.compile:  # one graph for any number of windows
@@ -463,8 +516,10 @@ def check_options(models, size, classes, args):
                         f"the data have {len(classes)} classes and ignore")
     training_size(args, models, size)
     lowest = SAMPLERS[args.sampler](models.schedule, args.steps).timesteps[-1][0]
-    if not lowest / models.schedule.num_train_timesteps < args.start:
-        raise UserError(f"start {args.start}: no step of {args.steps} lies below it")
+    for name in ("start", "restyle"):
+        share = getattr(args, name)
+        if share is not None and share <= lowest / models.schedule.num_train_timesteps:
+            raise UserError(f"{name} {share}: no step of {args.steps} lies below it")
     large = tuple(2 * n // models.vae.factor for n in size)
     window = args.window or models.window
     factor = models.multiple // models.vae.factor
@@ -526,8 +581,11 @@ def train_controlnet(args, pairs, classes):
     """
     models = Models.from_pretrained(args.sd, device=args.device)
     prior, models.unet = models.unet, UNet.from_pretrained(source_unet(args))
+    if args.controlnet:
+        models.controlnet = ControlNet.from_pretrained(args.controlnet).fit_hint(len(classes) + 1)
+    else:
+        models.controlnet = ControlNet.from_unet(models.unet, len(classes) + 1, models.vae.factor)
     models.check()
-    models.controlnet = ControlNet.from_unet(models.unet, len(classes) + 1, models.vae.factor)
     models.controlnet.checkpointing = args.checkpointing
     for frozen in (prior, models.unet, models.text_encoder):
         frozen.requires_grad_(False).to(args.device, DTYPES[choose_precision(args)],
@@ -697,6 +755,9 @@ class Models:
         if self.unet.config.cross_attention_dim == 1024 and not (folder / "scheduler").is_dir():
             raise UserError(f"{folder / 'scheduler'} is missing: without it nothing tells whether "
                             "this SD 2 model predicts the noise or v")
+        if sd.is_file() and self.schedule.prediction_type == "v_prediction":
+            # a single file does not tell its window; SD 2 that predicts v was trained at 768
+            self.unet.config = replace(self.unet.config, sample_size=96)
         self.check()
         for net in (self.unet, self.controlnet, self.vae, self.text_encoder):
             if net is not None:
@@ -806,15 +867,25 @@ class Schedule:
             raise UserError(f"{file}: {', '.join(odd)} is not supported")
         for name, choices in (("beta_schedule", ("scaled_linear", "linear")),
                               ("prediction_type", ("epsilon", "v_prediction")),
-                              ("timestep_spacing", ("leading", "trailing"))):
+                              ("timestep_spacing", ("leading", "trailing", "linspace"))):
             if config.get(name, choices[0]) not in choices:
                 raise UserError(f"{file}: {name} {config[name]!r} is none of {choices}")
+        if config.get("timestep_spacing") == "linspace":
+            say(f"{file}: its timestep_spacing linspace is of another sampler; leading is used")
+            config["timestep_spacing"] = "leading"
         with data.reading(file):
             self = cls(**{f.name: type(f.default)(config[f.name])
                           for f in fields(cls) if f.name in config})
             if not 0 < self.beta_start <= self.beta_end < 1 or not 0 <= self.steps_offset < 100:
                 raise ValueError("betas are shares, the offset of the steps is small")
         return self
+
+    def save_pretrained(self, folder):
+        """Write `scheduler_config.json`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": "DDIMScheduler", "clip_sample": False, **asdict(self)}
+        text = json.dumps(config, indent=2)
+        (Path(folder) / "scheduler_config.json").write_text(text + "\n")
 
     @cached_property
     def abar(self):

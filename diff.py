@@ -17,7 +17,7 @@ both are half of that, like the maps of segformer.py's tiny preset.
 Use alone, beside unet.py and segformer.py (vae: anything with `factor` and `encode`, like vae.py):
     prior = Prior(unet, vae, texts)  # texts (1+n, 77, 768): "" and n class prompts, encoded
     model = Diff(DiffConfig(num_classes=19), prior)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5)  # the prior is not among them
+    optimizer = torch.optim.AdamW(parameter_groups(model, 6e-5, 0.01))  # without the prior
     model.loss(images, labels).backward()  # RGB in [0, 1]; 255 = ignore
     labels = model.eval()(images).argmax(1)  # (B, H/4, W/4)
 
@@ -28,10 +28,14 @@ Differences from the released code. Four of them change results and can be undon
     own_noise   every text draws noise of its own, and the average of the merged latents has too
                 little of it; here the texts of a picture share one draw
     undetached  consistency pulls the teacher towards the pupil as well; here it is detached
+Three more change results and stay: both branches of IPKL start from one draw of the VAE's posterior
+(there: one each); noise is fixed when measuring (there: drawn); sides that 64 does not divide are
+padded (there: an error). The alternative fusion, no default in either, is the paper's; in the
+release it is another network: a stride has three bottlenecks of 2C channels and 27 weights, and all
+three read the same 18 of its 54 maps.
 The rest changes nothing: no guidance between two empty texts, where it cancels and costs half of
 all work; no step from t = 91 on, nor the calls at 105, 121 and 139, since the last maps read are
-those of 91; no fusion at stride 64, which no layer reads; texts encoded once. The alternative
-fusion, not the default there either, takes the wrong timesteps in the release; here the right ones.
+those of 91; no fusion at stride 64, which no layer reads; texts encoded once.
 """
 
 import contextlib
@@ -55,12 +59,12 @@ RELEASED = ("v_as_eps", "sum_texts", "own_noise", "undetached")  # see above
 SAVED = (91, 52, 30, 22, 18, 14, 11, 7, 3)  # the nine timesteps read, in the order of their maps
 VISITED = (*range(24), 26, 30, 34, 40, 45, 52, 60, 69, 80, 91)  # on the way; published: on to 139
 # name: (timesteps of the UNet's calls, those read, True: no inversion, each level noised directly).
-# The picture's latents count as those of the first timestep: 0, in "5" 1. The timesteps of "5" and
-# "1" stand in the release as comments; that "1" is noised directly, and "direct", are ours. Without
-# steps there are no latents to merge by the label masks: IPKL's branch knows what, but not where.
+# The picture's latents count as those of timestep 0. "5" is a comment in the release's settings,
+# "1" its `do_one_step`, "direct" is ours. Without steps there are no latents to merge by the label
+# masks: IPKL's branch knows what, but not where.
 STEPS = {
     "full": (VISITED, SAVED, False),
-    "5": ((1, 20, 40, 60, 80), (80, 60, 40, 20, 1), False),
+    "5": ((0, 1, 20, 40, 60), (60, 40, 20, 1, 0), False),
     "1": ((100,), (100,), True),
     "direct": (SAVED[::-1], SAVED, True),
 }
@@ -420,11 +424,13 @@ class Diff(nn.Module):
         self.decode_head = (SegFormerHead(c) if c.head == "segformer" else
                             DAFormerHead(c, SeparableASPP(c.decoder_dim)))
         for name, m in self.named_modules():
-            if isinstance(m, nn.Conv2d) and m.bias is None:
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            elif name.endswith((".conv_seg", ".linear_pred")):
-                nn.init.normal_(m.weight, std=0.01)
-                nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+                if name.endswith((".conv_seg", ".linear_pred")):
+                    nn.init.normal_(m.weight, std=0.01)
+                else:
+                    nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
     @property
     def stride(self):
@@ -481,13 +487,14 @@ class Diff(nn.Module):
 
         images (B,3,H,W) in [0,1], labels (B,H,W) trainIds, 255 = ignore. The conditional branch is
         told the classes and where they are; it teaches the other, which is all there is at test
-        time. Both run through the UNet together.
+        time. Both run through the UNet together, then it first through decoder and head.
         """
         if not self.config.ipkl:
             return cross_entropy(self.decode_head(self.features(images, noise)), labels)
         maps = self.extract(images, torch.cat([torch.full_like(labels, IGNORE), labels]), noise)
-        halves = zip(*(m.chunk(2) for m in maps), strict=True)
-        logits_u, logits_c = (self.decode_head(self.pyramid(half)) for half in halves)
+        maps_u, maps_c = zip(*(m.chunk(2) for m in maps), strict=True)
+        logits_c = self.decode_head(self.pyramid(maps_c))  # BatchNorm sees it first
+        logits_u = self.decode_head(self.pyramid(maps_u))
         teacher = logits_c if "undetached" in self.config.released else logits_c.detach()
         distance = F.mse_loss(logits_u.float(), teacher.float())  # at the logits' own size
         return (cross_entropy(logits_c, labels) + cross_entropy(logits_u, labels)
@@ -513,6 +520,14 @@ class Diff(nn.Module):
         """Write config.json, with the prior's hash, and model.safetensors, without the prior."""
         config = {"architecture": "Diff", "prior": self.prior.hash, **asdict(self.config)}
         write_weights(folder, "model.safetensors", config, self.state_dict(), dtype)
+
+
+def parameter_groups(model, lr, weight_decay):
+    """For AdamW: the head at ten times the rate; everything decays, norms and biases included."""
+    head = {id(p) for p in model.decode_head.parameters()}
+    return [{"params": [p for p in model.parameters() if (id(p) in head) == heads],
+             "lr": lr * (10 if heads else 1), "weight_decay": weight_decay}
+            for heads in (False, True)]
 
 
 def cross_entropy(logits, labels):

@@ -7,15 +7,16 @@ Pictures are loaded when their card comes near the screen, so a page can hold th
 Shapes: H W pixels. Pictures are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore.
 
 Use alone, beside data.py:
-    write_gallery("runs/night", rows)    # rows: dicts with image, label (paths in the folder), …
+    write_gallery("runs/night", rows, (512, 512))    # rows of runs/night/manifest.jsonl
 """
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 import data
 
@@ -26,25 +27,19 @@ def write_image(path, image):
         Image.fromarray(image).save(file, format="PNG")
 
 
-def generated_files(out, name):
-    """→ image, label and strip (image | colour label | blend) of one generated image."""
-    return (out / "images" / f"{name}.png", out / "labels" / f"{name}_labelTrainIds.png",
-            out / "vis" / f"{name}.png")
-
-
 def save_generated(out, name, image, label, classes):
-    """Write the three files of one generated image."""
-    image_file, label_file, strip_file = generated_files(out, name)
-    write_image(image_file, image)
-    data.save_label(label_file, label, classes)
+    """OUT/images, labels and vis (image | colour label | blend) of one generated image."""
+    write_image(out / "images" / f"{name}.png", image)
+    data.save_label(out / "labels" / f"{name}_labelTrainIds.png", label, classes)
     strip = [image, data.colourise(label, classes), data.overlay(image, label, classes)]
-    write_image(strip_file, np.concatenate(strip, axis=1))
+    write_image(out / "vis" / f"{name}.png", np.concatenate(strip, axis=1))
 
 
 def is_saved(out, name):
-    """Whether the three files of a generated image exist and end as a whole PNG does."""
-    return all(file.is_file() and file.read_bytes()[-8:-4] == b"IEND"
-               for file in generated_files(out, name))
+    """Whether all three files of a generated image exist and end as a whole PNG does."""
+    files = (out / "images" / f"{name}.png", out / "labels" / f"{name}_labelTrainIds.png",
+             out / "vis" / f"{name}.png")
+    return all(file.is_file() and file.read_bytes()[-8:-4] == b"IEND" for file in files)
 
 
 def save_prediction(stem, label, image, classes):
@@ -56,15 +51,10 @@ def save_prediction(stem, label, image, classes):
 
 
 def contact_sheet(pictures, columns=2, scale=None):
-    """Pictures of one size -> one sheet, small ones enlarged."""
-    h, w = pictures[0].shape[:2]
-    scale = scale or max(1, round(1150 / w))  # three times for strips of the toy pack
-    columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    sheet = np.full((rows * (h + 4), columns * (w + 6), 3), 255, np.uint8)
-    for k, picture in enumerate(pictures):
-        i, j = divmod(k, columns)
-        sheet[i * (h + 4) : i * (h + 4) + h, j * (w + 6) : j * (w + 6) + w] = picture
+    """Pictures (h, w, 3) uint8 of one size → one sheet, small ones enlarged."""
+    scale = scale or max(1, round(1150 / pictures[0].shape[1]))  # 3 for strips of the toy pack
+    pictures = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    sheet = make_grid(pictures, columns, padding=4, pad_value=255).permute(1, 2, 0).numpy()
     return sheet.repeat(scale, 0).repeat(scale, 1)
 
 
@@ -90,8 +80,8 @@ header { position: sticky; top: 0; z-index: 1; padding: .6em 1em; display: flex;
   flex-wrap: wrap; align-items: center; background: Canvas; border-bottom: 1px solid #8886 }
 h1 { font-size: 1.1em; margin: 0 } label { display: flex; gap: .4em; align-items: center }
 main { display: grid; gap: 1em; padding: 1em;
-  grid-template-columns: repeat(auto-fill, minmax(WIDTHpx, 1fr)) }
-figure { margin: 0; min-height: HEIGHTpx }
+  grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)) }
+figure { margin: 0 }
 .pair { position: relative; aspect-ratio: RATIO; background: #8883 }
 .pair img { position: absolute; inset: 0; width: 100%; height: 100% }
 .pair img + img { opacity: var(--show); image-rendering: pixelated; transition: opacity .15s }
@@ -165,16 +155,13 @@ filter();
 def write_gallery(folder, rows, size, title="Generated images", name="gallery.html"):
     """Write FOLDER/gallery.html for rows of manifest.jsonl; size (H, W) of the images in pixels.
 
-    Read from a row: image, label (paths relative to the folder), prompt, class, weather, seed and,
-    where several runs share a page, set.
+    A row has image and label (paths relative to the folder), seed and, as far as it has them,
+    prompt, class, weather and, where several runs share a page, set.
     """
     keys = ("image", "label", "prompt", "class", "weather", "seed", "set")
     rows = [{k: row[k] for k in keys if row.get(k) is not None} for row in rows]
-    for row in rows:
-        row["seed"] = str(row.get("seed", ""))  # 62 bits: more than a JavaScript number holds
-    width = max(360, min(480, size[1]))  # three times the toy pack's crops
+    rows = [row | {"seed": str(row["seed"])} for row in rows]  # more than JavaScript numbers hold
     text = json.dumps(rows).replace("<", "\\u003c")  # nothing in it can end the script
     page = PAGE.replace("TITLE", title.replace("&", "&amp;").replace("<", "&lt;"))
-    page = page.replace("WIDTH", str(width)).replace("RATIO", f"{size[1]} / {size[0]}")
-    page = page.replace("HEIGHT", str(round(width * size[0] / size[1]) + 80))
+    page = page.replace("RATIO", f"{size[1]} / {size[0]}")
     (Path(folder) / name).write_text(page.replace("ROWS", text), encoding="utf-8")

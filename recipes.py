@@ -99,8 +99,8 @@ RCS = {  # T and the least pixels are DAFormer's, which the paper takes over (se
     "rcs_min_pixels": key(3000, number(float)),  # a file shows class c if it has more of it
 }
 WEATHER = {
-    "weather": flag(list(data.WEATHERS), "weather words; the last two are of the toy world",
-                    choices=(*data.WEATHERS, "dusk", "overcast"), many=True),
+    "weather": flag(list(data.WEATHERS), "words for the weather in the prompts; the toy pack knows "
+                    "these and dusk, overcast", many=True),
 }
 SPEED = {
     "precision": flag("auto", "auto, fp32, bf16, fp16; auto is half precision on GPUs",
@@ -140,6 +140,10 @@ GENERATE = {
                           "20,000", number(float)),
     "renoise": flag("ddim", "level of the kept segments: ddim (right) or official (the released "
                     "code)", choices=("ddim", "official")),
+    "prompts": flag(None, "file of prompts, one a line, with {classes} and, if wanted, {weather}; "
+                    "drawn in place of the paper's", Path),
+    "restyle": flag(None, "paint the picture of the label crop anew, not only its label: its "
+                    "latents get this share of the noise", share),
     "weather_prob": flag(0.5, "share of prompts with a weather sentence", share),
     "sampler": key("ddim", str, ("ddim", "dpm++")),  # dpm++ (DPM-Solver++ 2M) needs fewer steps
     "start": key(1.0, share),  # the second pass starts from the first, noised to this share
@@ -166,6 +170,8 @@ LOOP = {
 }
 TRAIN = {
     **COMMON, **MODELS, **LOOP, **RCS, **WEATHER,
+    "controlnet": flag(None, "controlnet: go on from this one; its hint encoder is new where "
+                       "the classes differ", Path),
     "out": flag(Path("runs/train"), "output folder", folder),
     "size": flag(None, "crop, HxW pixels; default: the training window", size(8, 4096)),
     "checkpointing": flag(True, "recompute activations in the backward pass"),

@@ -370,9 +370,23 @@ class SegFormer(nn.Module):
         return self
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json and model.safetensors, floats in `dtype` (None: as they are)."""
-        config = {"architecture": "SegFormer", **asdict(self.config)}
-        write_weights(folder, "model.safetensors", config, self.state_dict(), dtype)
+        """Write config.json and model.safetensors, floats in `dtype` (None: as they are).
+
+        With SegFormer's head, transformers' SegformerForSemanticSegmentation reads the folder, too.
+        It takes images normalised as in `features`, and the eps of all its norms is 1e-5, so that
+        its logits are not quite ours of another `norm_eps` (toy/segformer: off by 1e-5).
+        """
+        c, state = self.config, self.state_dict()
+        config = {"architecture": "SegFormer", **asdict(c)}
+        if c.head == "segformer":
+            state = transformers_keys(state)
+            config |= {"architectures": ["SegformerForSemanticSegmentation"],
+                       "model_type": "segformer", "num_attention_heads": c.num_heads,
+                       "patch_sizes": [2 * s - 1 for s in c.strides],
+                       "mlp_ratios": [c.mlp_ratio] * 4, "drop_path_rate": c.drop_path,
+                       "decoder_hidden_size": c.decoder_dim, "num_labels": c.num_classes,
+                       "classifier_dropout_prob": c.dropout}
+        write_weights(folder, "model.safetensors", config, state, dtype)
 
 
 def slide(predict, images, crop, stride, batch=8, cell=1):
@@ -484,10 +498,31 @@ LEGACY = {  # runs of whole path components, i = 0..3, k = i + 1; None drops key
 }  # fmt: skip
 
 
+def legacy_table():
+    """LEGACY with i and k written out."""
+    table = [(a, b, i) for a, b in LEGACY.items() for i in range(4)]
+    return {a.format(i=i): b and b.format(k=i + 1) for a, b, i in table}
+
+
+def transformers_keys(state):
+    """What `public_keys` makes of a file of transformers -> the keys of that file."""
+    split = {k: v for k, v in state.items() if ".attn.kv." not in k}
+    for key in state.keys() - split.keys():
+        for name, half in zip("kv", state[key].chunk(2), strict=True):
+            split[key.replace(".kv.", f".{name}.")] = half
+    out = {}
+    for key, tensor in split.items():
+        path = f".{key}."
+        for theirs, ours in legacy_table().items():
+            if ours:
+                path = path.replace(f".{ours}.", f".{theirs}.")
+        out[path[1:-1]] = tensor
+    return out
+
+
 def public_keys(state):
     """{key of any known checkpoint: tensor} -> a new dict with NVlabs' keys, as used here."""
-    table = [(a, b, i) for a, b in LEGACY.items() for i in range(4)]
-    table = {a.format(i=i): b and b.format(k=i + 1) for a, b, i in table}
+    table = legacy_table()
     dropped = tuple(f".{old}." for old, new in table.items() if new is None)
     out = {}
     for key, tensor in state.items():
@@ -519,12 +554,16 @@ def describe(config, state, file):
     kind = config.get("architectures", config.get("_class_name"))
     if config and kind != ["SegformerForSemanticSegmentation"]:
         raise FileError(f"{file}: its config.json is of {kind}, no segmenter; an encoder alone "
-                         "goes to load_backbone")
+                        "goes to --pretrained (load_backbone)")
     shape = {k: tuple(v.shape) for k, v in public_keys(state).items()}
     head = [h for h, key in HEADS.items() if f"decode_head.{key}.weight" in shape]
     convs = [f"backbone.patch_embed{k}.proj.weight" for k in "1234"]
     if not head or not shape.keys() >= set(convs):
-        raise FileError(f"{file}: no whole segmenter; an encoder alone goes to load_backbone")
+        if any(k.startswith("decode_head.") for k in shape):
+            raise FileError(f"{file}: a segmenter of another kind; what is read is MiT with the "
+                            "head of SegFormer, DAFormer or HRDA, in the names of their authors")
+        raise FileError(f"{file}: no whole segmenter; an encoder alone goes to --pretrained "
+                        "(load_backbone)")
     classes, dim = shape[f"decode_head.{HEADS[head[0]]}.weight"][:2]
     found = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
     widths = found["hidden_sizes"] = tuple(shape[k][0] for k in convs)
@@ -558,7 +597,8 @@ def reading(file):
         raise
     except Exception as error:
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        fault = f"cannot be read ({type(error).__name__}: {reason}); get it again"
+        reason = f"{type(error).__name__}: {reason}"
+        fault = f"cannot be read ({reason}): check that it is whole and the right one"
         if "Unsupported global" in reason:
             fault = ("holds other objects than tensors; if you trust it, torch.load it with "
                      "weights_only=False and write its tensors with safetensors.torch.save_file")

@@ -226,7 +226,7 @@ def train_segmenter(args, load_models):
     torch.manual_seed(args.seed)
     if args.backbone == "diff":
         model = build_diff(args, classes, load_models)
-        groups = parameter_groups(model, args.lr, args.weight_decay)
+        groups = diff.parameter_groups(model, args.lr, args.weight_decay)
 
         def loss(batch):
             return model.loss(batch[0].float() / 255, batch[1])
@@ -330,25 +330,34 @@ def load_segmenter(args, classes, load_models):
 
 
 def evaluate(args, sets, classes, load_models):
-    """mIoU over each whole set: a table (rows data sets, columns classes) and eval.json, which
-    grows set by set."""
+    """mIoU over each whole set: a table (rows data sets, columns classes) and eval.json.
+
+    The file grows set by set and lists the images of a set by their own mIoU, worst first: for a
+    generated set, how far an image shows its label.
+    """
     K, results, file = len(classes), {}, Path(args.out) / "eval.json"
     model = load_segmenter(args, classes, load_models)
-    window = crop_size(args, model.config.head)
     file.parent.mkdir(parents=True, exist_ok=True)
     for spec, pairs in zip(args.eval_data, sets, strict=True):
         confusion = torch.zeros(K, K, dtype=torch.int64, device=args.device)
-        fit = args.eval_fit or published_fit(pairs.layout, model.config.head)
+        fit, images = args.eval_fit or published_fit(pairs.layout, model.config.head), []
+        window = crop_size(args, model.config.head)
+        if fit and isinstance(model, Diff):  # DIFF's release measures pictures whole
+            window = fit
         for i in tqdm(range(len(pairs)), desc=spec, unit="image"):
             try:
                 image, label = pairs.pair(i)
             except UserError as error:
                 training.skip(args, error)
                 continue
-            prediction = predict_label(model, image, window, fit)
+            prediction = predict_label(model, image, window, fit).to(args.device)
             label = torch.from_numpy(label).to(args.device)
-            confusion += segformer.confusion_matrix(prediction, label, K)
+            one = segformer.confusion_matrix(prediction, label, K)
+            confusion += one
+            images.append((segformer.mean_iou(one)["mIoU"], pairs.name(i)))
         results[spec] = segformer.scores(confusion, classes.names)
+        results[spec]["images"] = [{"image": name, "mIoU": round(score, 4)}
+                                   for score, name in sorted(images)]
         with data.replacing(file) as beside:
             beside.write_text(json.dumps(results, indent=1) + "\n")
     print(segformer.score_table(results, classes.names))

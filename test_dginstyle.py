@@ -25,7 +25,8 @@ import subprocess
 import sys
 import time
 import unicodedata
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,10 @@ import segment
 import training
 import unet as unet_module
 import vae as vae_module
-from clip_text import ALPHABET, BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
+from clip_text import BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
-from diff import Diff, DiffConfig, Prior, diffusion_features, invert
+from diff import Diff, DiffConfig, Prior, diffusion_features
 from experiments import bench, measures, pretend, rehearse
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
@@ -113,7 +114,7 @@ SD_LIKE = {
 @pytest.mark.parametrize("kind", SD_LIKE)
 def test_unet_and_controlnet_equal_diffusers(kind, tmp_path):
     """Each loads the other's folders; same inputs give the same residuals and output, with and
-    without control, with a hint or an encoded one."""
+    without control, with a hint or an encoded one, with one text for all samples or one each."""
     diffusers = pytest.importorskip("diffusers")
     net = randomise(diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64, 64, 64), norm_num_groups=8, cross_attention_dim=24,
@@ -141,15 +142,8 @@ def test_unet_and_controlnet_equal_diffusers(kind, tmp_path):
         assert relative(ours(x, t, context, (have, have_mid)), full) < 1e-5
         again, _ = our_control(x, t, context, our_control.encode_hint(hint), 0.7, encoded=True)
         assert torch.equal(again[3], have[3])
-
-
-def test_one_text_serves_several_samples():
-    """A context of P rows gives what it gives repeated, B/P times each row."""
-    net, g = tiny_models().unet, torch.Generator().manual_seed(0)
-    x, context = torch.randn(6, 4, 8, 8, generator=g), torch.randn(2, 5, 24, generator=g)
-    with torch.no_grad():
-        want = net(x, 7, context.repeat_interleave(3, 0))
-        assert relative(net(x, 7, context), want) < 1e-5
+        shared = net(x, t, context[:1].expand(2, -1, -1)).sample
+        assert relative(ours(x, t, context[:1]), shared) < 1e-5
 
 
 def test_published_sizes():
@@ -308,21 +302,19 @@ def test_checkpointing_keeps_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("module, net", [
-    (unet_module, "unet"), (vae_module, "vae"), (clip_text, "text_encoder")])
-def test_killed_while_saving_leaves_whole_weights(module, net, tmp_path, monkeypatch):
+def test_killed_while_saving_leaves_whole_weights(tmp_path, monkeypatch):
     """Weights are written beside and renamed: a stop in between leaves those that were there."""
-    model = getattr(tiny_models(), net)
-    model.save_pretrained(tmp_path)
+    net = tiny_models().unet
+    net.save_pretrained(tmp_path)
     before = files(tmp_path)
 
     def half(state, path, metadata):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_file", half)
+    monkeypatch.setattr(unet_module, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(tmp_path)
+        net.save_pretrained(tmp_path)
     assert before.items() <= files(tmp_path).items()
 
 
@@ -353,6 +345,47 @@ def test_weights_load_strictly(net, tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "a.ckpt",
+                                  "vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_git_lfs_pointers(name, tmp_path):
+    """A clone without LFS leaves pointers: the sentence says so and what to do."""
+    models = tiny_models()
+    models.unet.save_pretrained(tmp_path)
+    models.tokenizer.save(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid a:0\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git-LFS pointer; run `git lfs pull`"):
+        Tokenizer.from_pretrained(tmp_path)
+        UNet.from_pretrained(tmp_path / name if name == "a.ckpt" else tmp_path)
+
+
+def test_pickles_of_other_objects(tmp_path):
+    """A healthy pickle that holds more than tensors: advice to convert, and none of torch's."""
+    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": np.float64(3)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="a.ckpt holds other objects .* safetensors.torch.save_file"
+                       ) as error:
+        unet_module.read_weights(tmp_path / "a.ckpt")
+    assert "\033" not in str(error.value)
+
+
+def test_relatives_of_stable_diffusion_are_named(tmp_path):
+    """UNets with more channels in than out, SDXL and autoencoders that shift their latents are
+    refused by what they are."""
+    models, file = tiny_models(), tmp_path / "diffusion_pytorch_model.safetensors"
+    state = models.unet.state_dict()
+    for words, more in (
+            ("inpainting .9 channels", {"conv_in.weight": torch.zeros(16, 9, 3, 3)}),
+            ("SDXL", {"add_embedding.linear_1.bias": torch.zeros(1)}),
+            ("SDXL", {"label_emb.0.0.bias": torch.zeros(1)})):
+        save_file({**state, **more}, file)
+        with pytest.raises(ValueError, match=f"{file}: .*{words}"):
+            UNet.from_pretrained(file)
+    models.vae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "latents_std": [1.0] * 4}))
+    with pytest.raises(ValueError, match=f"{file}: .*latents_std"):
+        VAE.from_pretrained(tmp_path)
+
+
 # ---- clip_text.py --------------------------------------------------------------------------------
 
 CLIP_TEXTS = [
@@ -367,21 +400,23 @@ def clip_tokenizer(merges=300):
     return make.train_tokenizer(CLIP_TEXTS, merges)
 
 
-def clip_random_strings(count, seed=0):
-    """Strings that mix prompt words, contractions, specials, white space and all of Unicode."""
+def clip_strings(count, seed=0):
+    """Strings that mix prompt words, contractions, specials, white space and all of Unicode, and
+    every character that is no letter of other scripts between letters and digits."""
     rng = random.Random(seed)
     # The tokenizers library and Python may know different Unicode versions, but both know 3.2 and
     # the properties of its characters.
     known = [chr(c) for c in range(0x110000)
-             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs")]
+             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")]
     spaces = [c for c in known if unicodedata.category(c)[0] == "Z"] + list("\t\n\v\f\r\x85\x1c")
     words = "road car's we're it'll I'd 'tis they've I'm '' ' '; <| |> _ 12 ½ 3² ... a1b2".split()
     words += [BOS, EOS, "İ", "ΑΣ ΟΔΟΣ", "e\u0301", "\u212a", "'\u017f", "\u1e9e", "<|start", "!"]
-    words += ["!<|\u017ftartoftext|>!"]
+    words += ["!<|\u017ftartoftext|>!", "a!b ! c"]
     draws = [lambda: rng.choice(known), lambda: chr(rng.randrange(32, 127)),
              lambda: rng.choice(words), lambda: rng.choice(spaces), lambda: " ",
              lambda: rng.choice("ROADroadcarskythe"), lambda: known[rng.randrange(128, 1200)]]
-    return ["".join(rng.choice(draws)() for _ in range(rng.randrange(30))) for _ in range(count)]
+    texts = ["".join(rng.choice(draws)() for _ in range(rng.randrange(30))) for _ in range(count)]
+    return texts + [f"a{c}1{c}!{c}" for c in known if unicodedata.category(c) != "Lo"]
 
 
 def clip_state(config, seed=0):
@@ -408,25 +443,15 @@ def clip_open_clip(config, seed=0):
     return {f"cond_stage_model.model.{k}": torch.randn(s, generator=g) for k, s in shapes.items()}
 
 
-def clip_rest_of_checkpoint():
-    """Some other tensors of an LDM checkpoint."""
-    keys = ("model.diffusion_model.input_blocks.0.0.weight", "betas", "model_ema.num_updates",
-            "first_stage_model.encoder.conv_in.weight", "first_stage_model.quant_conv.bias")
-    return {key: torch.zeros(3) for key in keys}
-
-
 def clip_prefixed(state):
     """Keys with the text_model. prefix, which transformers 5 drops in memory."""
     return {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
 
 
-# ---------------------------------------------------------------------------------------- tokenizer
-
-
 @pytest.mark.parametrize("pad, count", [(EOS, 4000), ("!", 300)])
 def test_clip_tokenizer_equals_transformers(tmp_path, pad, count):
     """Ids of random Unicode strings, padded by either token, equal those of transformers' fast
-    CLIPTokenizer (and the slow one's, of ASCII), which reads our folder as we do."""
+    CLIPTokenizer, which reads our folder as we do."""
     transformers = pytest.importorskip("transformers")
     ours = clip_tokenizer()
     ours = Tokenizer(ours.vocab, ours.merges, pad)
@@ -435,101 +460,60 @@ def test_clip_tokenizer_equals_transformers(tmp_path, pad, count):
     assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, pad)
     assert (ours("")[0, -1] == 0).item() is (pad == "!")
     oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path))
-    texts = clip_random_strings(count) + ["a!b ! c"]
+    texts = clip_strings(count)
     assert [ours.encode(t) for t in texts] == oracle(texts, add_special_tokens=False)["input_ids"]
     padded = dict(padding="max_length", max_length=77, truncation=True)
     assert again(texts).tolist() == oracle(texts, **padded)["input_ids"]
-    if transformers.CLIPTokenizer is not transformers.CLIPTokenizerFast:
-        slow = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
-        texts = [t for t in texts if t.isascii() and (t.isprintable() or not t)] + CLIP_TEXTS[:3]
-        assert again(texts).tolist() == slow(texts, **padded)["input_ids"]
 
 
-def test_clip_tokenizer_classes_of_every_character(tmp_path):
-    """Each character of Unicode 3.2 alone between letters and digits gets transformers' ids."""
-    transformers = pytest.importorskip("transformers")
-    ours = clip_tokenizer(0)
-    ours.save(tmp_path)
-    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path))
-    known = [chr(c) for c in range(0x110000)
-             if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")]
-    known = [c for c in known if unicodedata.category(c) != "Lo"] + known[::37]
-    texts = [f"a{c}1{c}!{c}" for c in known]
-    got = [ours.encode(text) for text in texts]
-    assert got == oracle(texts, add_special_tokens=False)["input_ids"]
-
-
-@pytest.mark.parametrize("pad, in_config", [(EOS, EOS), ("!", EOS), ({"content": "!"}, None)])
-def test_clip_tokenizer_reads_public_folders(tmp_path, pad, in_config):
+def test_clip_tokenizer_reads_public_folders(tmp_path):
     """The pad token of special_tokens_map.json decides, and the root folder of SD is enough."""
-    ours = clip_tokenizer(20)
-    ours.save(tmp_path / "tokenizer")
-    config = {"pad_token": in_config, "tokenizer_class": "CLIPTokenizer"}
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer/special_tokens_map.json").write_text(json.dumps({"pad_token": pad}))
-    row = Tokenizer.from_pretrained(tmp_path)("a")[0].tolist()
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    assert row[3:] == [ours.vocab[pad]] * 74
     transformers = pytest.importorskip("transformers")
-    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path / "tokenizer"))
-    assert row == oracle("a", padding="max_length", max_length=77)["input_ids"]
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", []),
-    (" \t\n\u3000", []),
-    ("road, sky", ["road", ",", "sky"]),
-    ("12th 3", ["1", "2", "th", "3"]),
-    ("It's DON'T we'll", ["it", "'s", "don", "'t", "we", "'ll"]),
-    ("snake_case!?", ["snake", "_", "case", "!?"]),
-    ("!'s", ["!'", "s"]),
-])
-def test_clip_words_of_prompts(text, words):
-    """Prompts with comma, digit and apostrophe split as CLIP's pattern says."""
-    assert ["".join(word).removesuffix("</w>") for word in clip_text.split_words(text)] == words
+    folder = tmp_path / "tokenizer"
+    clip_tokenizer(20).save(folder)
+    (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
+    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(folder))
+    want = oracle("a", padding="max_length", max_length=77)["input_ids"]
+    assert Tokenizer.from_pretrained(tmp_path)("a").tolist() == [want] and want[-1] == 0
 
 
 def test_clip_tokenizer_layout():
-    """Rows are start, ids, end, padding; long prompts keep the end; one text is a batch of one."""
+    """One text is a batch of one; long prompts keep the end; specials count in capitals too."""
     t = clip_tokenizer()
-    bos, eos = t.vocab[BOS], t.vocab[EOS]
-    assert t.vocab.keys() >= set(ALPHABET) and (bos, eos) == (len(t.vocab) - 2, len(t.vocab) - 1)
-    empty, long = t(["", "car " * 200])
-    assert empty.tolist() == [bos] + [eos] * 76
-    assert long.tolist() == [bos, *t.encode("car") * 75, eos]
-    assert t("car").shape == (1, 77) and t([]).shape == (0, 77) and t("car").dtype == torch.int64
-    assert t("car", length=3).tolist() == [[bos, *t.encode("car"), eos]]
-    assert t.encode(f"a {EOS}b") == [*t.encode("a"), eos, *t.encode("b")]
+    bos, eos, car = t.vocab[BOS], t.vocab[EOS], t.encode("car")
+    assert t("car " * 200).tolist() == [[bos, *car * 75, eos]]
+    assert t("car", length=3).tolist() == [[bos, *car, eos]] and t([]).shape == (0, 77)
     assert t.encode("a<|ENDOFTEXT|>") == [*t.encode("a"), eos]
 
 
-def test_clip_tokenizer_training():
-    """Training joins the most frequent pair first, is repeatable and stops when all is joined."""
-    t = make.train_tokenizer(["abc abc abd", "ab"], 100)
-    assert t.merges[0] == ("a", "b") and t.merges[1] == ("ab", "c</w>")
-    assert t.merges == make.train_tokenizer(["abc abc abd", "ab"], 100).merges
-    assert len(t.merges) == 4
-    assert len(t.vocab) == 512 + 4 + 2
-    assert t.encode("abc") == [t.vocab["abc</w>"]]
-    assert [t.vocab[s] for s in ("!", "~", "¡", "Ā", "!</w>")] == [0, 93, 94, 188, 256]
+def test_clip_tokenizer_of_transformers_5(tmp_path):
+    """tokenizer.json alone, with merges as lists or as texts, is the tokenizer it was made of."""
+    transformers = pytest.importorskip("transformers")
+    ours, file = clip_tokenizer(), tmp_path / "new/tokenizer.json"
+    Tokenizer(ours.vocab, ours.merges, "!").save(tmp_path / "old")
+    transformers.CLIPTokenizerFast.from_pretrained(tmp_path / "old").save_pretrained(file.parent)
+    content = json.loads(file.read_text())
+    for merges in (list(ours.merges), [" ".join(pair) for pair in ours.merges]):
+        content["model"]["merges"] = merges
+        file.write_text(json.dumps(content))
+        for name in ("vocab.json", "merges.txt"):
+            (file.parent / name).unlink(missing_ok=True)
+        again = Tokenizer.from_pretrained(file.parent)
+        assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, "!")
 
 
 def test_clip_tokenizer_errors(tmp_path):
     """Missing files, malformed merges and foreign vocabularies are ValueErrors that name them."""
-    with pytest.raises(ValueError, match="vocab.json"):
+    with pytest.raises(ValueError, match="vocab.json cannot be read"):
         Tokenizer.from_pretrained(tmp_path)
     t = clip_tokenizer(5)
-    with pytest.raises(ValueError, match="lacks 1 symbols such as 'xy'"):
-        Tokenizer(t.vocab, [("x", "y")])
-    with pytest.raises(ValueError, match="'<pad>'"):
-        Tokenizer(t.vocab, t.merges, "<pad>")
+    for merges, pad in ([("x", "y")], EOS), (t.merges, "<pad>"), (t.merges[:-1], EOS):
+        with pytest.raises(ValueError, match="lacks 1 symbols such as"):
+            Tokenizer(t.vocab, merges, pad)
     t.save(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
-    with pytest.raises(ValueError, match="merges.txt"):
+    with pytest.raises(ValueError, match="merges.txt cannot be read"):
         Tokenizer.from_pretrained(tmp_path)
-
-
-# ------------------------------------------------------------------------------------- text encoder
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -556,46 +540,41 @@ def test_clip_encoder_equals_transformers(tmp_path, act):
             assert (ours(tokens[:, :9]) - want[:, :9]).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("preset, tensors, parameters", [
-    ("sd1", 196, 123_060_480), ("sd2", 372, 340_387_840)])
-def test_clip_published_keys(preset, tensors, parameters):
-    """At the published sizes, keys and shapes are exactly those of transformers."""
+@pytest.mark.parametrize("preset, total", [("sd1", 123_060_480), ("sd2", 340_387_840)])
+def test_clip_published_keys(preset, total):
+    """At the published sizes, keys and shapes of the text encoder are those of transformers."""
+    transformers = pytest.importorskip("transformers")
     config = TextEncoderConfig(**clip_text.PRESETS[preset])
     with torch.device("meta"):
         ours = {k: v.shape for k, v in TextEncoder(config).state_dict().items()}
-    assert len(ours) == tensors and sum(s.numel() for s in ours.values()) == parameters
-    transformers = pytest.importorskip("transformers")
-    names = {k: getattr(config, k) for k in config.__dataclass_fields__}
-    with torch.device("meta"):
-        oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
-    theirs = {k: v.shape for k, v in clip_prefixed(oracle.state_dict()).items()}
-    assert ours == theirs
+        oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**asdict(config)))
+    assert ours == {k: v.shape for k, v in clip_prefixed(oracle.state_dict()).items()}
+    assert sum(shape.numel() for shape in ours.values()) == total
 
 
 def test_clip_ldm_sd1_equals_diffusers(tmp_path):
     """An SD1.x checkpoint gives the tensors of diffusers' converter, and loads."""
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     config = TextEncoderConfig(64, 128, 512, 2, 2)
-    prefix = "cond_stage_model.transformer."
-    ldm = {prefix + k: v for k, v in clip_state(config).items()} | clip_rest_of_checkpoint()
-    ldm[prefix + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    ldm = {f"cond_stage_model.transformer.{k}": v for k, v in clip_state(config).items()}
+    ldm["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    ldm["first_stage_model.quant_conv.bias"] = torch.zeros(3)
     theirs = clip_prefixed(single_file.convert_ldm_clip_checkpoint(dict(ldm)))
     theirs.pop("text_model.embeddings.position_ids")
-    ours = clip_text.public_keys(ldm)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     torch.save({"state_dict": ldm, "global_step": 1}, tmp_path / "sd1.ckpt")
     model = TextEncoder.from_pretrained(tmp_path / "sd1.ckpt")
     assert model.config == config
-    assert all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items())
+    same(model.state_dict(), theirs)
 
 
-def test_clip_ldm_sd2_equals_diffusers():
-    """An SD2.x checkpoint gives, without its 24th layer, the tensors of diffusers' converter."""
+@pytest.mark.parametrize("blocks", [24, 23])
+def test_clip_ldm_sd2_equals_diffusers(blocks):
+    """An SD2.x checkpoint gives, with 24 blocks or the 23 that are used, the tensors of diffusers'
+    converter."""
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     transformers = pytest.importorskip("transformers")
-    config = TextEncoderConfig(64, 64, 256, 24, 1, hidden_act="gelu")
-    ldm = clip_open_clip(config) | clip_rest_of_checkpoint()
+    config = TextEncoderConfig(64, 64, 256, blocks, 1, hidden_act="gelu")
+    ldm = clip_open_clip(config) | {"first_stage_model.quant_conv.bias": torch.zeros(3)}
     names = {k: getattr(config, k) for k in config.__dataclass_fields__}
     names |= {"num_hidden_layers": 23, "bos_token_id": 62, "eos_token_id": 63}
     oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
@@ -603,94 +582,49 @@ def test_clip_ldm_sd2_equals_diffusers():
     theirs = clip_prefixed({k: v for k, v in theirs.items() if "text_projection" not in k})
     theirs.pop("text_model.embeddings.position_ids", None)
     ours = clip_text.public_keys(ldm)
-    assert len(ours) == 372 and ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert len(ours) == 372
+    same(ours, theirs)
 
 
 def test_clip_ldm_sd2_file(tmp_path):
-    """An OpenCLIP file of width 1024 has heads of 64 and exact GELU, and loses its last layer."""
-    ldm = clip_open_clip(TextEncoderConfig(8, 1024, 4096, 2, 16))
-    ldm = {k: v.half() for k, v in (ldm | clip_rest_of_checkpoint()).items()}
-    save_file(ldm, tmp_path / "sd2.safetensors")
+    """An OpenCLIP file of width 1024 has heads of 64 and exact GELU."""
+    ldm = clip_open_clip(TextEncoderConfig(8, 1024, 4096, 1, 16))
+    save_file({k: v.half() for k, v in ldm.items()}, tmp_path / "sd2.safetensors")
     model = TextEncoder.from_pretrained(tmp_path / "sd2.safetensors", torch.float16)
     assert model.config == TextEncoderConfig(8, 1024, 4096, 1, 16, hidden_act="gelu")
-    rows = ldm["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"]
-    q, k, v = (model.text_model.encoder.layers[0].self_attn[f"{n}_proj"].weight for n in "qkv")
-    assert torch.equal(torch.cat([q, k, v]), rows) and q.dtype == torch.float16
-    model.save_pretrained(tmp_path / "folder")
-    assert TextEncoder.from_pretrained(tmp_path / "folder").config == model.config
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
-@pytest.mark.parametrize("spelling", ["public", "no_prefix", "position_ids", "projection", "bin"])
+@pytest.mark.parametrize("spelling", ["public", "no_prefix", "position_ids", "projection"])
 def test_clip_single_files(tmp_path, spelling):
     """A bare weight file in any Hugging Face spelling loads, its config inferred from shapes."""
     config = TextEncoderConfig(64, 128, 512, 2, 2)
     want = clip_state(config)
-    state, file = dict(want), tmp_path / "model.safetensors"
-    if spelling == "no_prefix":
-        state = {k.removeprefix("text_model."): v for k, v in want.items()}
-    elif spelling == "position_ids":
-        state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    elif spelling == "projection":
-        state["text_projection.weight"] = torch.zeros(128, 128)
-    if spelling == "bin":
-        file = tmp_path / "pytorch_model.bin"
-        torch.save(state, file)
-    else:
-        save_file(state, file)
-    model = TextEncoder.from_pretrained(file)
-    assert model.config == config and not model.training
-    assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
+    state = {"public": want,
+             "no_prefix": {k.removeprefix("text_model."): v for k, v in want.items()},
+             "position_ids": {**want, "text_model.embeddings.position_ids": torch.arange(77)[None]},
+             "projection": {**want, "text_projection.weight": torch.zeros(128, 128)}}[spelling]
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for file in tmp_path.iterdir():
+        model = TextEncoder.from_pretrained(file)
+        assert model.config == config and not model.training
+        same(model.state_dict(), want)
 
 
 def test_clip_round_trip(tmp_path):
-    """Saving and loading changes nothing; `dtype` casts the file; all tensors stay trainable."""
-    torch.manual_seed(0)
-    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"])).eval()
-    model.save_pretrained(tmp_path / "a")
-    again = TextEncoder.from_pretrained(tmp_path / "a")
-    assert again.config == model.config and all(p.requires_grad for p in again.parameters())
-    tokens = clip_tokenizer()(CLIP_TEXTS)
-    assert torch.equal(again(tokens), model(tokens))
-    assert torch.isfinite(model(tokens)).all()
-    model.save_pretrained(tmp_path / "b", torch.bfloat16)
-    kinds = {v.dtype for v in load_file(tmp_path / "b/model.safetensors").values()}
-    assert kinds == {torch.bfloat16}
-    assert TextEncoder.from_pretrained(tmp_path / "b").text_model.final_layer_norm.bias.dtype == (
-        torch.float32)
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config["architectures"] == ["CLIPTextModel"]
-
-
-def test_clip_encoder_errors(tmp_path):
-    """Truncated files, other architectures and odd configs are ValueErrors in one sentence."""
-    def refuses(path, match):
-        with pytest.raises(ValueError, match=match):
-            TextEncoder.from_pretrained(tmp_path / path)
-
-    model = TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"]))
-    model.save_pretrained(tmp_path / "cut")
-    file = tmp_path / "cut/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    refuses("cut", "model.safetensors: no readable tensor file")
-    save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "vae.safetensors")
-    refuses("vae.safetensors", "vae.safetensors: not the weights of this TextEncoder")
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "vae.safetensors").rename(tmp_path / "unet/model.safetensors")
-    (tmp_path / "unet/config.json").write_text('{"layer_norm_eps": 1e-5}')
-    refuses("unet", "unet: config.json .* has no vocab_size, hidden_size")
-    save_file(clip_state(TextEncoderConfig(64, 96, 384, 1, 3)), tmp_path / "odd.safetensors")
-    refuses("odd.safetensors", "odd.safetensors: width 96 is no multiple of 64")
-    state = clip_state(TextEncoderConfig(64, 64, 256, 2, 1))
-    state["text_model.extra"] = state.pop("text_model.encoder.layers.1.mlp.fc1.bias")
-    save_file(state, tmp_path / "torn.safetensors")
-    refuses("torn.safetensors", "2 faults: missing .*fc1.bias; unknown text_model.extra")
-    for odd, match in (({"hidden_act": "swish"}, "swish"),
-                       ({"num_attention_heads": 7}, "num_attention_heads=7")):
-        with pytest.raises(ValueError, match=match):
-            TextEncoderConfig(**odd)
-    with pytest.raises(AssertionError, match="78 tokens"):
-        model(torch.zeros(1, 78, dtype=torch.long))
+    """`dtype` casts the file and the loaded tensors, which stay trainable; odd sizes are refused
+    where they do not tell the number of heads."""
+    model = randomise(TextEncoder(TextEncoderConfig(**clip_text.PRESETS["tiny"])), 0)
+    model.save_pretrained(tmp_path, torch.bfloat16)
+    file = tmp_path / "model.safetensors"
+    assert {v.dtype for v in load_file(file).values()} == {torch.bfloat16}
+    again = TextEncoder.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in again.parameters())
+    same(again.state_dict(), {k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    with pytest.raises(ValueError, match=f"{file}: width 96 is no multiple of 64"):
+        TextEncoder.from_pretrained(file)
 
 
 # ---- segformer.py --------------------------------------------------------------------------------
@@ -744,16 +678,6 @@ def seg_hf(name, c, **fields):
         num_attention_heads=list(c.num_heads), decoder_hidden_size=c.decoder_dim, **fields))
 
 
-def seg_hf_file_keys(model):
-    """{key in a file saved by transformers: tensor}; version 5 has other names in memory."""
-    state = model.state_dict()
-    if any(k.startswith("segformer.encoder.") for k in state):
-        return state
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, state)
-
-
 def seg_fork(state):
     """Rewrite a SegFormer-head state the way DGInStyle's fork writes it: linear_c.0-3, c1..c4."""
     out = {}
@@ -770,16 +694,15 @@ def seg_fork(state):
     ("b0", 3_319_392, 3_719_027, 256), ("b1", 13_151_424, 13_682_131, 256),
     ("b2", 24_196_288, 27_361_235, 768), ("b3", 44_072_128, 47_237_075, 768),
     ("b4", 60_842_688, 64_007_635, 768), ("b5", 81_443_008, 84_607_955, 768)])
-def test_segformer_presets_have_the_published_keys_and_sizes(name, encoder, total, dim):
-    """B0 to B5 count the published parameters, and HF's keys and shapes convert to ours exactly."""
+def test_segformer_presets_have_the_published_sizes(name, encoder, total, dim):
+    """B0 to B5 count the published parameters, as do transformers' models of the same config."""
     with torch.device("meta"):
         model = SegFormer(segformer.preset(name, "segformer"))
         theirs = seg_hf("SegformerForSemanticSegmentation", model.config)
     assert model.config.decoder_dim == dim
     assert sum(p.numel() for p in model.backbone.parameters()) == encoder
-    assert sum(p.numel() for p in model.parameters()) == total
-    theirs = {k: tuple(v.shape) for k, v in segformer.public_keys(seg_hf_file_keys(theirs)).items()}
-    assert theirs == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    for net in (model, theirs):
+        assert sum(p.numel() for p in net.parameters()) == total
 
 
 def test_segformer_daformer_and_hrda_have_the_published_sizes():
@@ -793,22 +716,6 @@ def test_segformer_daformer_and_hrda_have_the_published_sizes():
         if isinstance(m, torch.nn.LayerNorm):
             assert m.eps == (1e-5 if name.startswith("patch_embed") or name.endswith("attn.norm")
                              else 1e-6), name
-
-
-def test_segformer_init_follows_the_recipe():
-    """Linears start at std .02, depthwise convs sqrt(2/9), ConvBN sqrt(2/fan_out), logits .01."""
-    torch.manual_seed(0)
-    state = SegFormer(seg_config(num_classes=19)).state_dict()
-    for key, std in {
-        "backbone.block4.0.attn.kv.weight": 0.02,
-        "backbone.block4.0.mlp.dwconv.dwconv.weight": math.sqrt(2 / 9),
-        "backbone.patch_embed4.proj.weight": math.sqrt(2 / (9 * 96)),
-        "decode_head.fuse_layer.bottleneck.conv.weight": math.sqrt(2 / (9 * 32)),
-        "decode_head.conv_seg.weight": 0.01,
-    }.items():
-        assert state[key].std().item() == pytest.approx(std, rel=0.1), key
-    zero = ("q.bias", "kv.bias", "dwconv.bias", "fc1.bias", "conv_seg.bias", "sr.bias")
-    assert all(not v.any() for k, v in state.items() if k.endswith(zero))
 
 
 @pytest.mark.parametrize("single_file, stem", ((False, 4), (True, 4), (False, 2)))
@@ -875,9 +782,9 @@ def test_segformer_drop_path_drops_whole_samples():
     dropped = change.abs().amax((1, 2)) == 0
     assert 60 <= dropped.sum() <= 140
     seg_close(change[~dropped], branch[~dropped] / 0.75)
-    model = SegFormer(seg_config(drop_path=0.4))
-    blocks = [b for k in "1234" for b in getattr(model.backbone, f"block{k}")]
-    assert [b.drop_path.p for b in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    rates = [m.drop_path.p for m in SegFormer(seg_config(drop_path=0.4)).modules()
+             if isinstance(m, segformer.Block)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
 def test_segformer_hrda_equals_a_literal_computation():
@@ -951,6 +858,22 @@ def test_segformer_own_folder_and_file_round_trip(tmp_path, head):
     assert {p.dtype for p in SegFormer.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
+def test_segformer_folder_loads_in_transformers(tmp_path):
+    """transformers reads a saved SegFormer: the same logits, and to 1e-4 for NVlabs' eps."""
+    transformers = pytest.importorskip("transformers")
+    images = seg_images(1, 3, 64, 128)
+    for model, tolerance in ((seg_model(head="segformer", norm_eps=1e-5), 1e-5),
+                             (SegFormer.from_pretrained(HERE / "toy" / "segformer"), 1e-4)):
+        model.save_pretrained(tmp_path)
+        theirs, report = transformers.SegformerForSemanticSegmentation.from_pretrained(
+            tmp_path, output_loading_info=True)
+        assert not any(report.values()), report
+        with torch.no_grad():
+            seg_close(theirs.eval()((images * 255 - SEG_MEAN) / SEG_STD).logits, model(images),
+                      tolerance)
+        assert SegFormer.from_pretrained(tmp_path).config == model.config
+
+
 @pytest.mark.parametrize("head", SEG_HEADS)
 @pytest.mark.parametrize("prefix", ("model.", "module.", "module.model.", ""))
 def test_segformer_uda_checkpoints_load_the_student(tmp_path, head, prefix):
@@ -997,18 +920,6 @@ def test_segformer_load_backbone_reads_every_encoder_file(tmp_path):
             seg_close(mine, their)
 
 
-def test_segformer_unusual_sizes_are_read_off_the_shapes(tmp_path):
-    """Widths, depths, sr, heads, E and K come from shapes; num_heads can be overridden."""
-    fields = dict(depths=(1, 2, 1, 3), sr_ratios=(4, 4, 2, 1), decoder_dim=24, num_classes=7)
-    for widths, heads in (((32, 64, 160, 256), (1, 2, 5, 8)), ((16, 32, 48, 64), (2, 2, 3, 4))):
-        model = seg_model(hidden_sizes=widths, num_heads=heads, **fields)
-        save_file(model.state_dict(), tmp_path / "any.safetensors")
-        given = {} if heads[0] == 1 else {"num_heads": heads}
-        back = SegFormer.from_pretrained(tmp_path / "any.safetensors", **given)
-        assert back.config == model.config
-        seg_same_weights(back, model)
-
-
 def test_segformer_errors_name_the_fault(tmp_path):
     """Wrong, partial or foreign files and images raise a ValueError that says so."""
     model, file = seg_model(), tmp_path / "model.safetensors"
@@ -1020,7 +931,8 @@ def test_segformer_errors_name_the_fault(tmp_path):
              ({**state, "backbone.extra": torch.ones(1)}, "backbone.extra"),
              ({**state, "backbone.norm2.bias": torch.ones(33)}, "backbone.norm2.bias"),
              ({**state, "backbone.norm2.bias": torch.full((32,), torch.nan)}, "holds NaN"),
-             (encoder, "no whole segmenter.*load_backbone"), (head, "no whole segmenter"),
+             (encoder, "no whole segmenter.*--pretrained"), (head, "another kind"),
+             ({**encoder, "decode_head.convs.0.conv.weight": torch.ones(1)}, "another kind.*MiT"),
              ({"unet.conv_in.weight": torch.ones(1)}, "no whole segmenter")]
     for wrong, match in cases:
         save_file(wrong, file)
@@ -1029,9 +941,10 @@ def test_segformer_errors_name_the_fault(tmp_path):
     with pytest.raises(segformer.FileError, match="block1"):
         seg_model().load_backbone(file)
     save_file(state, file)
-    for other, match in (({"architectures": ["SegformerForImageClassification"],
-                           "depths": [1, 1, 2, 1]}, "SegformerForImageClassification.*load_back"),
-                         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
+    for other, match in (
+            ({"architectures": ["SegformerForImageClassification"]},
+             "SegformerForImageClassification.*--pretrained"),
+            ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
         (tmp_path / "config.json").write_text(json.dumps(other))
         with pytest.raises(segformer.FileError, match=match):
             SegFormer.from_pretrained(tmp_path)
@@ -1042,6 +955,8 @@ def test_segformer_errors_name_the_fault(tmp_path):
             net(images)
     with pytest.raises(ValueError, match="'fcn' is not one of segformer, daformer, hrda"):
         SegFormerConfig(head="fcn")
+    with pytest.raises(ValueError, match="stride 33"):
+        slide_inference(model, seg_images(1, 3, 64, 64), 32, 33)
 
 
 @pytest.mark.parametrize("batch", (1, 3, 100))
@@ -1060,23 +975,6 @@ def test_segformer_slide_equals_a_naive_loop(batch):
     seg_close(slide_inference(model, images, (40, 48), (20, 24), batch=batch), total / count, 1e-6)
     for crop, stride in ((128, 32), ((70, 90), 7)):  # one window
         assert torch.equal(slide_inference(model, images, crop, stride), whole)
-
-
-def test_segformer_slide_batches_windows():
-    """predict sees `batch` windows at most, 3 for 1024 x 512 at 512/256; constants stay so."""
-    sizes = []
-
-    def predict(windows):
-        sizes.append(tuple(windows.shape))
-        return windows[:, :1, ::4, ::4]
-
-    images = torch.full((1, 3, 512, 1024), 2.0)
-    out = segformer.slide(predict, images, 512, 256, batch=2, cell=4)
-    assert sizes == [(2, 3, 512, 512), (1, 3, 512, 512)]
-    assert torch.equal(out, torch.full((1, 1, 128, 256), 2.0))
-    for stride in (0, 33):
-        with pytest.raises(ValueError, match=f"stride {stride}"):
-            segformer.slide(predict, images, 32, stride)
 
 
 def test_segformer_confusion_and_iou_by_hand():
@@ -1251,7 +1149,8 @@ def test_data_16_bits(tmp_path):
 
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_data_orientation(tmp_path, tag):
-    """Pictures and labels come upright; where only the stored sizes agree a pair is left out."""
+    """Pictures and labels come upright; where only the stored sizes agree, or where a half turn or
+    a mirror is said of one of the two alone, the pair is left out."""
     image = np.random.default_rng(0).integers(0, 19, (16, 24, 3)).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = tag
@@ -1261,12 +1160,12 @@ def test_data_orientation(tmp_path, tag):
         upright = np.array(ImageOps.exif_transpose(opened))
     assert np.array_equal(data.read_image(tmp_path / "images/b.png"), upright)
     label = tmp_path / "labels/b_labelTrainIds.png"
-    data_png(label, upright[..., 0])
-    assert np.array_equal(data.Pairs(tmp_path).pair(1)[1], upright[..., 0])
     Image.fromarray(image[..., 0]).save(label, exif=exif)
     assert np.array_equal(data.Pairs(tmp_path).pair(1)[1], upright[..., 0])
     data_png(label, image[..., 0])
-    assert len(data.Pairs(tmp_path)) == (1 if tag > 4 else 2)
+    assert len(data.Pairs(tmp_path)) == (2 if tag == 1 else 1)
+    data_png(label, upright[..., 0])
+    assert len(data.Pairs(tmp_path)) == (1 if tag in (2, 3, 4) else 2)
 
 
 def test_data_bad_labels(tmp_path):
@@ -1292,108 +1191,90 @@ def test_data_bad_labels(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_data_colours():
-    """Colours are those of the classes, ignore is black, an overlay is between the two."""
-    colour = data.colourise(TRAIN)
-    assert tuple(colour[1, 0]) == (0, 0, 142) and tuple(colour[1, 1]) == (0, 0, 0)
-    image = np.random.default_rng(0).integers(0, 256, (3, 4, 3)).astype(np.uint8)
-    assert np.array_equal(data.overlay(image, TRAIN, alpha=0), image)
-    middle = data.overlay(image, TRAIN).astype(float)
-    assert np.abs(middle - (image / 2 + colour / 2)).max() <= 0.5
+def test_data_git_lfs_pointers(tmp_path):
+    """What a clone without Git LFS holds in place of pictures, labels and JSON is named as such."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    root = data_plain(tmp_path / "set", ["a", "b", "c"])
+    files = root / "images/a.png", root / "labels/b_labelTrainIds.png", tmp_path / "classes.json"
+    for file, read in zip(files, (data.read_image, data.read_label, data.Classes.from_json),
+                          strict=True):
+        file.write_text(pointer)
+        with pytest.raises(data.UserError, match=f"{file} is a Git LFS pointer, .*git lfs pull"):
+            read(file)
+    assert "2 images left out: a Git LFS pointer: run `git lfs" in data.Pairs(root).report()
 
 
 # --------------------------------------------------- data set folders: a small fake of every layout
 
 
+DATA_SETS = {  # kind: options, layout, labels mapped, [(image, label, array)], the first two wanted
+    "plain": ({}, "plain", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", TRAIN) for n in ("s0", "s1")]),
+    "plain names": ({}, "plain", 0, [
+        (f"images/{n}.png", f"labels/{n}.png", TRAIN) for n in ("s0", "s1")]),
+    "gta": ({}, "gta", 2, [
+        (f"images/{n}.png", f"labels/{n}.png", CITY) for n in ("00001", "00002")]),
+    "gta converted": ({}, "plain", 0, [  # the ids lie beside the converted files
+        (f"images/{n}.png", f"labels/{n}{end}.png", array) for end, array in (
+            ("_labelTrainIds", TRAIN), ("", CITY)) for n in ("00001", "00002")]),
+    "generated": ({}, "generated", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", np.where(TRAIN == 255, 19, TRAIN))
+        for n in ("a_00001", "n_00002")]),
+    "generated ids": ({}, "generated", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", np.where(TRAIN == 255, 19, TRAIN))
+        for n in ("5_genid3", "7_genid3")]),
+    "rcs subset": ({}, "rcs_subset", 0, [
+        (f"images/{n}.png", f"labels/{n}_labelTrainIds.png", TRAIN) for n in ("16_02", "6_01")]),
+    "cityscapes": ({}, "cityscapes", 2, [
+        (f"leftImg8bit/{s}/{n}/{n}_1_2_leftImg8bit.png", f"gtFine/{s}/{n}/{n}_1_2_gtFine{end}.png",
+         CITY) for end, s in (("_labelIds", "train"), ("_labelIds", "val"), ("_color", "train"))
+        for n in ("aachen", "bonn")]),
+    "cityscapes train ids": ({}, "cityscapes", 0, [
+        (f"leftImg8bit/train/{n}/{n}_1_2_leftImg8bit.png",
+         f"gtFine/train/{n}/{n}_1_2_gtFine_labelTrainIds.png", TRAIN) for n in ("aachen", "bonn")]),
+    "bdd100k": ({}, "bdd100k", 0, [
+        (f"images/10k/{s}/{s}{n}.jpg", f"labels/sem_seg/masks/{s}/{s}{n}.png", TRAIN)
+        for s in ("val", "train") for n in "ab"]),
+    "mapillary": ({}, "mapillary", 2, [
+        (f"{s}/images/{s}{n}.jpg", f"{s}/labels/{s}{n}.png", VISTAS)
+        for s in ("validation", "training") for n in "xy"]),
+    "mapillary training": ({"split": "train"}, "mapillary", 2, [  # as the archive of v2.0 has it
+        (f"{s}/images/{s}{n}.jpg", f"{s}/v1.2/labels/{s}{n}.png", VISTAS)
+        for s in ("training", "validation") for n in "xy"]),
+    "acdc": ({}, "acdc", 0, [
+        (f"rgb_anon/val/{n}_rgb_anon.png", f"gt/val/{n}_gt_labelTrainIds.png", TRAIN)
+        for n in "pq"]),
+    "acdc original": ({}, "acdc", 2, [
+        (f"rgb_anon/{c}/{s}/G1/{c}{s}_rgb_anon.png", f"gt/{c}/{s}/G1/{c}{s}_gt_labelIds.png", CITY)
+        for s in ("val", "train", "val_ref") for c in ("fog", "night")]),
+    "dark zurich": ({}, "dark_zurich", 0, [
+        (f"rgb_anon/{s}/night/G/{n}_rgb_anon.png", f"gt/{s}/night/G/{n}_gt_labelTrainIds.png",
+         TRAIN) for s in ("val", "val_ref") for n in "gh"]),
+}
+
+
 def data_fake(root, kind):
-    """Write two pairs in the layout `kind` → keyword arguments for Pairs, layout, first name."""
-    def both(image, label, array, palette=True):
-        data_photo(root / image)
-        data_png(root / label, array, palette)
-
-    if kind.startswith("cityscapes"):
-        end, array = ("TrainIds", TRAIN) if kind.endswith("train ids") else ("Ids", CITY)
-        for city in ("bonn", "aachen"):
-            both(f"leftImg8bit/train/{city}/{city}_1_2_leftImg8bit.png",
-                 f"gtFine/train/{city}/{city}_1_2_gtFine_label{end}.png", array, False)
-            both(f"leftImg8bit/val/{city}/v_leftImg8bit.png",
-                 f"gtFine/val/{city}/v_gtFine_label{end}.png", np.zeros((3, 4), np.uint8), False)
-            data_png(root / f"gtFine/train/{city}/{city}_1_2_gtFine_instanceIds.png", CITY)
-        return {}, "cityscapes", "aachen_1_2"
-    if kind == "bdd100k":
-        for split in ("val", "train"):
-            for name in ("b", "a"):
-                both(f"images/10k/{split}/{split}{name}.jpg",
-                     f"labels/sem_seg/masks/{split}/{split}{name}.png", TRAIN, False)
-        return {}, "bdd100k", "vala"
-    if kind.startswith("mapillary"):
-        labels = "v1.2/labels" if kind.endswith("archive") else "labels"  # of Vistas 2.0
-        for split in ("training", "validation"):
-            for name in ("y", "x"):
-                both(f"{split}/images/{split}{name}.jpg", f"{split}/{labels}/{split}{name}.png",
-                     VISTAS)
-                if kind.endswith("converted"):
-                    data_png(root / f"{split}/labels/{split}{name}_labelTrainIds.png", TRAIN)
-        split = {"split": "training"} if kind.endswith("training") else {}
-        return split, "mapillary", f"{split.get('split', 'validation')}x"
-    if kind == "acdc":
-        for name in ("q", "p"):
-            both(f"rgb_anon/val/{name}_rgb_anon.png", f"gt/val/{name}_gt_labelTrainIds.png", TRAIN)
-        return {}, "acdc", "p"
-    if kind.startswith("acdc original"):
-        for c in ("fog", "night"):
-            for split in ("train", "val"):
-                both(f"rgb_anon/{c}/{split}/G1/{c}{split}_rgb_anon.png",
-                     f"gt/{c}/{split}/G1/{c}{split}_gt_labelIds.png", CITY, False)
-            data_photo(root / f"rgb_anon/{c}/val_ref/G1/{c}_rgb_ref_anon.png")
-        if kind.endswith("night"):
-            both("rgb_anon/night/val/G2/z_rgb_anon.png", "gt/night/val/G2/z_gt_labelTrainIds.png",
-                 TRAIN)
-            return {"condition": "night"}, "acdc", "nightval"
-        return {}, "acdc", "fogval"
-    if kind == "dark zurich":
-        for name in ("h", "g"):
-            both(f"rgb_anon/val/night/G/{name}_rgb_anon.png",
-                 f"gt/val/night/G/{name}_gt_labelTrainIds.png", TRAIN)
-        data_photo(root / "rgb_anon/val_ref/day/G_ref/r_rgb_anon.png")
-        return {}, "dark_zurich", "g"
-    names, layout, label, end = {
-        "plain": (["s1", "s0"], "plain", TRAIN, "_labelTrainIds"),
-        "plain names": (["s1", "s0"], "plain", TRAIN, ""),
-        "gta": (["00002", "00001"], "gta", CITY, ""),
-        "gta converted": (["00002", "00001"], "plain", TRAIN, "_labelTrainIds"),
-        "generated": (["n_00002", "a_00001"], "generated", TRAIN, "_labelTrainIds"),
-        "generated ids": (["7_genid3", "5_genid3"], "generated", TRAIN, "_labelTrainIds"),
-        "rcs subset": (["16_00002", "6_00001"], "rcs_subset", TRAIN, "_labelTrainIds"),
-        "rcs subset ids": (["16_00002", "16_00001"], "rcs_subset", CITY, "")}[kind]
-    if layout == "generated":
-        label = np.where(label == 255, 19, label).astype(np.uint8)
-    data_plain(root, names, label, end)
-    if kind == "gta converted":  # the palette ids lie beside the converted files
-        data_plain(root, names, CITY, "")
-    return {}, layout, min(names)
+    """Write the pairs of a layout → keyword arguments for Pairs."""
+    for seed, (image, label, array) in enumerate(DATA_SETS[kind][3]):
+        data_photo(root / image, seed)
+        data_png(root / label, array.astype(np.uint8))
+    return DATA_SETS[kind][0]
 
 
-@pytest.mark.parametrize("kind", [
-    "plain", "plain names", "gta", "gta converted", "cityscapes", "cityscapes train ids",
-    "bdd100k", "mapillary", "mapillary training", "mapillary archive", "mapillary converted",
-    "acdc", "acdc original", "acdc original night", "dark zurich", "generated", "generated ids",
-    "rcs subset", "rcs subset ids"])
+@pytest.mark.parametrize("kind", DATA_SETS)
 def test_data_layouts(tmp_path, kind):
     """Every published folder is recognised and delivers the same trainIds without conversion."""
-    options, layout, first = data_fake(tmp_path / "set", kind)
-    pairs = data.Pairs(tmp_path / "set", **options)
-    assert (len(pairs), pairs.layout, pairs.name(0), pairs.skipped) == (2, layout, first, [])
-    assert pairs.images == sorted(pairs.images) and len(pairs.labels) == 2
-    for i in range(2):
+    _, layout, mapped, files = DATA_SETS[kind]
+    pairs = data.Pairs(tmp_path, **data_fake(tmp_path, kind))
+    assert pairs.layout == layout and pairs.skipped == []
+    assert pairs.images == [tmp_path / image for image, _, _ in files[:2]]
+    for i, (image, _, _) in enumerate(files[:2]):
         image, label = pairs.pair(i)
-        assert np.array_equal(label, TRAIN) and label.dtype == np.uint8, pairs.labels[i]
+        assert np.array_equal(label, TRAIN) and label.dtype == np.uint8
         assert image.shape == (3, 4, 3) and image.dtype == np.uint8
-    mapped = {"acdc original night": 1}.get(kind, 2 * (kind in (
-        "gta", "cityscapes", "mapillary", "mapillary training", "mapillary archive",
-        "rcs subset ids", "acdc original")))
+        assert pairs.images[i].stem.startswith(pairs.name(i)) and "anon" not in pairs.name(i)
     text = pairs.report()
-    assert "\n" not in text and layout in text
+    assert "\n" not in text and f"({layout}" in text
     assert f"2 pairs, {mapped} with labels mapped from raw ids" in text
     assert ("19 read as ignore" in text) == (layout == "generated")
 
@@ -1401,23 +1282,23 @@ def test_data_layouts(tmp_path, kind):
 def test_data_split_and_condition(tmp_path):
     """Split and condition (FOLDER:night[:N]) choose sub-folders; where there are none they are
     refused. Plain folders have no splits, flattened ones no conditions."""
-    data_fake(tmp_path / "cs", "cityscapes")
-    data_fake(tmp_path / "acdc", "acdc original night")
-    data_fake(tmp_path / "flat", "acdc")
-    data_plain(tmp_path / "plain", ["a"])
-    assert len(data.Pairs(tmp_path / "plain", split="val")) == 1
-    night = data.open_set(f"{tmp_path}/acdc:night")
-    assert (len(night), night.condition) == (2, "night") and "acdc val night" in night.report()
-    assert len(data.open_set(f"{tmp_path}/acdc:night:1")) == 1
-    for word, split in (("flat:fog", None), ("plain:night", None), ("acdc:rain", None),
-                        ("cs", "none"), ("absent", None)):
+    for name, kind in (("cs", "cityscapes"), ("acdc", "acdc original"), ("flat", "acdc"),
+                       ("plain", "plain")):
+        data_fake(tmp_path / name, kind)
+    assert len(data.Pairs(tmp_path / "plain", split="val")) == 2
+    night = data.open_set(f"{tmp_path}/acdc:night:1")
+    assert night.name(0) == "nightval" and "acdc val night" in night.report()
+    for word in ("flat:fog", "plain:night", "acdc:rain", "absent"):
         with pytest.raises(data.UserError, match=f"{word.split(':')[0]} is no data set folder"):
-            data.open_set(f"{tmp_path}/{word}", split=split)
-    data_plain(tmp_path / "plain:night", ["a"])
-    assert len(data.open_set(f"{tmp_path}/plain:night")) == 1
+            data.open_set(f"{tmp_path}/{word}")
+    shutil.rmtree(tmp_path / "cs/leftImg8bit/train")
+    with pytest.raises(data.UserError, match="cs holds leftImg8bit/val only: leftImg8bit/train is"):
+        data.open_set(tmp_path / "cs", split="train")
+    data_fake(tmp_path / "plain:night", "plain")
+    assert len(data.open_set(f"{tmp_path}/plain:night")) == 2
 
 
-@pytest.mark.parametrize("left", ["manifest.jsonl", "settings.json", "manifest.0.part"])
+@pytest.mark.parametrize("left", ["manifest.jsonl", "settings.json"])
 def test_data_generated_by_us(tmp_path, left):
     """A folder with our manifest, or what a stopped run leaves, is a generated set, in which 19 is
     an error; so it is in a plain folder, where it might be a traffic light or ignore."""
@@ -1431,11 +1312,25 @@ def test_data_generated_by_us(tmp_path, left):
         pairs.label(0)
 
 
+def test_data_ids_of_another_set(tmp_path):
+    """Labels that hold other ids than Cityscapes' get a warning in the report, streets get none."""
+    label = streets.toy_street(1)[1]
+    camvid = np.array([3, 4, 1, 7, 7, 2, 6, 6, 5, 5, 0, 9, 10, 8, 8, 8, 8, 10, 10], np.uint8)
+    others, corner = np.pad(camvid, (0, 237), constant_values=11)[label], np.zeros_like(label)
+    corner[0, 0] = 31  # above trainIds
+    ids = np.array([next(i for i, t in data.CITYSCAPES_IDS.items() if t == c) for c in range(19)])
+    for name, raw, warned in (
+            ("trainIds", label, ""), ("ids", np.pad(ids, (0, 237))[label].astype(np.uint8), ""),
+            ("camvid", others, "are wall"), ("low", np.maximum(others % 7, corner), "are ignore")):
+        pairs = data.Pairs(data_plain(tmp_path / name, ["a", "b"], raw, ""))
+        assert ("--classes?" in pairs.report()) == bool(warned) and warned in pairs.report(), name
+
+
 @pytest.mark.parametrize("kind", ["gta", "cityscapes", "acdc original", "mapillary"])
 def test_data_own_classes(tmp_path, kind):
     """A class file's ids read the raw labels of public folders; with other names trainIds on disk
     are not used, with Cityscapes' names they stay what they are."""
-    options, _, _ = data_fake(tmp_path, kind)
+    options = data_fake(tmp_path, kind)
     raw = VISTAS if kind == "mapillary" else CITY
     ids = {value: (value + 5) % 19 for value in range(66)}
     own = replace(data.CITYSCAPES, ids=ids)
@@ -1457,8 +1352,8 @@ def test_data_own_classes(tmp_path, kind):
 
 def test_data_linked_folders(tmp_path):
     """City folders that are links are entered, hidden folders are left alone."""
-    data_fake(tmp_path / "elsewhere", "cityscapes")
-    data_fake(tmp_path / "set", "cityscapes")
+    for folder in ("elsewhere", "set"):
+        data_fake(tmp_path / folder, "cityscapes")
     for folder in ("leftImg8bit", "gtFine"):
         (tmp_path / "set" / folder / "train/zurich").symlink_to(
             tmp_path / "elsewhere" / folder / "train/bonn")
@@ -1565,21 +1460,6 @@ def test_data_counts_on_processes(tmp_path):
     assert pairs.skipped[0][0] == pairs.labels[7]
 
 
-def test_data_counts_of_the_authors(tmp_path):
-    """Their JSON files are matched by base name; label files they do not know are counted."""
-    pairs, file = data.Pairs(data_plain(tmp_path, ["a", "b"])), "old/gta/labels/b_labelTrainIds.png"
-    for name, content in (("sample_class_stats.json", [{"3": 5, "18": 7, "file": file}]),
-                          ("samples_with_class.json", {"18": [[file, 7]], "3": [[file, 5]]})):
-        (tmp_path / name).write_text(json.dumps(content))
-        counts = data.class_counts(pairs)
-        assert np.array_equal(counts[0], np.bincount(TRAIN.ravel(), minlength=256)[:19])
-        assert (counts[1, 3], counts[1, 18], counts[1].sum()) == (5, 7, 12)
-        (tmp_path / name).unlink()
-    (tmp_path / "samples_with_class.json").write_text("{")
-    with pytest.raises(ValueError, match="samples_with_class.json cannot be read"):
-        data.class_counts(pairs)
-
-
 def test_data_counts_of_other_objects(tmp_path):
     """Anything with label(i) and a length is counted, joined sets one after the other, in order."""
     class Toy(list):
@@ -1631,18 +1511,14 @@ def test_data_rcs_distinct():
         while len(first) < 3:
             c, i = sampler.draw(rng)
             first.setdefault(i, c)
-        return tuple((c, i) for i, c in first.items())
+        return [(c, i) for i, c in first.items()]
 
-    n, freq = 1500, [{}, {}]
-    for _ in range(n):
-        for table, chosen in zip(freq, (rejected(), sampler.draw_distinct(3, rng)), strict=True):
-            for pair in chosen:
-                table[pair] = table.get(pair, 0) + 1 / n
-    assert max(abs(freq[0].get(k, 0) - freq[1].get(k, 0)) for k in {**freq[0], **freq[1]}) < 0.06
-    reach = len({i for files in sampler.files.values() for i in files})
-    assert len({i for _, i in sampler.draw_distinct(reach, rng)}) == reach
-    with pytest.raises(ValueError, match=f"{reach + 1} files were asked for: only {reach}"):
-        sampler.draw_distinct(reach + 1, rng)
+    n = 1500
+    law, ours = (Counter(pair for _ in range(n) for pair in draw()) for draw in (
+        rejected, lambda: sampler.draw_distinct(3, rng)))
+    assert max(abs(law[pair] - ours[pair]) for pair in law | ours) < 0.06 * n
+    with pytest.raises(data.UserError, match="7 files were asked for: only "):
+        sampler.draw_distinct(7, rng)
 
 
 # --------------------------------------------------------------- crop, one-hot, prompts, components
@@ -1703,6 +1579,20 @@ def test_data_prompts():
     assert data.caption(np.full((2, 2), 255, np.uint8)) == ""
     assert data.weather_prompt("road sky", data.WEATHERS[4]) == (
         "A city street scene with road sky, in night weather.")
+
+
+def test_data_prompt_templates(tmp_path):
+    """A file of templates gives its lines without comments; other braces are refused."""
+    file, asked = tmp_path / "prompts.txt", "A photo of {classes} at {weather}."
+    file.write_text(f"# of a port\n\n{asked}\n  {{classes}}, from a drone \n")
+    templates = data.read_prompts(file)
+    assert templates == [asked, "{classes}, from a drone"]
+    assert data.fill_prompt(asked, "sea ship", "dawn") == "A photo of sea ship at dawn."
+    assert data.fill_prompt(templates[1], "sea ship", "dawn") == "sea ship, from a drone"
+    for text in ("", "# only\n", "no classes", "{classes} {wether}", "{classes} {"):
+        file.write_text(text)
+        with pytest.raises(data.UserError, match="prompts.txt cannot be read as prompt templates"):
+            data.read_prompts(file)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 19])
@@ -1774,7 +1664,8 @@ def test_data_distortion_steps():
             ((off, off, off, on, 13, off), lambda h, s, v: ((h + 13 / 180) % 1, s, v))):
         expected = [np.array(colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*p)))) * 255
                     for p in image.reshape(-1, 3) / 255]
-        assert np.abs(run(*draws).reshape(-1, 3) - expected).max() <= 1.01
+        off = np.abs(run(*draws).reshape(-1, 3) - expected)  # HSV has 8 bits a channel, as in mmseg
+        assert off.max() < 6 and off.mean() < 1.5
 
 
 def test_data_distortion_is_seeded():
@@ -1787,21 +1678,6 @@ def test_data_distortion_is_seeded():
     assert len({a.tobytes() for a in outs[0]}) > 10
     assert np.array_equal(image, before) and np.array_equal(np.random.get_state()[1], state)
     assert not any(np.shares_memory(a, image) for a in outs[0])
-
-
-def test_data_hue_equals_torchvision():
-    """The hue step is torchvision's adjust_hue, but for a level in one of a thousand values."""
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (100, 120, 3)).astype(np.uint8)
-    image[:20] = image[:20, :, :1]  # greys
-    image[20:40] = image[20:40] // 64 * 85  # few and extreme values, two of them often equal
-    for step in range(-18, 18):
-        ours = segment.photometric_distortion(image, DataScript(0.9, 0.9, 0.9, 0.1, step, 0.9))
-        theirs = TF.adjust_hue(torch.from_numpy(image).permute(2, 0, 1), step / 180)
-        off = np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy())
-        assert off.max() <= 1 and (off > 0).mean() < 1e-3
-    ours = segment._shift_hue(image.transpose(2, 0, 1).astype(np.float32), 0.0)
-    assert ours.dtype == np.float32
 
 
 def test_data_random_crop():
@@ -1819,9 +1695,10 @@ def test_data_random_crop():
         n = np.bincount(crop_label.ravel(), minlength=256)[:255]
         good[tries].append(n.max() < 0.75 * n.sum())
     assert np.mean(good[10]) > 0.95 and 0.2 < np.mean(good[0]) < 0.8
-    assert segment.cat_max_box(np.zeros((40, 40), np.uint8), 40, rng) == (slice(0, 40),) * 2
+    one_class = np.zeros((40, 40), np.uint8)
+    assert segment.cat_max_box(one_class, (40, 40), rng) == (slice(0, 40),) * 2
     with pytest.raises(ValueError, match="smaller than the crop"):
-        segment.cat_max_box(label, 41, rng)
+        segment.cat_max_box(label, (41, 41), rng)
 
 
 @pytest.mark.parametrize("size, fit, expected", [
@@ -1846,17 +1723,9 @@ def test_data_resize_to_fit(size, fit, expected):
 # ------------------------------------------------------------------------------------- command line
 
 
-def test_data_stats_command(tmp_path, capsys):
-    """stats prints one row per class with its pixels and files."""
-    data_plain(tmp_path, ["a", "b"])
-    assert data.main(["stats", str(tmp_path)]) == 0
-    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
-    assert rows["road"][0] == "6" and rows["road"][1] == "27.273%" and rows["road"][3] == "2"
-    assert rows["train"] == ["0", "0.000%", "0.0000", "0"]
-
-
 def test_data_rcs_subset_command(tmp_path, capsys):
-    """rcs-subset copies distinct pairs with the class in the name, and reads back as a subset."""
+    """rcs-subset copies distinct pairs with the class in the name, and reads back as a subset;
+    stats prints pixels, share, P(c) and files of each class."""
     root = data_plain(tmp_path / "gta", [f"{i:05}" for i in range(8)], CITY, "")
     command = ["rcs-subset", str(root), str(tmp_path / "o"), "--num", "5", "--seed", "3"]
     assert data.main(command) == 0
@@ -1868,6 +1737,9 @@ def test_data_rcs_subset_command(tmp_path, capsys):
         assert np.array_equal(pairs.label(i), TRAIN) and int(cls) in TRAIN
         assert pairs.images[i].read_bytes() == (root / f"images/{name}.png").read_bytes()
     capsys.readouterr()
+    assert data.main(["stats", str(root)]) == 0
+    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["road"][:2] == ["24", "27.273%"] and rows["train"] == ["0", "0.000%", "0.0000", "0"]
     for bad, sentence in ((command, "is not empty"),
                           ([*command[:2], str(tmp_path / "n"), "--num", "9"], "9 files were asked"),
                           (["stats", str(tmp_path / "none")], "none is no data set folder")):
@@ -1982,22 +1854,10 @@ def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
             assert relative(ours[b], released[0]) < 1e-4
 
 
-def test_diff_step_by_hand():
-    """x_t -> x_s in numbers: x_0 and eps of x_t at the new level, part of eps replaced by noise."""
-    assert abs(invert(1.0, 0.5, 0.9, 0.6) - (0.6**0.5 * (1 - 0.1**0.5 * 0.5) / 0.9**0.5
-                                             + 0.4**0.5 * 0.5)) < 1e-12
-    c1 = ((1 - 0.88 / 0.9) * 0.12 / 0.1) ** 0.5  # 0.1633
-    want = 0.88**0.5 * (1 - 0.1**0.5 * 0.5) / 0.9**0.5 + c1 * 2 + (0.12 - c1**2) ** 0.5 * 0.5
-    assert abs(invert(1.0, 0.5, 0.9, 0.88, 1.0, 2.0) - want) < 1e-12
-    x0 = (1 - 0.1**0.5 * 0.5) / 0.9**0.5  # a step so long that c_1^2 exceeds the whole variance
-    c1 = ((1 - 0.6 / 0.9) * 0.4 / 0.1) ** 0.5
-    assert abs(invert(1.0, 0.5, 0.9, 0.6, 1.0, 2.0) - (0.6**0.5 * x0 + c1 * 2 + 5e-6)) < 1e-12
-
-
 def test_diff_recorded_noise_reproduces():
     """One source makes all noise: played back it gives the same features, another other ones."""
     prior, (images, labels) = diff_prior(), diff_pictures()
-    for steps, draws in {"full": 22, "5": 3, "1": 1, "direct": 9}.items():
+    for steps, draws in {"full": 22, "5": 2, "1": 1, "direct": 9}.items():
         model = diff_model(prior, steps=steps)  # in training, where noise is drawn
         noise, tape = recorded(torch.randn)
         want = model.extract(images, labels, noise)
@@ -2008,6 +1868,23 @@ def test_diff_recorded_noise_reproduces():
     model.eval()
     for a, b in zip(model.extract(images), model.extract(images[1:]), strict=True):
         assert relative(a[1:], b) < 1e-5  # fixed noise, any place in a batch
+
+
+def test_diff_few_steps_are_the_releases():
+    """Five: calls at 0, 1, 20, 40, 60, read backwards; one: noised to t = 100 at once."""
+    prior, calls, g = diff_prior(), [], torch.Generator().manual_seed(0)
+    z, n = torch.randn(2, 1, 4, 8, 8, generator=g)
+    prior.unet.register_forward_pre_hook(lambda net, args: calls.append(args[:2]))
+    for steps, visited, x in (("5", [0, 1, 20, 40, 60], z),
+                              ("1", [100], prior.abar[100] ** 0.5 * z
+                               + (1 - prior.abar[100]) ** 0.5 * n)):
+        calls.clear()
+        maps = diffusion_features(prior, z, noise=lambda shape: n, steps=steps)
+        assert [t for _, t in calls] == visited
+        with torch.no_grad(), diff.decoder_maps(prior.unet) as levels:
+            prior.unet(x, visited[0], prior.texts[:1])
+        first = maps[2].unflatten(1, (2, len(visited), -1))[:, :, -1]  # two resnets, no attention
+        assert relative(first, torch.stack(levels[2][0], 1)) < 1e-5
 
 
 def test_diff_published_sizes():
@@ -2031,41 +1908,58 @@ def test_diff_published_sizes():
 
 def test_diff_prior_is_frozen():
     """A training step leaves no gradient in the prior, which is neither a parameter nor saved."""
-    prior, (images, labels) = diff_prior(), diff_pictures()
+    prior = diff_prior()
     model = diff_model(prior)
-    model.loss(images, labels).backward()
+    model.loss(*diff_pictures()).backward()
     assert all(p.grad is not None for p in model.parameters())
     for net in (prior.unet, prior.vae):
         assert all(p.grad is None and not p.requires_grad for p in net.parameters())
-        assert not {id(p) for p in net.parameters()} & {id(p) for p in model.parameters()}
     assert {k.split(".")[0] for k in model.state_dict()} == {"fusion", "decoder", "decode_head"}
 
 
-def test_diff_branches_agree_where_texts_do():
-    """With "" as every class's prompt, wherever it lies, the label map tells nothing."""
+def test_diff_is_initialised_and_optimised_as_released():
+    """Fine decoder: Kaiming fan-out, no biases; AdamW decays all, with the head at ten times."""
+    model = diff_model(diff_prior())
+    for m in model.decoder.modules():
+        if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            fan_out = m.weight.shape[0] * m.weight[0, 0].numel()
+            assert m.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)
+            assert not m.bias.any()
+    rest, head = diff.parameter_groups(model, 6e-5, 0.01)
+    assert (rest["lr"], rest["weight_decay"]) == (6e-5, 0.01)
+    assert (head["lr"], head["weight_decay"]) == (pytest.approx(6e-4), 0.01)
+    assert set(head["params"]) == set(model.decode_head.parameters())
+    assert {*rest["params"], *head["params"]} == set(model.parameters())
+
+
+def test_diff_told_branch_runs_first():
+    """BatchNorm's running means after a loss: 0.1 (0.9 of the told branch + 1 of the other)."""
     prior, (images, labels) = diff_prior(), diff_pictures()
-    prior.texts[:] = prior.texts[:1].clone()
-    for steps, label in (("full", torch.full_like(labels, 3)), ("5", labels)):
-        model = diff_model(prior, steps=steps).eval()
-        for a, b in zip(model.extract(images, label), model.extract(images), strict=True):
-            assert relative(a, b) < 1e-4
-        assert relative(model.loss(images, label), 2 * diff.cross_entropy(
-            model.decode_head(model.features(images)), label)) < 1e-5
+    model = diff_model(prior, steps="5")
+    noise, tape = recorded(torch.randn)
+    model.loss(images, labels, noise)
+    maps = model.extract(images, torch.cat([torch.full_like(labels, 255), labels]), playback(tape))
+    plain, told = zip(*(m.chunk(2) for m in maps), strict=True)
+    branch = model.decode_head.fuse_layer.aspp_modules[0]
+    pyramids = [model.pyramid(half) for half in (told, plain)]
+    size = pyramids[0][0].shape[2:]
+    means = [branch.conv(torch.cat([embed(x, size) for embed, x in zip(
+        model.decode_head.embed_layers, pyramid, strict=True)], 1)).mean((0, 2, 3))
+        for pyramid in pyramids]
+    assert relative(means[0], means[1]) > 1e-2
+    assert relative(branch.bn.running_mean, 0.1 * (0.9 * means[0] + means[1])) < 1e-4
 
 
 def test_diff_label_masks_move_what_they_cover():
     """A class's prompt changes the latents inside its mask, and only there at first."""
-    prior, (_, labels) = diff_prior(), diff_pictures(size=32)
+    prior, (_, labels), seen = diff_prior(), diff_pictures(size=32), []
     rows, masks = diff.texts_and_masks(prior.classes, labels, (8, 8))
     assert rows == [[0, *(i for i, c in ((1, 3), (2, 5)) if (label == c).any())]
                     for label in labels]
-    assert masks.shape == (sum(map(len, rows)), 1, 8, 8) and (masks[0] == 1).all()
     assert torch.equal(masks[1, 0], (labels[0, ::4, ::4] == prior.classes[rows[0][1] - 1]).float())
-    seen = []
     prior.unet.register_forward_pre_hook(lambda net, args: seen.append(args[0][0]))
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for told in (labels, None):
-        diffusion_features(prior, z, told, steps="5")
+        diffusion_features(prior, torch.ones(2, 4, 8, 8), told, steps="5")
     covered = (masks[1 : len(rows[0])].sum(0) > 0).expand(4, 8, 8)
     moved = seen[1] != seen[6]  # the first picture after one of five steps
     assert not moved[~covered].any() and moved[covered].float().mean() > 0.9
@@ -2073,35 +1967,31 @@ def test_diff_label_masks_move_what_they_cover():
 
 def test_diff_switches():
     """Each switch back to the release changes what it names and nothing else."""
-    _, labels = diff_pictures()
+    images, labels = diff_pictures()
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     eps, v = diff_prior(), diff_prior("v_prediction")
 
-    def run(prior, labels, *released, noise=None):
-        return diffusion_features(prior, z, labels, noise, steps="5", released=released)
+    def run(prior, labels, *released):
+        torch.manual_seed(1)
+        return diffusion_features(prior, z, labels, torch.randn, steps="5", released=released)
 
     def equal(a, b):
         return all(map(torch.equal, a, b))
 
     assert equal(run(eps, labels), run(eps, labels, "v_as_eps"))
     assert not equal(run(v, labels), run(v, labels, "v_as_eps"))
+    assert equal(run(eps, None), run(eps, None, "own_noise"))  # one text: one draw in both
+    assert not equal(run(eps, labels), run(eps, labels, "own_noise"))
     for level, (a, b) in enumerate(zip(run(eps, None), run(eps, None, "sum_texts"), strict=True)):
         half = a.shape[1] // (2 if level < 2 else 1)  # the last level has no transformers
         assert torch.equal(a[:, :half], b[:, :half])
         assert torch.equal(2 * a[:, half:], b[:, half:])
-    assert equal(run(eps, labels), run(eps, labels, "own_noise"))  # fixed: the same for everyone
-    drawn = [run(eps, labels, *released, noise=recorded(torch.randn)[0])
-             for released in ((), ("own_noise",)) if torch.manual_seed(1)]
-    assert not equal(*drawn)
-
-    images, _ = diff_pictures()
     values, gradients = [], []
     for released in ((), ("undetached",)):
         model = diff_model(eps, released=released, steps="5").eval()  # no dropout
         torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-        value = model.loss(images, labels)
-        value.backward()
-        values.append(value.item())
+        values.append(model.loss(images, labels))
+        values[-1].backward()
         gradients.append(model.decode_head.conv_seg.weight.grad)
     assert values[0] == values[1] and relative(*gradients) > 1e-3
 
@@ -2191,28 +2081,8 @@ def test_diff_command_trains_and_measures(tmp_path, capsys):
     assert data.read_label(out / "predictions" / "a_labelTrainIds.png").shape == (70, 130)
 
 
-@pytest.mark.parametrize("sd", SD_LIKE)
-def test_diff_command_on_stable_diffusion_folders(sd, tmp_path, monkeypatch):
-    """UNets of four levels and a VAE of factor 8, with the noise or v as output, as SD 1 and 2."""
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1,
-                          norm_num_groups=8, cross_attention_dim=24, **{
-                              k: tuple(v) if isinstance(v, list) else v
-                              for k, v in SD_LIKE[sd].items()}))
-    kind = {"sd1": "epsilon", "sd2": "v_prediction"}[sd]
-    models = replace(tiny_models(), unet=net, controlnet=ControlNet.from_unet(net, 20),
-                     vae=VAE(VAEConfig(block_out_channels=(8,) * 4, layers_per_block=1,
-                                       norm_num_groups=4)), schedule=Schedule(prediction_type=kind))
-    flags = ["--sd", str(write_sd_folder(tmp_path / "sd", models)), "--out", str(tmp_path / "run")]
-    monkeypatch.setitem(diff.PRESETS, "sd", diff.PRESETS["tiny"])
-    assert main(["segment", *DIFF_RUN, *flags, "--crop", "64x128", "--steps", "1", "--arch",
-                 "daformer", "--eval-data", "toy:sunny:1"]) == 0
-    config = json.loads((tmp_path / "run" / "segformer" / "config.json").read_text())
-    assert config["head"] == "daformer" and config["steps"] == "1"
-
-
 def test_diff_command_refuses(tmp_path, capsys):
-    """Another prior, a UNet too small, HRDA, MiT weights and odd crops end with one sentence."""
+    """HRDA, MiT weights, odd crops and a UNet too small end with one sentence, before training."""
     train = ["segment", "train", *DIFF_RUN, "--steps", "1", "--out", str(tmp_path / "run")]
     refuses(capsys, [*train, "--arch", "hrda"], "--arch segformer or daformer")
     refuses(capsys, [*train, "--pretrained", "mit_b5.pth"], "--pretrained")
@@ -2220,12 +2090,6 @@ def test_diff_command_refuses(tmp_path, capsys):
     small = write_sd_folder(tmp_path / "small", tiny_models())
     refuses(capsys, [*train, "--sd", str(small)], "three levels")
     assert not (tmp_path / "run").exists()
-    assert main(train) == 0
-    shutil.copytree(HERE / "toy", tmp_path / "other")
-    UNet.from_pretrained(HERE / "toy" / "unet_source").save_pretrained(tmp_path / "other" / "unet")
-    refuses(capsys, ["segment", "eval", "--out", str(tmp_path / "run"), "--sd",
-                     str(tmp_path / "other"), "--eval-data", "toy:sunny:1"],
-            "trained on the features of prior")
 
 
 # ---- dginstyle.py --------------------------------------------------------------------------------
@@ -3109,7 +2973,6 @@ BAD_INPUTS = [  # command line, words of the sentence, what is done before
     ("generate --size 60x100", "60x100 multiples"), ("generate --size huge", "huge"),
     ("train controlnet --size 36x36", "36x36 multiples"), ("segment train --crop 8x8", "8x8"),
     ("segment train --arch hrda --crop 100x100", "100x100 multiples"),
-    ("generate --weather sandstorm", "sandstorm snowy"),
     ("generate --steps 0", "--steps 0"), ("generate --num x", "--num x"),
     ("generate --seed=-1", "--seed -1"), ("generate --swap 1.5", "--swap 1.5"),
     ("generate --guidance nan", "--guidance nan"), ("generate --stride none", "--stride none"),

@@ -380,7 +380,13 @@ class UNet(nn.Module):
         with reading(file), torch.device("meta"):
             state = inside(state, "model.diffusion_model.")
             state = from_ldm(state) if "input_blocks.0.0.weight" in state else state
-            model = cls(read_config(config, state, file))
+            config = read_config(config, state, file)
+            inputs, outputs = state["conv_in.weight"].shape[1], state["conv_out.weight"].shape[0]
+            if inputs != outputs:
+                kind = {5: "depth to image", 8: "pix2pix", 9: "inpainting"}.get(inputs, "others")
+                raise FileError(f"{file}: a UNet for {kind} ({inputs} channels in, {outputs} out); "
+                                "give one for text to image")
+            model = cls(config)
         return load_strict(model, state, file, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
@@ -406,6 +412,8 @@ def read_config(config, state, file):
 
     Without one ({}) the sizes are read off the tensors.
     """
+    if any(k.startswith(("label_emb.", "add_embedding.")) for k in state):
+        raise FileError(f"{file}: a network of SDXL; give one of Stable Diffusion 1 or 2")
     for key, value in (("act_fn", "silu"), ("flip_sin_to_cos", True), ("freq_shift", 0),
                        ("class_embed_type", None), ("addition_embed_type", None),
                        ("resnet_time_scale_shift", "default"), ("mid_block_scale_factor", 1)):

@@ -260,6 +260,10 @@ class VAE(nn.Module):
         config, state, file = read_weights(path)
         with reading(file), torch.device("meta"):
             state = public_keys(state)
+            if others := [k for k in ("latents_mean", "latents_std", "shift_factor")
+                          if config.get(k)]:
+                raise FileError(f"{file}: its config.json has {others[0]}, so it is no autoencoder "
+                                "of Stable Diffusion 1 or 2, which only scale their latents")
             model = cls(configure(VAEConfig, config or infer_config(state), state, file,
                                   lambda c: c.layers_per_block * len(c.block_out_channels)))
         return load_strict(model, state, file, dtype).eval()

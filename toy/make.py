@@ -10,10 +10,9 @@ of the pack. A public Stable Diffusion model has both parts already.
 Shapes: B batch, H W pixels, Z latent channels. Images in [-1, 1].
 """
 
-import json
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -123,8 +122,8 @@ def train_prior(args, pairs, classes):
         """-> image (3,h,w), tokens (L,) of its caption, its name."""
         i = int(rng.integers(len(pairs)))
         crop, label = data.scaled_crop(*pairs.pair(i), models.size, rng, args.resize_ratios)
-        (k, j), names, kind = pairs.find(i), data.caption(label, classes), rng.random()
-        weather = pairs.sets[k].weather(j)
+        k, j = pairs.find(i)
+        weather, names, kind = pairs.sets[k].weather(j), data.caption(label, classes), rng.random()
         prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
                   else f"{weather} weather" if kind < 0.88 else "")
         return dginstyle.from_uint8(crop[None])[0], tokenizer(prompt)[0], pairs.name(i)
@@ -141,9 +140,7 @@ def train_prior(args, pairs, classes):
         nets["unet"].save_pretrained(out / "unet", dtype)
         nets["text_encoder"].save_pretrained(out / "text_encoder", dtype)
         tokenizer.save(out / "tokenizer")
-        (out / "scheduler").mkdir(exist_ok=True)
-        (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(
-            {"_class_name": "DDIMScheduler", "clip_sample": False, **asdict(schedule)}, indent=2))
+        schedule.save_pretrained(out / "scheduler")
         dginstyle.sample_sheet(replace(models, **nets), dginstyle.sheet_prompts(args), None, args,
                                out / "samples" / "prior.png")
 
