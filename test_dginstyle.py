@@ -52,7 +52,8 @@ from clip_text import BOS, EOS, TextEncoder, TextEncoderConfig, Tokenizer
 from controlnet import ControlNet, from_ldm_control
 from dginstyle import DPMSolver, Models, Noise, Schedule, denoise, main, style_swap
 from diff import Diff, DiffConfig, Prior, diffusion_features
-from experiments import bench, measures, pretend, rehearse
+from experiments import bench, claim, pretend, rehearse
+from experiments.released import released_features
 from segformer import SegFormer, SegFormerConfig, confusion_matrix, mean_iou, slide_inference
 from toy import make, streets
 from unet import UNet, UNetConfig
@@ -1846,7 +1847,7 @@ def test_diff_equals_the_released_loop(oracle_pair, tmp_path):
         masks = torch.stack([torch.ones(1, 8, 8), *((labels[b][None, ::8, ::8] == c).float()
                                                     for c in shown)])
         with torch.no_grad():
-            want = bench.released_features(
+            want = released_features(
                 net, torch.cat([texts[:1], texts[:J]]), masks, z[b : b + 1],
                 playback([n[first : first + J] for n in tape]), prior.abar.tolist())
         first += J

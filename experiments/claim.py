@@ -5,23 +5,23 @@
     python -m experiments.claim            # the other rows too: an hour and a half more
     python -m experiments.claim --diff     # the second system, DIFF, beside two of them
 
-A segmenter that has labelled `sunny` streets only is measured on night, fog, rain, snow, dusk and
-overcast, which it never saw; then again with images added that `dginstyle.py generate` made from
-the sunny label maps, with the whole method and with one part of it taken away at a time. Every
-number comes from the commands of this repository, run here with the flags in SETS and ROWS.
+A segmenter trained on labelled `sunny` streets is measured on night, fog, rain, snow, dusk and
+overcast. It is trained again with images that `dginstyle.py generate` made from the sunny label
+maps: with the whole method, and with one part of it left out at a time. Every number comes from the
+commands of this repository, run with the flags in SETS and ROWS.
 
-Protocol, the same for every row: per seed one encoder is pre-trained on the sunny pictures; from it
-every row trains with the same number of steps, and its last weights are measured, no step or model
-being chosen. The seed decides label crops, prompts, generator noise, first weights and data order.
-The test scenes are used for nothing else. The rows of DIFF (diff.py) see the same pictures for as
-many steps as those beside them, 350; in place of that encoder they have the frozen prior, which has
-seen every style, as pictures without labels. They are made cheap: 4 crops a step, not 16, and one
-noise level (t = 100).
+Protocol, the same for every row: per seed one encoder is pre-trained on the sunny pictures. Every
+row starts from it, trains for the same number of steps, and its last weights are measured. No step
+or model is chosen. The seed decides label crops, prompts, generator noise, first weights and data
+order. The test scenes are used for nothing else. The rows of DIFF (diff.py) see the same pictures
+for as many steps as the rows beside them, 350. In place of the encoder they have the frozen prior,
+which was trained on pictures of every style without labels. To be cheap they take 4 crops a step,
+not 16, and one noise level (t = 100).
 
-Writes into --out (a stopped run goes on where it was): sets/ and runs/; claim.json, every run with
-its settings and IoU of each class and style; claim.md, tables of mean +- standard deviation;
-claim.svg; domains.svg; gallery.html. With --diff the first three are diff.*. `--install` copies
-tables and figures to experiments/.
+Writes into --out (rerun a stopped command to resume it): sets/ and runs/, claim.json (every run
+with its command and the IoU of each class and style), claim.md (tables of mean +- standard
+deviation) and claim.svg. With --diff the three are called diff.*. `--install` copies them to
+experiments/.
 """
 
 import argparse
@@ -34,19 +34,19 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 import data
 import dginstyle
-import gallery
 import recipes
 import segformer
+import segment
 from experiments import measures
 from toy import streets
 from vae import VAE
@@ -98,7 +98,7 @@ class Row:
     sets: tuple = ()
     source: str = "sunny"  # or "all": real pictures of every style
     strong: bool = False  # `strong_distortion` in place of the photometric one
-    quick: bool = False  # a main row: for every seed; others for three
+    main: bool = False  # for every seed, and with --quick; the others for three seeds
     diff: tuple = None  # DIFF's features under the head, with these flags; None: SegFormer
     times: int = 1  # so many times the steps
 
@@ -111,19 +111,19 @@ NO_IPKL, DIFF, DIFF_FULL = ("DIFF, source only, without IPKL", "DIFF, source onl
                             "DIFF, source + generated")
 DIFF_X4, DIFF_FULL_X4 = (f"{row}, without IPKL, steps x4" for row in (DIFF, DIFF_FULL))
 ROWS = [
-    Row(SOURCE, quick=True),
-    Row(STRONG, strong=True, quick=True),
-    Row(FULL_ROW, ("full",), quick=True),
-    Row(BOTH, ("full",), strong=True, quick=True),
-    Row(NO_SWAP, ("swap 0",), quick=True),
-    Row(NO_MRLF, ("no fusion",), quick=True),
+    Row(SOURCE, main=True),
+    Row(STRONG, strong=True, main=True),
+    Row(FULL_ROW, ("full",), main=True),
+    Row(BOTH, ("full",), strong=True, main=True),
+    Row(NO_SWAP, ("swap 0",), main=True),
+    Row(NO_MRLF, ("no fusion",), main=True),
     Row("without rare-class crops", ("no rare classes",)),
     Row("without weather prompts", ("no weather",)),
     Row("without the tone of the prior", ("control's tone",)),
     Row("real pictures in place of the generated", (TWINS,)),
     Row("the same through the VAE", (DECODED,)),
     Row("the real pictures, strong augmentation", (TWINS,), strong=True),
-    Row(ORACLE, source="all", quick=True),
+    Row(ORACLE, source="all", main=True),
     Row(NO_IPKL, diff=("--no-ipkl",)),
     Row(DIFF, diff=()),
     Row(DIFF_FULL, ("full",), diff=()),
@@ -133,6 +133,54 @@ ROWS = [
 ]
 SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart by size
 BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
+# the differences that the experiment is about: row, row to compare with, key of a run
+COMPARED = (
+    (FULL_ROW, SOURCE, "unseen"), (FULL_ROW, NO_SWAP, "unseen"), (FULL_ROW, NO_MRLF, "unseen"),
+    (FULL_ROW, NO_MRLF, "small"), (FULL_ROW, STRONG, "unseen"), (FULL_ROW, STRONG, "small"),
+    (BOTH, STRONG, "unseen"), (BOTH, FULL_ROW, "unseen"), (DIFF, SOURCE, "unseen"),
+    (DIFF, NO_IPKL, "unseen"), (DIFF_FULL, DIFF, "unseen"), (DIFF_FULL, FULL_ROW, "unseen"),
+    (DIFF_X4, SOURCE, "unseen"), (DIFF_FULL_X4, DIFF_X4, "unseen"),
+    (DIFF_FULL_X4, FULL_ROW, "unseen"))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Rows at a scale, in a folder."""
+
+    out: Path
+    scale: Scale
+    rows: tuple
+    precision: str = "fp32"  # of `generate`, and of DIFF's training
+
+    def planned(self):
+        """[(seed, row), …], seed after seed: main rows have all seeds, the others three."""
+        return [(seed, row) for seed in range(self.scale.seeds) for row in self.rows
+                if row.main or seed < 3]
+
+    def sets(self):
+        """[(seed, name), …]: the sets that the planned rows need, and what those are made from."""
+        wanted = {(seed, name) for seed, row in self.planned() for name in row.sets}
+        return sorted(wanted | {(seed, "full") for seed, name in wanted if name not in SETS})
+
+    def set_path(self, name, seed):
+        return self.out / "sets" / f"{name.replace(' ', '-')}-{seed}"
+
+    def run_path(self, title, seed):
+        words = "".join(c if c.isalnum() or c == "." else " " for c in title).split()
+        return self.out / "runs" / f"{'-'.join(words)}-{seed}"
+
+    def found(self):
+        """{name: [folder of every seed]} of the sets that are finished."""
+        folders = {name: [self.set_path(name, seed) for seed in range(self.scale.seeds)]
+                   for name in (*SETS, TWINS, DECODED)}
+        done = {name: [f for f in seeds if (f / "gallery.html").exists() or (f / "done").exists()]
+                for name, seeds in folders.items()}
+        return {name: seeds for name, seeds in done.items() if seeds}
+
+    def read(self, name):
+        """The JSON file of this name in `out`, {} where there is none."""
+        file = self.out / name
+        return json.loads(file.read_text()) if file.exists() else {}
 
 
 # --------------------------------------------------------------------------------------------
@@ -143,8 +191,7 @@ BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
 class Job:
     name: str
     done: Path  # written last
-    call: tuple  # an argv of dginstyle.py, or (function, *arguments)
-    cost: float  # seconds on one core, roughly: only their ratios count, for the time left
+    call: tuple  # (function, *arguments)
 
 
 def command(*argv):
@@ -156,84 +203,97 @@ def command(*argv):
 def run_job(job, threads, log):
     """In a worker process. -> seconds; RuntimeError where a command failed."""
     torch.set_num_threads(threads)
-    dginstyle.tune_cpu()
+    torch.set_flush_denormal(True)
     start = time.time()
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        (job.call[0] if callable(job.call[0]) else command)(*job.call[callable(job.call[0]):])
+        job.call[0](*job.call[1:])
     return time.time() - start
 
 
 def run_all(jobs, out, workers):
-    """Run what is not done yet, several at once, with one line a job and the time left."""
+    """Run what is not done yet, several at once, with one line a job."""
     todo = [j for j in jobs if not j.done.exists()]
     if not todo:
         return
     threads = max(1, torch.get_num_threads() // workers)
-    left, spent, start = sum(j.cost for j in todo), 0.0, time.time()
     print(f"{len(jobs) - len(todo)} of {len(jobs)} are done; {len(todo)} to do", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = {pool.submit(run_job, j, threads, out / f"{j.done.parent.name}.log"): j
                    for j in todo}
         for n, future in enumerate(as_completed(waiting), 1):
-            job, seconds = waiting[future], future.result()
-            left, spent = left - job.cost, spent + job.cost
-            eta = (time.time() - start) / spent * left / 60
-            print(f"[{n}/{len(todo)}] {job.name}: {seconds:.0f} s; about {eta:.0f} min left "
-                  "of this part", flush=True)
+            print(f"[{n}/{len(todo)}] {waiting[future].name}: {future.result():.0f} s", flush=True)
 
 
-def set_path(out, name, seed):
-    return out / "sets" / f"{name.replace(' ', '-')}-{seed}"
-
-
-def set_paths(out, scale, name):
-    """The folders of a set that are there, seed after seed."""
-    folders = [set_path(out, name, seed) for seed in range(scale.seeds)]
-    return [f for f in folders if (f / "gallery.html").exists() or (f / "done").exists()]
-
-
-def run_path(out, row, seed):
-    words = "".join(c if c.isalnum() or c == "." else " " for c in row.title).split()
-    return out / "runs" / f"{'-'.join(words)}-{seed}"
-
-
-def generate_jobs(out, scale, rows, precision):
+def set_jobs(x):
     """One `generate` for every set that a row needs and every seed."""
-    wanted = {(seed, "full" if s in (TWINS, DECODED) else s)
-              for seed, r in planned(scale, rows) for s in r.sets}
-    jobs = []
-    for seed in range(scale.seeds):
-        for name, flags in SETS.items():
-            if (seed, name) in wanted:
-                path = set_path(out, name, seed)
-                argv = ["generate", "--data", f"toy:sunny:{scale.source}", "--num", scale.images,
-                        "--seed", seed, "--out", path, "--precision", precision, *SAMPLING, *flags]
-                cost = scale.images * (0.2 if name == "no fusion" else 1.0)
-                jobs.append(Job(f"{name}, seed {seed}", path / "gallery.html", tuple(argv), cost))
-    return jobs
+    for seed, name in x.sets():
+        if name in SETS:
+            path = x.set_path(name, seed)
+            argv = ["generate", "--data", f"toy:sunny:{x.scale.source}", "--num", x.scale.images,
+                    "--seed", seed, "--out", path, "--precision", x.precision, *SAMPLING,
+                    *SETS[name]]
+            yield Job(f"{name}, seed {seed}", path / "gallery.html", (command, *argv))
 
 
-def segment_argv(stage, scale, seed, path, specs, flags=()):
-    tests = [f"toy:{s}:{scale.test}" for s in streets.STYLES]
+def derived_jobs(x):
+    """The sets that are made from the full method's."""
+    for seed, name in x.sets():
+        if name not in SETS:
+            path = x.set_path(name, seed)
+            yield Job(f"{name}, seed {seed}", path / "done", (
+                twin_set, x.set_path("full", seed), path, x.scale.source, name == DECODED))
+
+
+def segment_argv(stage, x, seed, path, specs, flags):
+    tests = [f"toy:{s}:{x.scale.test}" for s in streets.STYLES]
     return ("segment", *stage, "--data", *specs, "--eval-data", *tests, "--seed", seed,
             "--out", path, "--save-every", 10**6, *flags)
 
 
-def encoder_path(out, seed):
-    return out / "runs" / f"encoder-{seed}"
-
-
-def encoder_jobs(out, scale):
+def encoder_jobs(x):
     """The encoder of each seed."""
-    jobs = []
-    for seed in range(scale.seeds):
-        path = encoder_path(out, seed)
-        argv = segment_argv(["train"], scale, seed, path, [f"toy:sunny:{scale.source}"],
-                            ["--steps", scale.pretrain])
-        jobs.append(Job(f"encoder, seed {seed}", path / "segformer" / "model.safetensors", argv,
-                        0.2 * scale.pretrain))
-    return jobs
+    for seed in range(x.scale.seeds):
+        path = x.run_path("encoder", seed)
+        argv = segment_argv(["train"], x, seed, path, [f"toy:sunny:{x.scale.source}"],
+                            ["--steps", x.scale.pretrain])
+        yield Job(f"encoder, seed {seed}", path / "segformer" / "model.safetensors",
+                  (command, *argv))
+
+
+def row_jobs(x):
+    """The run of every planned row and seed."""
+    for seed, row in x.planned():
+        path = x.run_path(row.title, seed)
+        result = path / "eval.json"  # which grows set by set: a stopped one is made again
+        if result.exists() and len(json.loads(result.read_text())) < len(streets.STYLES):
+            result.unlink()
+        real = (f"toy:all:{x.scale.source + x.scale.images}" if row.source == "all" else
+                f"toy:sunny:{x.scale.source}")
+        flags = ["--steps", row.times * x.scale.steps]
+        if row.diff is None:
+            flags += ["--pretrained", x.run_path("encoder", seed) / "segformer", "--fd", 0]
+        else:
+            flags += [*DIFF_FLAGS, "--precision", x.precision, *row.diff]
+        specs = [real, *(x.set_path(name, seed) for name in row.sets)]
+        argv = segment_argv([], x, seed, path, specs, flags)
+        yield Job(f"{row.title}, seed {seed}", result, (strongly if row.strong else command, *argv))
+
+
+def size_jobs(x):
+    """`measure_sizes` of the rows in SIZED."""
+    for seed, row in x.planned():
+        if row.title in SIZED:
+            path = x.run_path(row.title, seed)
+            yield Job(f"sizes, {row.title}, seed {seed}", path / "sizes.json",
+                      (measure_sizes, path, x.scale.test))
+
+
+def fidelity_job(x):
+    """The job that measures all sets, again where there are more of them now."""
+    file, found = x.out / "fidelity.json", x.read("fidelity.json")
+    if any(len(found.get(name, [])) < len(folders) for name, folders in x.found().items()):
+        file.unlink(missing_ok=True)
+    return Job("fidelity", file, (measure_fidelity, x))
 
 
 def strong_distortion(image, rng):
@@ -258,50 +318,12 @@ def strong_distortion(image, rng):
 
 def strongly(*argv):
     """A command of dginstyle.py with strong augmentation."""
-    published, data.photometric_distortion = data.photometric_distortion, strong_distortion
-    try:
+    with mock.patch.object(segment, "photometric_distortion", strong_distortion):
         command(*argv)
-    finally:
-        data.photometric_distortion = published
-
-
-def planned(scale, rows):
-    """-> [(seed, row), …], seed after seed: main rows have all of them, others a few."""
-    return [(seed, row) for seed in range(scale.seeds) for row in rows if row.quick or seed < 3]
-
-
-def row_jobs(out, scale, rows, precision):
-    """The run of every row and seed that is `planned`."""
-    jobs = []
-    for seed, row in planned(scale, rows):
-        path = run_path(out, row, seed)
-        result = path / "eval.json"  # which grows set by set: a stopped one is made again
-        if result.exists() and len(json.loads(result.read_text())) < len(streets.STYLES):
-            result.unlink()
-        total = scale.source + scale.images
-        real = f"toy:all:{total}" if row.source == "all" else f"toy:sunny:{scale.source}"
-        specs = [real, *(set_path(out, name, seed) for name in row.sets)]
-        if row.diff is None:
-            flags = ["--pretrained", encoder_path(out, seed) / "segformer", "--fd", 0]
-        else:
-            flags = [*DIFF_FLAGS, "--precision", precision, *row.diff]
-        flags = ["--steps", row.times * scale.steps, *flags]
-        argv = segment_argv([], scale, seed, path, specs, flags)
-        argv = (strongly, *argv) if row.strong else argv
-        cost = 0.2 * scale.steps + 0.05 * scale.test * len(streets.STYLES)
-        if row.diff is not None:
-            cost *= 2 * row.times
-        jobs.append(Job(f"{row.title}, seed {seed}", result, argv, cost))
-    return jobs
 
 
 # --------------------------------------------------------------------------------------------
 # Sets made from the full method's
-
-
-def copy_set(folder, target):
-    shutil.copytree(folder, target, dirs_exist_ok=True,
-                    ignore=shutil.ignore_patterns("vis", "grid.png", "gallery.html"))
 
 
 def with_twins(folder, source):
@@ -326,7 +348,8 @@ def with_twins(folder, source):
 def twin_set(folder, target, source, through_vae):
     """Copy a set with every image's real twin in its place: the most that a generator can do, or
     with `through_vae` a generator in the pack's latents."""
-    copy_set(folder, target)
+    shutil.copytree(folder, target, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("vis", "grid.png", "gallery.html"))
     vae = VAE.from_pretrained(recipes.TOY / "vae")
     for row, _, _, twin, _ in with_twins(folder, source):
         if through_vae:
@@ -335,49 +358,8 @@ def twin_set(folder, target, source, through_vae):
     (target / "done").write_text("")
 
 
-def derived_jobs(out, scale, rows):
-    """One copy of the full method's set of every seed, for all rows that need it."""
-    wanted = {(seed, name) for seed, row in planned(scale, rows) for name in row.sets
-              if name in (TWINS, DECODED)}
-    return [Job(f"{name}, seed {seed}", set_path(out, name, seed) / "done",
-                (twin_set, set_path(out, "full", seed), set_path(out, name, seed), scale.source,
-                 name == DECODED), 0.05 * scale.images) for seed, name in sorted(wanted)]
-
-
 # --------------------------------------------------------------------------------------------
-# Fidelity: does an image show its label, and the weather of its prompt?
-
-
-def style_classifier(steps, size=(64, 128)):
-    """A small CNN that tells the seven styles apart on real crops -> (net, accuracy on val)."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 24, 5, 2, 2), nn.BatchNorm2d(24), nn.ReLU(),
-        nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.ReLU(),
-        nn.Conv2d(48, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(streets.STYLES)))
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-
-    def batch(pairs, rng, n=32):
-        images, styles = [], []
-        for _ in range(n):
-            i = int(rng.integers(len(pairs)))
-            crop, _ = data.scaled_crop(pairs.image(i), None, size, rng, [1.0])
-            images.append(dginstyle.from_uint8(crop[None])[0])
-            styles.append(streets.STYLES.index(pairs.weather(i)))
-        return torch.stack(images), torch.tensor(styles)
-
-    pairs, rng = streets.ToyStreets(streets.STYLES, 2 * steps, "train"), np.random.default_rng(0)
-    for _ in range(steps):
-        x, y = batch(pairs, rng)
-        loss = F.cross_entropy(net(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    net.eval()
-    x, y = batch(streets.ToyStreets(streets.STYLES, 140, "val"), np.random.default_rng(1), 560)
-    with torch.no_grad():
-        return net, float((net(x).argmax(1) == y).float().mean())
+# What is measured beside mIoU, each into a file of its own
 
 
 @torch.no_grad()
@@ -399,131 +381,91 @@ def fidelity(folder, judge, classifier, source):
         if row["weather"]:
             guess = [streets.STYLES[int(i)] for i in classifier(x).argmax(1)]
             seen.setdefault(style, []).append([g == style for g in guess])
-    small = [data.CITYSCAPES.names.index(c) for c in SMALL]
     got, real = (segformer.mean_iou(c) for c in counts)
-    return {"mIoU": got["mIoU"], "small": float(got["IoU"][small].nanmean()),
-            "mIoU real": real["mIoU"], "small real": float(real["IoU"][small].nanmean()),
+    return {"mIoU": got["mIoU"], "small": float(got["IoU"][small_classes()].nanmean()),
+            "mIoU real": real["mIoU"], "small real": float(real["IoU"][small_classes()].nanmean()),
             "style": float(np.concatenate([*seen.values()])[:, 0].mean()) if seen else None,
             "weathers": {w: np.mean(v, axis=0).tolist() for w, v in sorted(seen.items())},
             "images": n}
 
 
-@torch.no_grad()
-def reconstruction(vae, n=12):
-    """PSNR in dB of encoding and decoding n whole unseen streets, style by style."""
-    psnr = {}
-    for style in streets.STYLES:
-        scenes = streets.ToyStreets([style], n, "val")
-        x = dginstyle.from_uint8(np.stack([scenes.image(i) for i in range(n)]))
-        error = F.mse_loss(vae.decode(vae.encode(x)).clamp(-1, 1), x)
-        psnr[style] = 10 * np.log10(4 / error.item())
-    return psnr
+def small_classes():
+    return [data.CITYSCAPES.names.index(c) for c in SMALL]
 
 
-def measure_domains(out, scale, names, judge):
-    """{source, style or set: variance within a class and distance to the source and to each unseen
-    style, squared, both as a share of the source's variance}; a set is the mean of its seeds.
-
-    Real pictures: the source's, and as many of every style, each of other validation scenes; all
-    cut to the size of the generated ones.
-    """
-    def features(pairs, first=0, step=1):
-        images, labels = zip(*[pairs.pair(i) for i in range(first, len(pairs), step)], strict=True)
-        return measures.class_features(judge, *(measures.quarters(part, (64, 128))
-                                                for part in (images, labels)))
-
-    val = streets.ToyStreets(UNSEEN, len(UNSEEN) * scale.source, "val")
-    real = {"source": features(streets.ToyStreets(("sunny",), scale.source, "train"))}
-    real |= {style: features(val, k, len(UNSEEN)) for k, style in enumerate(UNSEEN)}
-    unit = real["source"]
-    real = {name: measures.standardised(f, unit) for name, f in real.items()}
-    own = measures.spread_within(real["source"])
-
-    def row(f):
-        return {"within": measures.spread_within(f) / own,
-                **{to: 0.0 if f is g else measures.domain_distance(f, g) / own
-                   for to, g in real.items()}}
-
-    found = {name: row(f) for name, f in real.items()}
-    for name in names:
-        rows = [row(measures.standardised(features(data.open_set(str(folder))), unit))
-                for folder in set_paths(out, scale, name)]
-        found[name] = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
-    return found
+def measure_fidelity(x):
+    """fidelity.json: the VAE, the domains, and every set of every seed."""
+    judge = segformer.SegFormer.from_pretrained(recipes.TOY / "segformer")
+    classifier, accuracy = measures.style_classifier(x.scale.classifier)
+    sets = x.found()
+    found = {"style classifier on real pictures": accuracy,
+             "VAE": measures.reconstruction(VAE.from_pretrained(recipes.TOY / "vae")),
+             "domains": measures.domains(sets, judge, x.scale.source)}
+    for name, folders in sets.items():
+        found[name] = [fidelity(folder, judge, classifier, x.scale.source) for folder in folders]
+    (x.out / "fidelity.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure_sizes(run, scale):
+def measure_sizes(run, test):
     """RUN/sizes.json: the counts of measures.count_by_size on the unseen styles' test streets."""
     model = segformer.SegFormer.from_pretrained(run / "segformer")
     K, counts = len(data.CITYSCAPES.names), 0
     for style in UNSEEN:  # the same scenes in every style
-        scenes = streets.ToyStreets((style,), scale.test, "test")
-        labels = [scenes.label(i) for i in range(scale.test)]
+        scenes = streets.ToyStreets((style,), test, "test")
+        labels = [scenes.label(i) for i in range(test)]
         edges = measures.size_quartiles(labels, K)
         for i, label in enumerate(labels):
-            guess = segformer.predict(model, scenes.image(i), (64, 128)).argmax(0).numpy()
+            guess = segment.predict(model, scenes.image(i), (64, 128)).argmax(0).numpy()
             counts = counts + measures.count_by_size(guess, label, edges)
     found = {"edges": np.nan_to_num(edges).tolist(), "counts": counts.tolist()}
     (run / "sizes.json").write_text(json.dumps(found) + "\n")
 
 
-def size_jobs(out, scale, rows):
-    return [Job(f"sizes, {row.title}, seed {s}", run_path(out, row, s) / "sizes.json",
-                (measure_sizes, run_path(out, row, s), scale), 0.4 * scale.test)
-            for s, row in planned(scale, rows) if row.title in SIZED]
-
-
-def measure_fidelity(out, scale, names):
-    """fidelity.json: the VAE, and every set of every seed."""
-    judge = segformer.SegFormer.from_pretrained(recipes.TOY / "segformer")
-    classifier, accuracy = style_classifier(scale.classifier)
-    found = {"style classifier on real pictures": accuracy,
-             "VAE": reconstruction(VAE.from_pretrained(recipes.TOY / "vae")),
-             "domains": measure_domains(out, scale, names, judge)}
-    for name in names:
-        found[name] = [fidelity(folder, judge, classifier, scale.source)
-                       for folder in set_paths(out, scale, name)]
-    (out / "fidelity.json").write_text(json.dumps(found, indent=1) + "\n")
-
-
-def fidelity_jobs(out, scale, names):
-    """The job that measures all sets, again where it has not seen the sets that are there now."""
-    file, there = out / "fidelity.json", {n: len(set_paths(out, scale, n)) for n in names}
-    if file.exists():
-        found = json.loads(file.read_text())
-        if {n: len(found.get(n, [])) for n in names} != there:
-            file.unlink()
-    return [Job("fidelity", file, (measure_fidelity, out, scale, names),
-                60 + 0.1 * scale.images * sum(there.values()))]
+def measure_cost(x):
+    """cost.json: {model: CPU seconds that a picture takes on one thread, parameters trained}."""
+    torch.set_num_threads(1)
+    weights = {"SegFormer": (recipes.TOY / "segformer", "fp32"),
+               "DIFF": (x.run_path(NO_IPKL, 0) / "segformer", x.precision)}
+    costs, image, load_models = {}, streets.toy_street(0)[0], dginstyle.Models.from_pretrained
+    for name, (folder, kind) in weights.items():
+        args = dginstyle.settings("segment", "eval", "--weights", folder, "--precision", kind)
+        model, seconds = segment.load_segmenter(args, data.CITYSCAPES, load_models), []
+        for _ in range(12):
+            start = time.process_time()
+            segment.predict(model, image, args.crop)
+            seconds.append(time.process_time() - start)
+        costs[name] = {"seconds": min(seconds),
+                       "parameters": sum(p.numel() for p in model.parameters())}
+    (x.out / "cost.json").write_text(json.dumps(costs, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------------
 # Results
 
 
-def collect(out, scale, rows, precision):
-    """claim.json: every run with its settings and the IoU of each class in each style."""
+def collect(x):
+    """Every run with its command and the IoU of each class in each style, for claim.json."""
     runs = []
-    for job, (seed, row) in zip(row_jobs(out, scale, rows, precision), planned(scale, rows),
-                                strict=True):
-        if not job.done.exists():
-            continue
-        result = {k.split(":")[1]: v for k, v in json.loads(job.done.read_text()).items()}
-        iou = {s: {c: result[s][f"IoU.{c}"] for c in data.CITYSCAPES.names} for s in result}
-        small = [iou[s][c] for s in UNSEEN for c in SMALL if iou[s][c] is not None]
-        runs.append({
-            "row": row.title, "seed": seed,
-            "command": " ".join(str(word) for word in job.call if not callable(word)),
-            "mIoU": {s: result[s]["mIoU"] for s in result},
-            "unseen": float(np.mean([result[s]["mIoU"] for s in UNSEEN])),
-            "small": float(np.mean(small)), "IoU": iou})
+    for job, (seed, row) in zip(row_jobs(x), x.planned(), strict=True):
+        if job.done.exists():
+            result = {k.split(":")[1]: v for k, v in json.loads(job.done.read_text()).items()}
+            iou = {s: {c: result[s][f"IoU.{c}"] for c in data.CITYSCAPES.names} for s in result}
+            small = [iou[s][c] for s in UNSEEN for c in SMALL if iou[s][c] is not None]
+            runs.append({
+                "row": row.title, "seed": seed, "command": " ".join(map(str, job.call[1:])),
+                "mIoU": {s: result[s]["mIoU"] for s in result},
+                "unseen": float(np.mean([result[s]["mIoU"] for s in UNSEEN])),
+                "small": float(np.mean(small)), "IoU": iou})
     return runs
 
 
 def by_row(runs, key):
-    """{title: array of percentages, one a seed}."""
-    titles = dict.fromkeys(r["row"] for r in runs)
-    return {t: np.array([100 * r[key] for r in runs if r["row"] == t]) for t in titles}
+    """{title: array of percentages, one a seed}; key: of a run, or a style."""
+    values = {}
+    for run in runs:
+        value = run["mIoU"][key] if key in run["mIoU"] else run[key]
+        values.setdefault(run["row"], []).append(100 * value)
+    return {title: np.array(v) for title, v in values.items()}
 
 
 def spread(values):
@@ -531,170 +473,125 @@ def spread(values):
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def difference(d):
-    """Mean of paired differences, one a seed, and its standard error."""
-    if len(d) == 1:
+def difference(a, b):
+    """Mean of a - b, seed by seed as far as both have it, and its standard error."""
+    n = min(len(a), len(b))
+    d = a[:n] - b[:n]
+    if n == 1:
         return f"{d[0]:+.1f} (one seed)"
-    return f"{d.mean():+.1f} (standard error {d.std(ddof=1) / len(d)**0.5:.1f})"
+    return f"{d.mean():+.1f} (standard error {d.std(ddof=1) / n**0.5:.1f})"
+
+
+def markdown(head, rows):
+    """A table as lines of markdown."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 def verdict(runs):
-    """The differences that the experiment is about, seed by seed, as lines of text."""
-    unseen, small = by_row(runs, "unseen"), by_row(runs, "small")
-    lines = []
-
-    def paired(a, b, table):
-        n = min(len(table[a]), len(table[b]))  # seeds that both have
-        return difference(table[a][:n] - table[b][:n])
-
+    """The differences of COMPARED as lines of text."""
+    values, lines = {key: by_row(runs, key) for key in ("unseen", "small")}, []
+    unseen = values["unseen"]
     if {SOURCE, FULL_ROW, ORACLE} <= unseen.keys():
         n = min(len(unseen[t]) for t in (SOURCE, FULL_ROW, ORACLE))  # seeds that all have
         source, full, oracle = (unseen[t][:n].mean() for t in (SOURCE, FULL_ROW, ORACLE))
-        gap, closed = oracle - source, (full - source) / (oracle - source)
-        lines.append(f"- The full method closes {100 * closed:.0f} % of the {gap:.1f} points "
-                     "between source only and the oracle.")
-    for title, other, table, what in (
-            (FULL_ROW, SOURCE, unseen, "mIoU"), (FULL_ROW, NO_SWAP, unseen, "mIoU"),
-            (FULL_ROW, NO_MRLF, unseen, "mIoU"), (FULL_ROW, NO_MRLF, small, "small classes"),
-            (FULL_ROW, STRONG, unseen, "mIoU"), (FULL_ROW, STRONG, small, "small classes"),
-            (BOTH, STRONG, unseen, "mIoU"), (BOTH, FULL_ROW, unseen, "mIoU"),
-            (DIFF, SOURCE, unseen, "mIoU"), (DIFF, NO_IPKL, unseen, "mIoU"),
-            (DIFF_FULL, DIFF, unseen, "mIoU"), (DIFF_FULL, FULL_ROW, unseen, "mIoU"),
-            (DIFF_X4, SOURCE, unseen, "mIoU"), (DIFF_FULL_X4, DIFF_X4, unseen, "mIoU"),
-            (DIFF_FULL_X4, FULL_ROW, unseen, "mIoU")):
-        if {title, other} <= table.keys():
+        lines.append(f"- The full method closes {100 * (full - source) / (oracle - source):.0f} % "
+                     f"of the {oracle - source:.1f} points between source only and the oracle.")
+    for title, other, key in COMPARED:
+        if {title, other} <= unseen.keys():
             name = "Full method" if title == FULL_ROW else title[0].upper() + title[1:]
-            lines.append(f"- {name} against {other}, {what}: {paired(title, other, table)}.")
+            what = {"unseen": "mIoU", "small": "small classes"}[key]
+            lines.append(f"- {name} against {other}, {what}: "
+                         f"{difference(values[key][title], values[key][other])}.")
     return lines
 
 
-def measure_cost(out, rows, precision):
-    """cost.json: {model: CPU seconds that a picture takes on one thread, parameters trained}.
-
-    Of SegFormer and of DIFF as in all their rows.
-    """
-    torch.set_num_threads(1)
-    weights = {"SegFormer": (recipes.TOY / "segformer", "fp32")}
-    for row in rows:
-        if row.diff is not None:
-            weights.setdefault("DIFF", (run_path(out, row, 0) / "segformer", precision))
-    costs, image = {}, streets.toy_street(0)[0]
-    for name, (folder, kind) in weights.items():
-        args = dginstyle.settings("segment", "eval", "--weights", folder, "--precision", kind)
-        model, seconds = dginstyle.load_segmenter(args, data.CITYSCAPES), []
-        for _ in range(12):
-            start = time.process_time()
-            segformer.predict(model, image, args.crop)
-            seconds.append(time.process_time() - start)
-        costs[name] = {"seconds": min(seconds),
-                       "parameters": sum(p.numel() for p in model.parameters())}
-    (out / "cost.json").write_text(json.dumps(costs, indent=1) + "\n")
-
-
-def tables(out, scale, runs):
+def tables(x, runs):
     """The text of claim.md."""
-    unseen, small = by_row(runs, "unseen"), by_row(runs, "small")
-    seen = {t: np.array([100 * r["mIoU"]["sunny"] for r in runs if r["row"] == t]) for t in unseen}
+    columns = [by_row(runs, key) for key in ("unseen", "small", "sunny")]
+    scale, seeds = x.scale, {t: len(v) for t, v in columns[0].items()}
+    name = {t: t if n >= scale.seeds else f"{t} ({n} of {scale.seeds} seeds)"
+            for t, n in seeds.items()}
+    costs = [f"- {model}: {cost['seconds']:.2g} s an image on one core, {cost['parameters']:,} "
+             "trained parameters." for model, cost in x.read("cost.json").items()]
     lines = [f"{scale.source} sunny label maps, {scale.images} generated images, "
              f"{scale.steps} steps, {scale.seeds} seeds; mIoU in percent, mean ± standard "
-             f"deviation over seeds, on {scale.test} test streets of each style.", "",
-             "| trained on | six unseen styles | small classes there | sunny |",
-             "|---|---|---|---|"]
-    name = {t: t if len(v) >= scale.seeds else f"{t} ({len(v)} of {scale.seeds} seeds)"
-            for t, v in unseen.items()}
-    lines += [f"| {name[t]} | {spread(unseen[t])} | {spread(small[t])} | {spread(seen[t])} |"
-              for t in unseen]
-    lines += ["", *verdict(runs), *cost_lines(out), ""]
-    lines += ["| trained on | " + " | ".join(UNSEEN) + " |", "|---" * (len(UNSEEN) + 1) + "|"]
-    for t in unseen:
-        cells = [np.array([100 * r["mIoU"][s] for r in runs if r["row"] == t]) for s in UNSEEN]
-        lines.append(f"| {name[t]} | " + " | ".join(spread(c) for c in cells) + " |")
-    lines += size_table(out, scale)
-    file = out / "fidelity.json"
-    if file.exists():
-        found = json.loads(file.read_text())
+             f"deviation over seeds, on {scale.test} test streets of each style.", ""]
+    for head, some in ((["six unseen styles", "small classes there", "sunny"], columns),
+                       (UNSEEN, [by_row(runs, s) for s in UNSEEN])):
+        lines += markdown(["trained on", *head],
+                          [[name[t], *(spread(c[t]) for c in some)] for t in name])
+        lines += ["", *verdict(runs), *costs, ""] if some is columns else []
+    lines += size_table(x)
+    if found := x.read("fidelity.json"):
         lines += ["", *fidelity_table(found), "", *domain_table(found["domains"]), "",
-                  *rare_class_table(out, scale)]
+                  *rare_class_table(x)]
     return "\n".join(lines) + "\n"
 
 
-def cost_lines(out):
-    """What `measure_cost` has found, as lines of text."""
-    file = out / "cost.json"
-    costs = json.loads(file.read_text()) if file.exists() else {}
-    return [f"- {name}: {cost['seconds']:.2g} s an image on one core, {cost['parameters']:,} "
-            "trained parameters." for name, cost in costs.items()]
-
-
-def size_table(out, scale):
+def size_table(x):
     """IoU of the small classes by the size of the object, rows of SIZED; [] before it is known."""
-    small = [data.CITYSCAPES.names.index(c) for c in SMALL]
-    iou, lines = {}, []  # title: percent (seeds, quarters)
-    for row in (r for r in ROWS if r.title in SIZED):
-        files = [run_path(out, row, s) / "sizes.json" for s in range(scale.seeds)]
-        found = [json.loads(f.read_text()) for f in files if f.exists()]
-        if found:
-            edges = np.array(found[0]["edges"])[small]
-            iou[row.title] = 100 * np.array([np.nanmean(measures.iou_by_size(
-                np.array(r["counts"]))[small], axis=0) for r in found])
-            lines.append(f"| {row.title} | " + " | ".join(map(spread, iou[row.title].T)) + " |")
-    if not lines:
+    iou = {}  # title: percent (seeds, quarters)
+    for title in SIZED:
+        files = [x.run_path(title, s) / "sizes.json" for s in range(x.scale.seeds)]
+        if found := [json.loads(f.read_text()) for f in files if f.exists()]:
+            edges = np.array(found[0]["edges"])[small_classes()]
+            iou[title] = 100 * np.array([np.nanmean(measures.iou_by_size(
+                np.array(r["counts"]))[small_classes()], axis=0) for r in found])
+    if not iou:
         return []
+    lines = markdown(["trained on", "smallest quarter", "second", "third", "largest"],
+                     [[title, *map(spread, v.T)] for title, v in iou.items()])
     if {FULL_ROW, NO_MRLF} <= iou.keys():
-        n = min(len(iou[FULL_ROW]), len(iou[NO_MRLF]))
-        d = iou[FULL_ROW][:n] - iou[NO_MRLF][:n]
-        quarters = ", ".join(map(difference, d.T))
-        lines += ["", f"Full method against {NO_MRLF}: {quarters}; the three smaller quarters "
-                  f"together {difference(d[:, :3].mean(axis=1))}."]
+        a, b = iou[FULL_ROW], iou[NO_MRLF]
+        lines += ["", f"Full method against {NO_MRLF}: {', '.join(map(difference, a.T, b.T))}; the "
+                  "three smaller quarters together "
+                  f"{difference(a[:, :3].mean(axis=1), b[:, :3].mean(axis=1))}."]
     bounds = "; ".join(f"{c} {', '.join(f'{e:.0f}' for e in row)}"
                        for c, row in zip(SMALL, edges, strict=True))
     return ["", "Small classes on the unseen styles by the size of the object: mean IoU over the "
             "classes, in the four quarters of each class's objects (connected pixels of one class; "
-            f"where the quarters part, in pixels: {bounds}). Falsely found pixels count for the "
-            "size of the object they make up in the prediction.", "",
-            "| trained on | smallest quarter | second | third | largest |", "|---|---|---|---|---|",
-            *lines]
+            f"the quarters' bounds in pixels: {bounds}). Falsely found pixels count for the "
+            "size of the object they make up in the prediction.", "", *lines]
 
 
 def domain_table(domains):
-    """The measures of `measure_domains`."""
-    lines = ["What a set looks like to the judge: variance within a class, and squared distance "
-             "between the means of a class, on the features of its four stages, both as a share of "
-             "the source's variance within a class (0: one domain; chance is taken off).", "",
-             "| pictures | within a class | to source | to unseen | " + " | ".join(UNSEEN) + " |",
-             "|---" * (len(UNSEEN) + 4) + "|"]
-    for name, m in domains.items():
-        cells = [m["within"], m["source"], np.mean([m[s] for s in UNSEEN]), *(m[s] for s in UNSEEN)]
-        lines.append(f"| {name} | " + " | ".join(f"{v:.2f}" for v in cells) + " |")
-    return lines
+    """The measures of `measures.domains`."""
+    rows = [[name, *(f"{v:.2f}" for v in (m["within"], m["source"], np.mean([m[s] for s in UNSEEN]),
+                                          *(m[s] for s in UNSEEN)))]
+            for name, m in domains.items()]
+    return ["The judge's features of a set: variance within a class, and squared distance "
+            "between the means of a class, on its four stages, both as a share of "
+            "the source's variance within a class (0: one domain; chance is taken off).", "",
+            *markdown(["pictures", "within a class", "to source", "to unseen", *UNSEEN], rows)]
 
 
 def fidelity_table(found):
-    lines = ["Fidelity of the generated images: mIoU of a segmenter trained on real pictures of "
-             "all styles, on the images and (in brackets) on real pictures of the same crops; "
-             "share of images to which a classifier gives the weather of the prompt (on real ones "
-             f"it is right in {100 * found['style classifier on real pictures']:.1f} %).", "",
-             "| images | label fidelity | of real | small classes | style fidelity |",
-             "|---|---|---|---|---|"]
+    rows = []
     for name, runs in found.items():
-        if not isinstance(runs, list):
-            continue
-        m = {k: np.array([100 * r[k] for r in runs if r[k] is not None])
-             for k in runs[0] if k != "weathers"}
-        style = spread(m["style"]) if len(m["style"]) else "-"
-        lines.append(f"| {name} | {spread(m['mIoU'])} ({m['mIoU real'].mean():.1f}) | "
-                     f"{100 * (m['mIoU'] / m['mIoU real']).mean():.0f} % | {spread(m['small'])} "
-                     f"({m['small real'].mean():.1f}) | {style} |")
+        if isinstance(runs, list):
+            m = {k: np.array([100 * r[k] for r in runs if r[k] is not None])
+                 for k in runs[0] if k != "weathers"}
+            rows.append([name, f"{spread(m['mIoU'])} ({m['mIoU real'].mean():.1f})",
+                         f"{100 * (m['mIoU'] / m['mIoU real']).mean():.0f} %",
+                         f"{spread(m['small'])} ({m['small real'].mean():.1f})",
+                         spread(m["style"]) if len(m["style"]) else "-"])
     seen = {w: [r["weathers"][w] for r in found.get("full", []) if w in r["weathers"]]
             for w in streets.STYLES}
     shares = ", ".join(f"{w} {image:.0f} ({twin:.0f})" for w, v in seen.items() if v
                        for image, twin in [100 * np.mean(v, axis=0)])
-    lines += ["", f"Percent of the weathers recognised, full method (real twins): {shares}."]
     psnr = ", ".join(f"{style} {v:.1f}" for style, v in found["VAE"].items())
-    return [*lines, "", f"What the VAE alone keeps of unseen pictures, PSNR in dB: {psnr}."]
+    return ["Fidelity of the generated images: mIoU of a segmenter trained on real pictures of "
+            "all styles, on the images and (in brackets) on real pictures of the same crops; "
+            "share of images to which a classifier gives the weather of the prompt (on real ones "
+            f"it is right in {100 * found['style classifier on real pictures']:.1f} %).", "",
+            *markdown(["images", "label fidelity", "of real", "small classes", "style fidelity"],
+                      rows), "",
+            f"Percent of the weathers recognised, full method (real twins): {shares}.", "",
+            f"What the VAE alone keeps of unseen pictures, PSNR in dB: {psnr}."]
 
 
-def rare_class_table(out, scale):
+def rare_class_table(x):
     """Share of pixels and of images with each class: source, uniform crops, rare-class crops."""
     def shares(labels):
         pixels = sum(np.bincount(x.ravel(), minlength=256)[:19] for x in labels)
@@ -702,22 +599,20 @@ def rare_class_table(out, scale):
         return 100 * pixels / pixels.sum(), 100 * images
 
     def generated(name):
-        files = sorted((set_path(out, name, 0) / "labels").glob("*_labelTrainIds.png"))
+        files = sorted((x.set_path(name, 0) / "labels").glob("*_labelTrainIds.png"))
         return [np.asarray(Image.open(f)) for f in files]
 
-    scenes = streets.ToyStreets(("sunny",), scale.source, "train")
-    maps = {"source": [scenes.label(i) for i in range(scale.source)],
+    scenes = streets.ToyStreets(("sunny",), x.scale.source, "train")
+    maps = {"source": [scenes.label(i) for i in range(x.scale.source)],
             "uniform crops": generated("no rare classes"), "rare-class crops": generated("full")}
     maps = {k: shares(v) for k, v in maps.items() if v}
-    counts = data.class_counts(scenes)
-    draw = 100 * np.asarray(data.rcs_probabilities(counts))
-    lines = ["Rare-class sampling, from the statistics of the source to the labels of the images: "
-             "percent of pixels / percent of images that show the class.", "",
-             "| class | P(c) | " + " | ".join(maps) + " |", "|---" * (len(maps) + 2) + "|"]
-    for c in np.argsort(maps["source"][0]):
-        cells = [f"{pixels[c]:.2f} / {images[c]:.0f}" for pixels, images in maps.values()]
-        lines.append(f"| {data.CITYSCAPES.names[c]} | {draw[c]:.1f} | " + " | ".join(cells) + " |")
-    return lines
+    draw = 100 * np.asarray(data.rcs_probabilities(data.class_counts(scenes)))
+    rows = [[data.CITYSCAPES.names[c], f"{draw[c]:.1f}",
+             *(f"{pixels[c]:.2f} / {images[c]:.0f}" for pixels, images in maps.values())]
+            for c in np.argsort(maps["source"][0])]
+    return ["Rare-class sampling, from the statistics of the source to the labels of the images: "
+            "percent of pixels / percent of images that show the class.", "",
+            *markdown(["class", "P(c)", *maps], rows)]
 
 
 def figure(runs):
@@ -738,10 +633,9 @@ def figure(runs):
         parts.append(f'<path d="M{x(v):.1f} 28V{bottom}" stroke="#e4e4e4"/><text x="{x(v):.1f}" '
                      f'y="{bottom + 18}" text-anchor="middle" fill="#666">{v:.0f}</text>')
     colours = {SOURCE: "#777", FULL_ROW: "#c2410c", ORACLE: "#15803d"}
-    for title in colours:
-        if title in unseen:
-            parts.append(f'<path d="M{x(unseen[title].mean()):.1f} 28V{bottom}" '
-                         f'stroke="{colours[title]}" stroke-dasharray="4 4"/>')
+    for title in (t for t in colours if t in unseen):
+        parts.append(f'<path d="M{x(unseen[title].mean()):.1f} 28V{bottom}" '
+                     f'stroke="{colours[title]}" stroke-dasharray="4 4"/>')
     for k, (title, values) in enumerate(unseen.items()):
         y, colour = 40 + step * k + 6, colours.get(title, "#1d4ed8")
         parts.append(f'<text x="{left - 12}" y="{y + 5}" text-anchor="end">{title}</text>')
@@ -754,64 +648,20 @@ def figure(runs):
     return "\n".join(parts) + "\n"
 
 
-def scatter(runs, domains):
-    """The text of domains.svg: does a set that lies nearer to the unseen styles train better?
-
-    A point for the source and for every whole set that is added to it, from one row of the table.
-    """
-    unseen = by_row(runs, "unseen")
-    named = {"source" if not r.sets else r.sets[0]: unseen[r.title].mean() for r in ROWS
-             if r.title in unseen and r.diff is None and not r.strong and r.source == "sunny"
-             and len(r.sets) < 2}
-    points = [(np.mean([domains[n][s] for s in UNSEEN]), v, n) for n, v in named.items()
-              if n in domains]
-    low, high = (np.array([f(p[k] for p in points) for k in (0, 1)]) for f in (min, max))
-    scale = np.array((560, 320)) / np.maximum(high - low, 1e-6)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 440" '
-             'font-family="system-ui,sans-serif" font-size="13">',
-             '<rect width="100%" height="100%" fill="#fff"/>',
-             '<path d="M60 20V390H800" fill="none" stroke="#999"/>',
-             '<text x="430" y="428" text-anchor="middle">squared distance to the unseen styles, '
-             'mean of six</text>', '<text transform="translate(18 205) rotate(-90)" '
-             'text-anchor="middle">mIoU on the unseen styles</text>']
-    at = 0.0
-    for x, y, name in sorted(points, key=lambda p: -p[1]):
-        a, b = 90 + (x - low[0]) * scale[0], 370 - (y - low[1]) * scale[1]
-        at = max(b, at + 16)  # words under words
-        parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="#1d4ed8"/>'
-                     f'<path d="M{a:.1f} {b:.1f}L{a + 14:.1f} {at:.1f}" stroke="#1d4ed8"/>'
-                     f'<text x="{a + 17:.1f}" y="{at + 4:.1f}">{name}: {x:.2f}, {y:.1f}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def page(out, names):
-    """gallery.html with the images of the first seed of every set."""
-    rows = []
-    for name in names:
-        folder = set_path(out, name, 0)
-        for line in (folder / "manifest.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            for key in ("image", "label"):
-                row[key] = f"{folder.relative_to(out)}/{row[key]}"
-            rows.append({**row, "set": name})
-    size = np.asarray(Image.open(out / rows[0]["image"])).shape[:2]
-    gallery.write_gallery(out, rows, size, "DGInStyle in miniature")
-
-
 def open_experiment(args):
-    """-> its Scale, rows and folder; SystemExit where the folder holds another experiment."""
+    """-> the Experiment; SystemExit where its folder holds another one."""
     scale = QUICK if args.quick else BRIEF if args.diff else FULL
     rows = [r for r in ROWS if (r.diff is not None or r.title in BESIDE_DIFF if args.diff else
-                                r.diff is None and (r.quick or not (args.quick or args.main)))]
-    name = "diff" if args.diff else "claim"
-    out = args.out or Path("runs") / (name + "-quick" * args.quick)
+                                r.diff is None and (r.main or not (args.quick or args.main)))]
+    out = args.out or Path("runs") / (("diff" if args.diff else "claim") + "-quick" * args.quick)
     for folder in ("sets", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    file, mine = out / "scale.json", asdict(scale)
-    if file.exists() and (before := json.loads(file.read_text())) != mine:
+    x = Experiment(out, scale, tuple(rows), args.precision)
+    before = x.read("scale.json")
+    if before not in ({}, asdict(scale)):
         raise SystemExit(f"{out} holds an experiment of {before}: choose another --out")
-    file.write_text(json.dumps(mine) + "\n")
-    return scale, rows, out, name
+    (out / "scale.json").write_text(json.dumps(asdict(scale)) + "\n")
+    return x
 
 
 def main(argv=None):
@@ -829,35 +679,21 @@ def main(argv=None):
                              "it (default: %(default)s; the results in experiments/: bf16)")
     parser.add_argument("--install", action="store_true", help="copy the results to experiments/")
     args = parser.parse_args(argv)
-    scale, rows, out, name = open_experiment(args)
-    start = time.time()
-    run_all([*generate_jobs(out, scale, rows, args.precision), *encoder_jobs(out, scale)],
-            out, args.jobs)
-    run_all(derived_jobs(out, scale, rows), out, args.jobs)
-    sets = [n for n in (*SETS, TWINS, DECODED) if set_path(out, n, 0).exists()]
-    run_all([*([] if args.diff else fidelity_jobs(out, scale, sets)),
-             *row_jobs(out, scale, rows, args.precision)], out, args.jobs)
-    if args.diff:
-        run_all([Job("cost", out / "cost.json", (measure_cost, out, rows, args.precision), 60)],
-                out, 1)
-    else:
-        run_all(size_jobs(out, scale, rows), out, args.jobs)
+    x, start = open_experiment(args), time.time()
+    run_all([*set_jobs(x), *encoder_jobs(x)], x.out, args.jobs)
+    run_all([*derived_jobs(x)], x.out, args.jobs)
+    run_all([*([] if args.diff else [fidelity_job(x)]), *row_jobs(x)], x.out, args.jobs)
+    run_all([Job("cost", x.out / "cost.json", (measure_cost, x))] if args.diff else
+            [*size_jobs(x)], x.out, args.jobs)
 
-    runs = collect(out, scale, rows, args.precision)
-    (out / f"{name}.json").write_text(json.dumps(runs, indent=1) + "\n")
-    (out / f"{name}.md").write_text(tables(out, scale, runs), encoding="utf-8")
-    (out / f"{name}.svg").write_text(figure(runs), encoding="utf-8")
-    files = [out / f"{name}.{kind}" for kind in ("json", "md", "svg")]
-    if not args.diff:
-        domains = json.loads((out / "fidelity.json").read_text())["domains"]
-        files.append(out / "domains.svg")
-        files[-1].write_text(scatter(runs, domains), encoding="utf-8")
-    page(out, sets)
-    for file in files if args.install else ():
-        shutil.copy(file, HERE / file.name)
-    print(files[1].read_text(encoding="utf-8"))
-    print(f"{(time.time() - start) / 60:.0f} minutes; {', '.join(map(str, files))}, "
-          f"{out / 'gallery.html'}")
+    runs, name = collect(x), "diff" if args.diff else "claim"
+    for kind, text in (("json", json.dumps(runs, indent=1) + "\n"), ("md", tables(x, runs)),
+                       ("svg", figure(runs))):
+        (x.out / f"{name}.{kind}").write_text(text, encoding="utf-8")
+        if args.install:
+            shutil.copy(x.out / f"{name}.{kind}", HERE)
+    print(tables(x, runs), f"{(time.time() - start) / 60:.0f} minutes; {name}.json, {name}.md and "
+          f"{name}.svg are in {x.out}", sep="\n")
 
 
 if __name__ == "__main__":

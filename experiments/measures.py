@@ -1,13 +1,17 @@
-"""What the claim experiment measures beyond class means: objects by size, and domains by features.
+"""What the claim experiment measures beyond class means: objects by size, domains by features,
+weather by a classifier, and what the VAE loses.
 
-Needs numpy and torch; maps are (H, W) arrays of trainIds, 255 = ignore.
+Maps are (H, W) arrays of trainIds, 255 = ignore.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import data
+import dginstyle
+from toy import streets
 
 
 def component_sizes(label, num_classes):
@@ -125,3 +129,77 @@ def quarters(maps, size):
     n, H, W = maps.shape[:3]
     cut = maps.reshape(n, H // h, h, W // w, w, *maps.shape[3:])
     return np.moveaxis(cut, 3, 2).reshape(-1, h, w, *maps.shape[3:])
+
+
+def domains(sets, judge, source):
+    """{source, style or set: variance within a class and distance to the source and to each unseen
+    style, squared, both as a share of the source's variance}; a set is the mean of its seeds.
+
+    sets: {name: [folder of every seed]}. Real pictures: `source` sunny ones, and as many of every
+    unseen style, of validation scenes; all cut to the size of the generated ones.
+    """
+    def features(pairs, first=0, step=1):
+        maps = zip(*[pairs.pair(i) for i in range(first, len(pairs), step)], strict=True)
+        return class_features(judge, *(quarters(m, (64, 128)) for m in maps))
+
+    unseen = [s for s in streets.STYLES if s != "sunny"]
+    val = streets.ToyStreets(unseen, len(unseen) * source, "val")
+    unit = features(streets.ToyStreets(("sunny",), source, "train"))
+    real = {"source": standardised(unit, unit)}
+    for k, style in enumerate(unseen):
+        real[style] = standardised(features(val, k, len(unseen)), unit)
+    own = spread_within(real["source"])
+
+    def row(f):
+        return {"within": spread_within(f) / own,
+                **{to: 0.0 if f is g else domain_distance(f, g) / own for to, g in real.items()}}
+
+    found = {name: row(f) for name, f in real.items()}
+    for name, folders in sets.items():
+        rows = [row(standardised(features(data.open_set(str(f))), unit)) for f in folders]
+        found[name] = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
+    return found
+
+
+def style_classifier(steps, size=(64, 128)):
+    """A small CNN that tells the seven styles apart on real crops -> (net, accuracy on val)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 24, 5, 2, 2), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.ReLU(),
+        nn.Conv2d(48, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(streets.STYLES)))
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+
+    def batch(pairs, rng, n=32):
+        images, styles = [], []
+        for _ in range(n):
+            i = int(rng.integers(len(pairs)))
+            crop, _ = data.scaled_crop(pairs.image(i), None, size, rng, [1.0])
+            images.append(dginstyle.from_uint8(crop[None])[0])
+            styles.append(streets.STYLES.index(pairs.weather(i)))
+        return torch.stack(images), torch.tensor(styles)
+
+    pairs, rng = streets.ToyStreets(streets.STYLES, 2 * steps, "train"), np.random.default_rng(0)
+    for _ in range(steps):
+        x, y = batch(pairs, rng)
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval()
+    x, y = batch(streets.ToyStreets(streets.STYLES, 140, "val"), np.random.default_rng(1), 560)
+    with torch.no_grad():
+        return net, float((net(x).argmax(1) == y).float().mean())
+
+
+@torch.no_grad()
+def reconstruction(vae, n=12):
+    """PSNR in dB of encoding and decoding n whole unseen streets, style by style."""
+    psnr = {}
+    for style in streets.STYLES:
+        scenes = streets.ToyStreets([style], n, "val")
+        x = dginstyle.from_uint8(np.stack([scenes.image(i) for i in range(n)]))
+        error = F.mse_loss(vae.decode(vae.encode(x)).clamp(-1, 1), x)
+        psnr[style] = 10 * np.log10(4 / error.item())
+    return psnr

@@ -1,14 +1,11 @@
-"""A GPU that is not there: on it tensors have a size, a type and a device but no content.
-
-    python -m experiments.pretend      # what a step of Stable Diffusion 1.5 launches and waits for
+"""A fake CUDA device: its tensors have a size, a type and a device but no content.
 
 Every operation of this repository can run on it. One that mixes devices fails, as on a real GPU,
 and so does one that asks for content (`item`, `if tensor`), for which the program would wait.
-`gpu` is that GPU, `Launches` counts what reaches it.
+`gpu` is the device, `Launches` counts what reaches it.
 
-It does not see the backward pass (gradients are zeros, made without autograd's engine, which asks
-the driver for streams), nor values, speed or memory. Nor mps: a PyTorch built without it refuses to
-index a fake mps tensor, so that no network can run there.
+The backward pass is left out: gradients are zeros, made without autograd's engine, which asks the
+driver for streams. Values, speed and memory are not simulated either.
 """
 
 import contextlib
@@ -25,9 +22,10 @@ import data
 import dginstyle
 import diff
 import recipes
-from clip_text import TextEncoder, Tokenizer
+from clip_text import TextEncoder
 from controlnet import ControlNet
 from dginstyle import Models, Schedule
+from toy.make import train_tokenizer
 from unet import UNet
 from vae import VAE
 
@@ -68,16 +66,22 @@ def on_gpu(value):
     return isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta")
 
 
+class NoMask(np.ndarray):
+    """A mask of zeros as `dginstyle.window_batches` reads it."""
+
+    def cpu(self):
+        return self
+
+
 @contextlib.contextmanager
 def fixed_content():
     """The few places whose way depends on content take a fixed one: no window lies inside the mask,
     images come back black, HRDA's crop lies in the corner, DIFF's pictures show one listed class.
     """
-    plan, one_hot, randint = dginstyle.plan_windows, data.one_hot, torch.randint
+    batches, one_hot, randint = dginstyle.window_batches, data.one_hot, torch.randint
 
-    def plan_all(mask, window, stride):
-        with unset_fake_temporarily():
-            return plan(torch.zeros(mask.shape), window, stride)
+    def all_batches(models, text, hint, mask, *rest):
+        return batches(models, text, hint, np.zeros(mask.shape).view(NoMask), *rest)
 
     def black(images):
         B, _, H, W = images.shape
@@ -96,7 +100,7 @@ def fixed_content():
         return [[0, 1]] * len(labels), masks
 
     patch = mock.patch.object
-    with (patch(dginstyle, "plan_windows", plan_all), patch(dginstyle, "to_uint8", black),
+    with (patch(dginstyle, "window_batches", all_batches), patch(dginstyle, "to_uint8", black),
           patch(data, "one_hot", unchecked), patch(torch, "randint", corner),
           patch(diff, "texts_and_masks", two_texts)):
         yield
@@ -161,7 +165,7 @@ def sd_models(device="cuda:0", dtype=torch.bfloat16):
     unet = UNet()
     nets = [net.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
             for net in (unet, ControlNet(unet.config), VAE(), TextEncoder())]
-    return Models(*nets, Tokenizer.train(["a city street scene in rainy weather"], 20), schedule())
+    return Models(*nets, train_tokenizer(["a city street scene in rainy weather"], 20), schedule())
 
 
 @torch.no_grad()
@@ -176,13 +180,3 @@ def second_pass_step(models, **options):
     with Launches() as seen:
         next(steps)
     return seen
-
-
-def main():
-    with gpu():
-        seen = second_pass_step(sd_models(), stride=(16, 16), tile_batch=32)
-    print(f"{seen.launched.total()} operators: {dict(seen.launched)}\nwaits: {dict(seen.waits)}")
-
-
-if __name__ == "__main__":
-    main()
