@@ -2383,13 +2383,13 @@ def test_generate_again_makes_what_is_missing(generated, tmp_path):
 def test_a_killed_generate_makes_the_images_of_a_whole_run(tmp_path):
     """kill -9 after the first image: the same command ends with the images of an undisturbed run,
     of which those that were finished are not made again."""
-    words = ["generate", "--steps", "2", "--num", "5", "--no-mrlf", "--batch", "1", "--data",
+    words = ["generate", "--steps", "2", "--num", "8", "--no-mrlf", "--batch", "1", "--data",
              "toy:sunny:40", "--out"]
     assert main([*words, str(tmp_path / "whole")]) == 0
     out = tmp_path / "parts"
     kill_when(lambda: any(out.glob("vis/*.png")), [*words, out])
     finished = {p: p.stat().st_mtime_ns for p in out.glob("vis/*.png")}
-    assert 1 <= len(finished) < 5
+    assert 1 <= len(finished) < 8
     assert main([*words, str(out)]) == 0
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in finished.items())
     for folder in ("images", "labels", "vis"):
@@ -2414,6 +2414,28 @@ def test_generate_takes_label_maps_of_any_kind(flags, data_set, made, tmp_path):
                  *flags]) == 0
     assert [Image.open(f).size for f in (out / "images").iterdir()] == [made] * 2
     assert [data.read_label(f).shape for f in (out / "labels").iterdir()] == [made[::-1]] * 2
+
+
+def test_prompts_of_ones_own_and_pictures_painted_anew(tmp_path):
+    """--prompts takes its templates in place of the paper's, --weather any words; with --restyle
+    and little noise an image is nearly the picture of its label, and nothing like it without."""
+    street_set(tmp_path / "set", "ab", (64, 128))
+    (tmp_path / "p.txt").write_text("{classes} at {weather}\na model of {classes}\n")
+    words = ["generate", "--steps", "4", "--num", "6", "--no-mrlf", "--no-rcs", "--data",
+             str(tmp_path / "set"), "--prompts", str(tmp_path / "p.txt"), "--weather", "hail",
+             "--out"]
+    assert main([*words, str(tmp_path / "plain")]) == 0
+    rows = [json.loads(line) for line in open(tmp_path / "plain/manifest.jsonl")]
+    assert {row["weather"] for row in rows} == {"hail", None}
+    for row in rows:
+        names = data.caption(data.read_label(tmp_path / "plain" / row["label"]))
+        assert row["prompt"] == (f"{names} at hail" if row["weather"] else f"a model of {names}")
+    assert main([*words, str(tmp_path / "anew"), "--restyle", "0.3"]) == 0
+    sources, plain, anew = (
+        pixels(folder / "images") for folder in map(tmp_path.joinpath, ("set", "plain", "anew")))
+    for name in plain:
+        source = sources[name.partition("_")[2]].astype(int)
+        assert np.abs(anew[name] - source).mean() < 0.5 * np.abs(plain[name] - source).mean()
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch(generated, tmp_path):
@@ -2640,7 +2662,8 @@ def test_published_sets_are_trained_on_train_and_measured_on_val(tmp_path):
 
 
 def test_other_classes_everywhere(tmp_path):
-    """Three classes of a JSON file: hint, captions, palette, sampling, logits and metric."""
+    """Three classes of a JSON file: hint, captions, palette, sampling, logits and metric, from a
+    ControlNet of other classes on."""
     file, colours = tmp_path / "classes.json", [[9, 0, 0], [0, 9, 0], [0, 0, 9]]
     file.write_text(json.dumps({"names": ["water", "ship", "quay"], "colours": colours,
                                 "ids": {"5": 0, "7": 1, "9": 2, "0": None}}))
@@ -2653,7 +2676,7 @@ def test_other_classes_everywhere(tmp_path):
     common = ["--data", str(tmp_path / "set"), "--classes", str(file)]
     out, made = str(tmp_path / "train"), tmp_path / "made"
     assert main(["train", "controlnet", *common, "--size", "32x64", "--steps", "1", "--batch", "1",
-                 "--cache", "0", "--out", out]) == 0
+                 "--cache", "0", "--controlnet", str(HERE / "toy/controlnet"), "--out", out]) == 0
     flags = ["--controlnet", out + "/controlnet", "--steps", "1", "--no-mrlf", "--num", "2"]
     assert main(["generate", *common, *flags, "--out", str(made)]) == 0
     for row in map(json.loads, open(made / "manifest.jsonl")):
@@ -2696,11 +2719,11 @@ def test_two_processes_train_as_one(pack, tmp_path, monkeypatch):
 def test_a_killed_training_ends_with_the_same_weights(tmp_path):
     """kill -9 after the first checkpoint: the same command goes on from a checkpoint and ends with
     the weights of an undisturbed run."""
-    flags = [*TINY_RUN, "--steps", "12", "--save-every", "2", "--out"]
+    flags = [*TINY_RUN, "--steps", "20", "--save-every", "2", "--out"]
     assert main([*flags, str(tmp_path / "whole")]) == 0
     saved = tmp_path / "parts/checkpoints/segformer.pt"
     kill_when(saved.is_file, [*flags, tmp_path / "parts"])
-    assert 2 <= torch.load(saved, weights_only=True)["step"] < 12
+    assert 2 <= torch.load(saved, weights_only=True)["step"] < 20
     assert main([*flags, str(tmp_path / "parts")]) == 0
     whole, parts = (load_file(tmp_path / run / "segformer/model.safetensors")
                     for run in ("whole", "parts"))
@@ -2931,6 +2954,9 @@ BAD_INPUTS = [  # command line, words of the sentence, what is done before
     ("segment predict nowhere.png", "nowhere.png"),
     ("segment predict odd.png", "odd.png", lambda _: put("odd.png", "no picture")),
     ("rcs-subset --num 99", "99"),
+    ("generate --restyle 0.5 --data data/labels", "data/labels"),
+    ("generate --restyle 0.001", "restyle 0.001"),
+    ("generate --prompts c.json", "c.json {classes}"),
     ("rcs-subset", "out not empty", lambda _: put("out/a", "")),
     ("generate --sd nowhere --controlnet sd/controlnet", "nowhere"),
     ("generate --controlnet sd/vae", "sd/vae"),
