@@ -187,8 +187,10 @@ def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
     lut = np.full(65537, unknown, np.uint8)  # the last entry is for values beyond 16 bits
     for value, train_id in (dict.fromkeys((IGNORE, *also_ignore)) | table).items():
         lut[value] = IGNORE if train_id is None else train_id
-    index = raw if raw.itemsize == 1 else raw.astype(np.int32).clip(-1, 65536)
-    label = lut.take(index)
+    if raw.itemsize == 1:  # by Pillow, since NumPy would make indices of eight bytes
+        label = np.array(Image.fromarray(raw).point(lut[:256].tolist()))
+    else:
+        label = lut.take(raw.astype(np.int32).clip(-1, 65536))
     if (odd := label == unknown).any():
         kind = "trainIds" if ids is None else "raw ids"
         raise UserError(f"{path} holds {np.unique(raw[odd])[:8].tolist()}, which are neither "

@@ -26,7 +26,7 @@ import ctypes
 import json
 import math
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -879,6 +879,13 @@ class Schedule:
             if not 0 < self.beta_start <= self.beta_end < 1 or not 0 <= self.steps_offset < 100:
                 raise ValueError("betas are shares, the offset of the steps is small")
         return self
+
+    def save_pretrained(self, folder):
+        """Write `scheduler_config.json`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": "DDIMScheduler", "clip_sample": False, **asdict(self)}
+        text = json.dumps(config, indent=2)
+        (Path(folder) / "scheduler_config.json").write_text(text + "\n")
 
     @cached_property
     def abar(self):

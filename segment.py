@@ -62,15 +62,12 @@ def photometric_distortion(image, rng):
         image = image.point(table(lambda v: v + shift) * 3)
     if early := rng.random() < 0.5:
         image = contrast(image)
-    same = table(lambda v: v)
-    if rng.random() < 0.5:
-        factor = rng.uniform(0.5, 1.5)
-        saturation = same + table(lambda v: v * factor) + same
-        image = image.convert("HSV").point(saturation).convert("RGB")
-    if rng.random() < 0.5:
-        turn = int(rng.integers(-18, 18)) / 180
-        hue = table(lambda v: np.rint(v + 256 * turn) % 256) + same + same
-        image = image.convert("HSV").point(hue).convert("RGB")
+    factor = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1
+    turn = int(rng.integers(-18, 18)) / 180 if rng.random() < 0.5 else 0
+    if factor != 1 or turn:
+        hue = table(lambda v: np.rint(v + 256 * turn) % 256)
+        saturation, value = table(lambda v: v * factor), table(lambda v: v)
+        image = image.convert("HSV").point(hue + saturation + value).convert("RGB")
     return np.asarray(image if early else contrast(image))
 
 
@@ -84,7 +81,7 @@ def cat_max_box(label, size, rng, cat_max_ratio=0.75, tries=10):
     for _ in range(tries + 1):
         top, left, _ = data.crop_box(label, size, rng)
         box = slice(top, top + h), slice(left, left + w)
-        n = np.bincount(label[box].ravel(), minlength=256)[:IGNORE]
+        n = np.array(Image.fromarray(label[box]).histogram()[:IGNORE])
         if n.max() < cat_max_ratio * n.sum():
             break
     return box
@@ -147,11 +144,11 @@ def segmenter_draw(pairs, args):
             box = cat_max_box(label, size, rng)
             if cls is None or np.count_nonzero(label[box] == cls) > enough:
                 break
-        image, label = image[box], label[box]
-        if rng.random() < 0.5:
-            image, label = image[:, ::-1], label[:, ::-1]
+        image, label, flip = image[box], label[box], rng.random() < 0.5
         if args.augment:
-            image = photometric_distortion(np.ascontiguousarray(image), rng)
+            image = photometric_distortion(image, rng)
+        if flip:
+            image, label = image[:, ::-1], label[:, ::-1]
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return image, torch.from_numpy(label.astype(np.int64)), source.name(i)
 

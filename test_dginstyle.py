@@ -1149,7 +1149,8 @@ def test_data_16_bits(tmp_path):
 
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_data_orientation(tmp_path, tag):
-    """Pictures and labels come upright; where only the stored sizes agree a pair is left out."""
+    """Pictures and labels come upright; where only the stored sizes agree, or where a half turn or
+    a mirror is said of one of the two alone, the pair is left out."""
     image = np.random.default_rng(0).integers(0, 19, (16, 24, 3)).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = tag
@@ -1159,12 +1160,12 @@ def test_data_orientation(tmp_path, tag):
         upright = np.array(ImageOps.exif_transpose(opened))
     assert np.array_equal(data.read_image(tmp_path / "images/b.png"), upright)
     label = tmp_path / "labels/b_labelTrainIds.png"
-    data_png(label, upright[..., 0])
-    assert np.array_equal(data.Pairs(tmp_path).pair(1)[1], upright[..., 0])
     Image.fromarray(image[..., 0]).save(label, exif=exif)
     assert np.array_equal(data.Pairs(tmp_path).pair(1)[1], upright[..., 0])
     data_png(label, image[..., 0])
-    assert len(data.Pairs(tmp_path)) == (1 if tag > 4 else 2)
+    assert len(data.Pairs(tmp_path)) == (2 if tag == 1 else 1)
+    data_png(label, upright[..., 0])
+    assert len(data.Pairs(tmp_path)) == (1 if tag in (2, 3, 4) else 2)
 
 
 def test_data_bad_labels(tmp_path):
@@ -1297,7 +1298,7 @@ def test_data_split_and_condition(tmp_path):
     assert len(data.open_set(f"{tmp_path}/plain:night")) == 2
 
 
-@pytest.mark.parametrize("left", ["manifest.jsonl", "settings.json", "manifest.0.part"])
+@pytest.mark.parametrize("left", ["manifest.jsonl", "settings.json"])
 def test_data_generated_by_us(tmp_path, left):
     """A folder with our manifest, or what a stopped run leaves, is a generated set, in which 19 is
     an error; so it is in a plain folder, where it might be a traffic light or ignore."""
@@ -1663,7 +1664,8 @@ def test_data_distortion_steps():
             ((off, off, off, on, 13, off), lambda h, s, v: ((h + 13 / 180) % 1, s, v))):
         expected = [np.array(colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*p)))) * 255
                     for p in image.reshape(-1, 3) / 255]
-        assert np.abs(run(*draws).reshape(-1, 3) - expected).max() <= 1.01
+        off = np.abs(run(*draws).reshape(-1, 3) - expected)  # HSV has 8 bits a channel, as in mmseg
+        assert off.max() < 6 and off.mean() < 1.5
 
 
 def test_data_distortion_is_seeded():
@@ -1676,21 +1678,6 @@ def test_data_distortion_is_seeded():
     assert len({a.tobytes() for a in outs[0]}) > 10
     assert np.array_equal(image, before) and np.array_equal(np.random.get_state()[1], state)
     assert not any(np.shares_memory(a, image) for a in outs[0])
-
-
-def test_data_hue_equals_torchvision():
-    """The hue step is torchvision's adjust_hue, but for a level in one of a thousand values."""
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (100, 120, 3)).astype(np.uint8)
-    image[:20] = image[:20, :, :1]  # greys
-    image[20:40] = image[20:40] // 64 * 85  # few and extreme values, two of them often equal
-    for step in range(-18, 18):
-        ours = segment.photometric_distortion(image, DataScript(0.9, 0.9, 0.9, 0.1, step, 0.9))
-        theirs = TF.adjust_hue(torch.from_numpy(image).permute(2, 0, 1), step / 180)
-        off = np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy())
-        assert off.max() <= 1 and (off > 0).mean() < 1e-3
-    ours = segment._shift_hue(image.transpose(2, 0, 1).astype(np.float32), 0.0)
-    assert ours.dtype == np.float32
 
 
 def test_data_random_crop():
@@ -1708,9 +1695,10 @@ def test_data_random_crop():
         n = np.bincount(crop_label.ravel(), minlength=256)[:255]
         good[tries].append(n.max() < 0.75 * n.sum())
     assert np.mean(good[10]) > 0.95 and 0.2 < np.mean(good[0]) < 0.8
-    assert segment.cat_max_box(np.zeros((40, 40), np.uint8), 40, rng) == (slice(0, 40),) * 2
+    one_class = np.zeros((40, 40), np.uint8)
+    assert segment.cat_max_box(one_class, (40, 40), rng) == (slice(0, 40),) * 2
     with pytest.raises(ValueError, match="smaller than the crop"):
-        segment.cat_max_box(label, 41, rng)
+        segment.cat_max_box(label, (41, 41), rng)
 
 
 @pytest.mark.parametrize("size, fit, expected", [
@@ -2837,7 +2825,8 @@ def test_presets():
 
     published, paper = parse("--sd", "x"), parse("--sd", "x", "--preset", "paper")
     assert vars(published) == vars(paper)
-    assert (paper.sampler, paper.steps, paper.stride, paper.guidance) == ("ddim", 20, "quarter", 7.5)
+    sampling = paper.sampler, paper.steps, paper.stride, paper.guidance
+    assert sampling == ("ddim", 20, "quarter", 7.5)
     mixed = parse("--preset", "fast", "--steps", "5", "--stride", "4x8")
     assert (mixed.steps, mixed.stride, mixed.sampler) == (5, (4, 8), "dpm++")
     toy = parse()  # has settings of its own
@@ -3027,7 +3016,6 @@ BAD_INPUTS = [  # command line, words of the sentence, what is done before
     ("generate --size 60x100", "60x100 multiples"), ("generate --size huge", "huge"),
     ("train controlnet --size 36x36", "36x36 multiples"), ("segment train --crop 8x8", "8x8"),
     ("segment train --arch hrda --crop 100x100", "100x100 multiples"),
-    ("generate --weather sandstorm", "sandstorm snowy"),
     ("generate --steps 0", "--steps 0"), ("generate --num x", "--num x"),
     ("generate --seed=-1", "--seed -1"), ("generate --swap 1.5", "--swap 1.5"),
     ("generate --guidance nan", "--guidance nan"), ("generate --stride none", "--stride none"),

@@ -10,10 +10,9 @@ of the pack. A public Stable Diffusion model has both parts already.
 Shapes: B batch, H W pixels, Z latent channels. Images in [-1, 1].
 """
 
-import json
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -141,9 +140,7 @@ def train_prior(args, pairs, classes):
         nets["unet"].save_pretrained(out / "unet", dtype)
         nets["text_encoder"].save_pretrained(out / "text_encoder", dtype)
         tokenizer.save(out / "tokenizer")
-        (out / "scheduler").mkdir(exist_ok=True)
-        (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(
-            {"_class_name": "DDIMScheduler", "clip_sample": False, **asdict(schedule)}, indent=2))
+        schedule.save_pretrained(out / "scheduler")
         dginstyle.sample_sheet(replace(models, **nets), dginstyle.sheet_prompts(args), None, args,
                                out / "samples" / "prior.png")
 
