@@ -2269,6 +2269,77 @@ def test_window_weights_are_a_partition(weights, monkeypatch):
     assert (outs[0] - 0.3).abs().max() < 1e-6
 
 
+def test_first_pass_equals_the_stock_pipeline_on_our_files():
+    """The toy pack, loaded by diffusers' own ControlNet pipeline as README shows, paints the first
+    pass from the label map as an image of 20 channels."""
+    stock, names = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    pack, load = HERE / "toy", dict(torch_dtype=torch.float32)
+    pipe = stock.StableDiffusionControlNetPipeline(
+        vae=stock.AutoencoderKL.from_pretrained(pack / "vae", **load),
+        text_encoder=names.CLIPTextModel.from_pretrained(pack / "text_encoder", **load),
+        tokenizer=names.CLIPTokenizer.from_pretrained(pack / "tokenizer"),
+        unet=stock.UNet2DConditionModel.from_pretrained(pack / "unet", **load),
+        controlnet=stock.ControlNetModel.from_pretrained(pack / "controlnet", **load),
+        scheduler=stock.DDIMScheduler.from_pretrained(pack / "scheduler"), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    x, label = Noise([0])((1, 12, 16, 32)), streets.toy_street(1)[1][::2, ::2]
+    hint = data.one_hot(label[None], 19)
+    theirs = pipe("road sky car", image=hint, num_inference_steps=3, guidance_scale=3.0, latents=x,
+                  output_type="latent", height=64, width=128).images
+    models = Models.from_pretrained(pack, pack / "controlnet")
+    ours = dginstyle.first_pass(models, (64, 128), models.encode_prompts(["road sky car"]), hint,
+                                lambda shape: x, steps=3, guidance=3.0)
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_text_to_image_of_the_readme():
+    """README's lines for text to image run as they stand, here on the toy pack."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    code = next(block for block in blocks if "denoise(" in block)
+    for old, new in (("stable-diffusion-v1-5", str(HERE / "toy")), ("steps=20", "steps=2"),
+                     ("(1, 4, 64, 64)", "(1, 12, 16, 32)")):
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, names := {})
+    assert names["image"].shape == (64, 128, 3) and names["image"].dtype == np.uint8
+
+
+def test_inversion_leads_back():
+    """Noise found by DDIM inversion, added to the latents of a picture at the same level and
+    sampled down again without guidance, gives the picture back; drawn noise does not."""
+    models = Models.from_pretrained(HERE / "toy")
+    picture = dginstyle.from_uint8(streets.toy_street(3)[0][None, ::2, ::2])
+    text, ddim = models.encode_prompts([""]), Schedule.from_pretrained(HERE / "toy/scheduler")
+    with torch.no_grad():
+        z = models.vae.encode(picture)
+        steps = [t for t, _ in reversed(ddim.timesteps(50)) if t < 500]
+        eps = dginstyle.invert(models.unet, ddim, z, text[1], steps)
+    off = []
+    for x in (eps, Noise([0])(z.shape)):
+        *_, back = denoise(models, x, text, steps=50, guidance=1.0, start=0.5, source=z)
+        off.append(((back - z).norm() / z.norm()).item())
+    assert off[0] < 0.1 < 0.3 < off[1], off
+
+
+def test_public_schedulers(tmp_path, monkeypatch, capsys):
+    """linspace, of other samplers' configs, is taken as leading and said; a single file of SD 2
+    that predicts v has the window of 768 pixels."""
+    models = tiny_models(prediction_type="v_prediction")
+    file = tmp_path / "scheduler/scheduler_config.json"
+    models.schedule.save_pretrained(file.parent)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "timestep_spacing": "linspace"}))
+    models.tokenizer.save(tmp_path / "tokenizer")
+    for name, net in (("UNet", models.unet), ("VAE", models.vae),
+                      ("TextEncoder", models.text_encoder)):
+        monkeypatch.setattr(getattr(dginstyle, name), "from_pretrained", lambda *_, net=net: net)
+    single = tmp_path / "v2-1_768.safetensors"
+    single.touch()
+    loaded = Models.from_pretrained(single)
+    assert loaded.schedule.timestep_spacing == "leading" and "linspace" in capsys.readouterr().out
+    assert loaded.window == (96, 96)
+
+
 # ----------------------------------------------------------------------------------------- generate
 
 QUICK = ["--steps", "2", "--num", "2", "--data", "toy:sunny:40"]
@@ -2550,6 +2621,23 @@ def test_every_stage_trains_in_half_precision(stage, precision, pack, tmp_path):
         assert main(["segment", "eval", "--eval-data", "toy:sunny:1", *half]) == 0
     row, = map(json.loads, open(tmp_path / "log.jsonl"))
     assert np.isfinite(row["loss"])
+
+
+def test_a_controlnet_goes_on_from_another(tmp_path):
+    """train controlnet --controlnet starts from its weights; where the data have other classes only
+    the hint encoder is new."""
+    start = ControlNet.from_pretrained(HERE / "toy/controlnet")
+    words = ["train", "controlnet", "--steps", "1", "--lr", "1e-9", "--cache", "0", "--controlnet",
+             str(HERE / "toy/controlnet"), "--out", str(tmp_path)]
+    assert main([*words, "--data", "toy:sunny:20"]) == 0
+    again = ControlNet.from_pretrained(tmp_path / "controlnet")
+    for key, value in start.state_dict().items():
+        assert torch.allclose(again.state_dict()[key], value, atol=1e-3), key
+    other = ControlNet.from_pretrained(HERE / "toy/controlnet").fit_hint(7)
+    assert other.hint_channels == 7 and other.controlnet_cond_embedding.conv_in.in_channels == 7
+    assert not other.encode_hint(torch.rand(1, 7, 8, 8)).any()
+    kept = {k: v for k, v in start.state_dict().items() if "cond_embedding" not in k}
+    same(kept, {k: other.state_dict()[k] for k in kept})
 
 
 # ------------------------------------------------------------------------------------------ segment
