@@ -2654,6 +2654,8 @@ def test_segment_trains_on_source_and_generated_and_measures(generated, tmp_path
     results = json.loads((tmp_path / "eval.json").read_text())
     assert 0 <= results["toy:sunny:2"]["mIoU"] <= 1
     assert np.sum(results["toy:sunny:2"]["confusion"]) > 2 * 128 * 256 * 0.9
+    images = results["toy:night:2"]["images"]  # the worst first
+    assert len(images) == 2 and images[0]["mIoU"] <= images[1]["mIoU"] <= 1
     picture = next((generated / "images").iterdir())
     assert main(["segment", "predict", str(picture), *flags]) == 0
     label = data.read_label(tmp_path / "predictions" / f"{picture.stem}_labelTrainIds.png")
