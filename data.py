@@ -474,35 +474,21 @@ class LabelMaps(Pairs):
 
 
 class Joined:
-    """Several data sets behind one another, with the interface of Pairs."""
+    """Several data sets behind one another."""
 
     def __init__(self, sets):
         self.sets = list(sets)
-        self.ends = np.cumsum([len(one) for one in self.sets])
 
     def __len__(self):
-        return int(self.ends[-1])
+        return sum(map(len, self.sets))
 
     def find(self, i):
-        """→ (number of the set that holds index i, index in that set)."""
-        k = int(np.searchsorted(self.ends, i, side="right"))
-        return k, i - (int(self.ends[k - 1]) if k else 0)
-
-    def name(self, i):
-        k, j = self.find(i)
-        return self.sets[k].name(j)
-
-    def image(self, i):
-        k, j = self.find(i)
-        return self.sets[k].image(j)
-
-    def label(self, i):
-        k, j = self.find(i)
-        return self.sets[k].label(j)
-
-    def pair(self, i):
-        k, j = self.find(i)
-        return self.sets[k].pair(j)
+        """→ (the data set that holds index i, the index there)."""
+        for one in self.sets:
+            if i < len(one):
+                return one, i
+            i -= len(one)
+        raise IndexError(i)
 
 
 WORLDS = {}  # first word of a --data word that names no folder → its opener(spec, classes, split)

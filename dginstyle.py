@@ -359,7 +359,8 @@ def draw_condition(k, pairs, sampler, size, args, classes):
     """
     rng = np.random.default_rng([args.seed, k])
     cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
-    image, label = pairs.pair(i) if args.restyle else (None, pairs.label(i))
+    source, i = pairs.find(i)
+    image, label = source.pair(i) if args.restyle else (None, source.label(i))
     image, label = data.cover(image, label, size)
     top, left, _ = data.crop_box(label, size, rng, cls)
     box = np.s_[top : top + size[0], left : left + size[1]]
@@ -372,7 +373,7 @@ def draw_condition(k, pairs, sampler, size, args, classes):
     elif rng.random() < args.weather_prob:
         weather = str(rng.choice(args.weather))
         prompt = data.weather_prompt(prompt, weather)
-    return Condition(f"{k:06d}_{pairs.name(i)}", label, prompt, weather,
+    return Condition(f"{k:06d}_{source.name(i)}", label, prompt, weather,
                      None if cls is None else classes.names[cls], (int(top), int(left)),
                      int(rng.integers(2**62)), image)
 
@@ -596,12 +597,13 @@ def train_controlnet(args, pairs, classes):
     def draw(rng):
         """-> image (3,h,w), label (h,w) uint8, tokens (L,), name: a crop around a rare class."""
         cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
-        image, label = data.cover(*pairs.pair(i), size)
+        source, i = pairs.find(i)
+        image, label = data.cover(*source.pair(i), size)
         top, left, _ = data.crop_box(label, size, rng, cls, tries=1)
         box = np.s_[top : top + size[0], left : left + size[1]]
         tokens = models.tokenizer(data.caption(label[box], classes))[0]
         image, label = from_uint8(image[box][None])[0], torch.from_numpy(label[box].copy())
-        return image, label, tokens, pairs.name(i)
+        return image, label, tokens, source.name(i)
 
     def loss(batch):
         """[images or latents, labels, tokens], batched -> a scalar tensor."""
@@ -647,9 +649,9 @@ def training_size(args, models, default):
 def picture_draw(pairs, size, args):
     """-> draw(rng): a random crop (3,h,w) at a random scale, and its picture's name."""
     def draw(rng):
-        i = int(rng.integers(len(pairs)))
-        crop, _ = data.scaled_crop(pairs.image(i), None, size, rng, args.resize_ratios)
-        return from_uint8(crop[None])[0], pairs.name(i)
+        source, i = pairs.find(int(rng.integers(len(pairs))))
+        crop, _ = data.scaled_crop(source.image(i), None, size, rng, args.resize_ratios)
+        return from_uint8(crop[None])[0], source.name(i)
 
     return draw
 
