@@ -451,10 +451,10 @@ REPEATABLE = ("num", "batch", "tile_batch", "device", "compile", "preset", "on_e
 def generate(args):
     """Make labelled images in --out: images/, labels/, vis/, manifest.jsonl, grid, gallery.
 
-    A batch of which a file is missing is computed again as a whole: the same batch, the same
-    pixels. Under torchrun every process makes its share of the batches.
+    args: the settings of recipes.GENERATE, as `settings("generate", …)` gives them. A batch of
+    which a file is missing is computed again as a whole: the same batch, the same pixels. Under
+    torchrun every process makes its share of the batches.
     """
-    args = settle(args)
     if args.controlnet is None:
         raise UserError("--controlnet is missing: name the ControlNet that goes with --sd")
     pairs, classes = open_data(args, labels_only=not args.restyle)
@@ -1020,8 +1020,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+def run_generate(args):
+    generate(settle(args))
+
+
 def run_segment(args):
-    segment.segment(args, Models.from_pretrained)
+    segment.segment(segment.settle_segment(args), Models.from_pretrained)
 
 
 def build_parser():
@@ -1032,7 +1036,7 @@ def build_parser():
                "with the settings of toy/settings.json.")
     commands = parser.add_subparsers(dest="command", required=True)
     runs = {"train": (train, "train U^S and its ControlNet, or one stage"),
-            "generate": (generate, "make labelled images"),
+            "generate": (run_generate, "make labelled images"),
             "segment": (run_segment, "train a segmenter and measure it; predict")}
     for command, (run, text) in runs.items():
         sub = commands.add_parser(command, help=text, description=text, epilog=parser.epilog)

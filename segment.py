@@ -421,11 +421,10 @@ def settle_segment(args):
 
 
 def segment(args, load_models):
-    """Train and then measure, or one of the two, or predict.
+    """Train and then measure, or one of the two, or predict, with the settings of recipes.SEGMENT.
 
     load_models: dginstyle.Models.from_pretrained, for the prior that DIFF reads.
     """
-    args = settle_segment(args)
     classes, sets = training.read_classes(args), []
     if args.stage in (None, "eval"):
         if not args.eval_data:
