@@ -48,7 +48,7 @@ part "CUDA tests" 60 python -m pytest -q -k on_a_real_gpu
 # aims: 15 times the literal loop in fp32, 45 % of the peak
 bench "one MRLF image, the literal loop in fp32 against ours in bf16" 240 $SIZE --only image
 if python -c 'import diffusers' 2> /dev/null; then
-  bench "UNet, ControlNet and VAE against diffusers" 60 $SIZE --only step VAE
+  bench "UNet, ControlNet and VAE against diffusers" 60 $SIZE --only UNet ControlNet VAE
 else
   echo "UNet, ControlNet and VAE against diffusers: not installed, skipped" | tee -a $OUT
   echo >> $OUT
