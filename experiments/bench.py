@@ -191,11 +191,11 @@ def summary(results):
                  "MRLF image"):
         cells, other = [], ""
         for size, kind in columns:
-            found = [r for r in results.get(f"{size}, cpu", {"rows": []})["rows"]
-                     if r["case"].startswith(name) and r["case"].endswith(kind) and r.get("ratio")]
-            ratios = [(k, v) for k, v in found[0]["ratio"].items() if v] if found else []
-            other, ratio = ratios[0] if ratios else (other, None)
-            cells.append(f"{ratio:.2f} ({100 * found[0]['of_peak']:.0f} %)" if ratio else "")
+            measured = [(r["of_peak"], *next(iter(r["ratio"].items())))
+                        for r in results.get(f"{size}, cpu", {"rows": []})["rows"]
+                        if r["case"].startswith(name) and r["case"].endswith(kind)]
+            share, other, ratio = measured[0] if measured else (0, other, None)
+            cells.append(f"{ratio:.2f} ({100 * share:.0f} %)" if ratio else "")
         rows.append([name, *cells, other])
     return claim.markdown(["others' time / ours (share of peak)",
                            *(f"{size}, {kind}" for size, kind in columns), "against"], rows) + [""]
