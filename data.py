@@ -745,8 +745,8 @@ def read_prompts(path):
 
 
 def fill_prompt(template, names, weather):
-    """The prompt of a template of `read_prompts`; `names` is a caption."""
-    return template.replace("{weather}", weather).replace("{classes}", names)
+    """The prompt of a template of `read_prompts`; names: a caption, weather: a word or None."""
+    return template.replace("{weather}", weather or "").replace("{classes}", names)
 
 
 def connected_components(label):
