@@ -163,7 +163,12 @@ class Bench:
             "heads": self.heads, "rows": self.rows}
         self.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
-        (self.out / "bench.md").write_text(report(results))
+        (self.out / "bench.md").write_text(report(results), encoding="utf-8")
+        if self.out == HERE and self.device.type == "cpu":  # README shows the first table
+            table, page = summary(results), HERE / "README.md"
+            before, head, after = page.read_text(encoding="utf-8").partition(table[0])
+            after = "\n".join(table[1:]) + "\n" + after.partition("\n\n")[2]
+            page.write_text(before + head + "\n" + after, encoding="utf-8")
 
 
 def report(results):
@@ -186,11 +191,11 @@ def summary(results):
                  "MRLF image"):
         cells, other = [], ""
         for size, kind in columns:
-            found = [r for r in results.get(f"{size}, cpu", {"rows": []})["rows"]
-                     if r["case"].startswith(name) and r["case"].endswith(kind) and r.get("ratio")]
-            ratios = [(k, v) for k, v in found[0]["ratio"].items() if v] if found else []
-            other, ratio = ratios[0] if ratios else (other, None)
-            cells.append(f"{ratio:.2f} ({100 * found[0]['of_peak']:.0f} %)" if ratio else "")
+            measured = [(r["of_peak"], *next(iter(r["ratio"].items())))
+                        for r in results.get(f"{size}, cpu", {"rows": []})["rows"]
+                        if r["case"].startswith(name) and r["case"].endswith(kind)]
+            share, other, ratio = measured[0] if measured else (0, other, None)
+            cells.append(f"{ratio:.2f} ({100 * share:.0f} %)" if ratio else "")
         rows.append([name, *cells, other])
     return claim.markdown(["others' time / ours (share of peak)",
                            *(f"{size}, {kind}" for size, kind in columns), "against"], rows) + [""]
@@ -444,44 +449,66 @@ def compile_bench(bench, sd_size):
                   without=without)
 
 
-def training_bench(bench, sd):
-    """An update of each stage as the command runs it, its memory on a GPU and its wait for data.
+class Enough(Exception):
+    """Raised in place of an update that is not needed any more."""
 
-    sd: a Stable Diffusion folder with unet_source/, or the toy pack."""
-    bench.title = f"updates, {sd.name}"
-    bench.heads = ["batch 2", "seconds", "of it waiting for data", "peak GPU memory"]
-    update, times = training.update, []
 
-    class Waited:
-        def __init__(self, batches):
-            self.batches, self.seconds = batches, 0.0
+class Watch:
+    """In place of training.update: the first `needed` updates, timed, with their wait for data."""
 
-        def __next__(self):
-            start = time.perf_counter()
-            batch = next(self.batches)
-            self.seconds += time.perf_counter() - start
-            return batch
+    def __init__(self, bench, needed):
+        self.bench, self.needed, self.update, self.times = bench, needed, training.update, []
 
-    def timed(parallel, optimizer, scaler, batches, args):
-        waited = Waited(batches)
-        start, result = time.perf_counter(), update(parallel, optimizer, scaler, waited, args)
-        bench.wait()
-        times.append((time.perf_counter() - start, waited.seconds))
+    def __call__(self, parallel, optimizer, scaler, batches, args):
+        if len(self.times) == self.needed:
+            raise Enough
+        self.batches, self.waited, start = batches, 0.0, time.perf_counter()
+        result = self.update(parallel, optimizer, scaler, self, args)
+        self.bench.wait()
+        self.times.append((time.perf_counter() - start, self.waited))
         return result
 
+    def __next__(self):
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+
+def run_stage(words, watch, models=None):
+    """A training command until `watch` has enough; models: what it gets in place of --sd's."""
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.suppress(Enough))
+        stack.enter_context(mock.patch.object(training, "update", watch))
+        if models:
+            for cls, net in ((Models, lambda *a, **k: models),
+                             (UNet, lambda *a, **k: copy.deepcopy(models.unet))):
+                stack.enter_context(mock.patch.object(cls, "from_pretrained", net))
+        claim.command(*words, "--data", "toy:sunny:20", "--steps", 1000, "--out", out)
+
+
+def training_bench(bench, sd_size):
+    """An update of each stage as the command runs it, its memory on a GPU and its wait for data.
+
+    sd_size: U^S and the ControlNet at SD1.5's size with random weights, batch 1, else the toy
+    pack's, batch 2.
+    """
+    bench.title = f"updates, {'SD1.5' if sd_size else 'toy'} size"
+    bench.heads = ["", "seconds", "of it waiting for data", "peak GPU memory"]
     b5 = ["segment", "train", "--workers", 4, "--backbone", "b5"]  # what --data toy: leaves open
-    stages = {"dreambooth": ["train", "dreambooth"], "controlnet": ["train", "controlnet"],
+    stages = {"dreambooth": ["train", "dreambooth", "--cache", 0],
+              "controlnet": ["train", "controlnet", "--cache", 0],
               "DAFormer": [*b5, "--arch", "daformer", "--crop", "512x512"],
               "HRDA": [*b5, "--arch", "hrda", "--crop", "1024x1024"]}
-    for name in bench.only or (("dreambooth", "controlnet") if bench.quick else stages):
-        words = stages[name]
-        times.clear()
-        with tempfile.TemporaryDirectory() as out, mock.patch.object(training, "update", timed):
-            gb = bench.memory(functools.partial(
-                claim.command, *words, *["--cache", 0] * (words[0] == "train"), "--sd", sd,
-                "--data", "toy:sunny:20", "--batch", 2, "--steps", 3 if bench.quick else 20,
-                "--out", out, "--device", bench.device))
-        seconds, wait = (statistics.median(t) for t in zip(*times[1:], strict=True))
+    for name in bench.only or list(stages)[: 2 if bench.quick or sd_size else 4]:
+        watch, models = Watch(bench, 3 if bench.quick else 10), None
+        words = [*stages[name], "--device", bench.device, "--batch", 1 if sd_size else 2]
+        if sd_size:
+            models = replace(sd_models(bench.device, 64), controlnet=None)
+            models.unet.requires_grad_(True)
+        gb = bench.memory(functools.partial(run_stage, words, watch, models))
+        seconds, wait = (statistics.median(t) for t in zip(*watch.times[1:], strict=True))
         bench.add(name, f"{seconds:.4g}", f"{100 * wait / seconds:.0f} %",
                   f"{gb:.1f} GB" if gb else "", seconds=seconds, wait=wait, gb=gb)
 
@@ -529,8 +556,6 @@ def main(argv=None):
     for name, what in (("data-path", "CPU ms of a sample"), ("compile", "with torch.compile"),
                        ("launches", "operators of a step"), ("training", "updates of all stages")):
         parser.add_argument(f"--{name}", action="store_true", help=f"instead: {what}")
-    parser.add_argument("--sd", type=Path, default=recipes.TOY, help="--training: a Stable "
-                        "Diffusion folder with unet_source/ (default: the toy pack)")
     args = parser.parse_args(argv)
     torch.set_flush_denormal(True)
     bench = Bench(torch.device(args.device), Path("runs/bench") if args.quick else HERE, args.quick,
@@ -540,7 +565,7 @@ def main(argv=None):
     elif args.compile:
         compile_bench(bench, args.sd_size)
     elif args.training:
-        training_bench(bench, args.sd)
+        training_bench(bench, args.sd_size)
     elif args.launches or args.data_path:
         (launches_bench if args.launches else data_path_bench)(bench)
     else:

@@ -54,6 +54,7 @@ from vae import VAE
 HERE = Path(__file__).resolve().parent
 UNSEEN = [s for s in streets.STYLES if s != "sunny"]
 SMALL = ("pole", "traffic light", "traffic sign", "person", "rider", "motorcycle", "bicycle")
+SMALL_IDS = [data.CITYSCAPES.names.index(name) for name in SMALL]
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ def size_jobs(x):
 def fidelity_job(x):
     """The job that measures all sets, again where there are more of them now."""
     file, found = x.out / "fidelity.json", x.read("fidelity.json")
-    if any(len(found.get(name, [])) < len(folders) for name, folders in x.found().items()):
+    if any(len(found.get(name, [])) < len(seeds) for name, seeds in x.found().items()):
         file.unlink(missing_ok=True)
     return Job("fidelity", file, (measure_fidelity, x))
 
@@ -373,7 +374,7 @@ def fidelity(folder, judge, classifier, source):
     """
     counts = torch.zeros(2, 19, 19, dtype=torch.int64)
     seen = {}  # weather: (image, twin) recognised, for every image
-    for n, (row, image, label, real, style) in enumerate(with_twins(folder, source), 1):
+    for row, image, label, real, style in with_twins(folder, source):
         x = dginstyle.from_uint8(np.stack([image, real]))
         logits = F.interpolate(judge((x + 1) / 2), label.shape, mode="bilinear")
         for count, prediction in zip(counts, logits.argmax(1), strict=True):
@@ -382,15 +383,10 @@ def fidelity(folder, judge, classifier, source):
             guess = [streets.STYLES[int(i)] for i in classifier(x).argmax(1)]
             seen.setdefault(style, []).append([g == style for g in guess])
     got, real = (segformer.mean_iou(c) for c in counts)
-    return {"mIoU": got["mIoU"], "small": float(got["IoU"][small_classes()].nanmean()),
-            "mIoU real": real["mIoU"], "small real": float(real["IoU"][small_classes()].nanmean()),
+    return {"mIoU": got["mIoU"], "small": float(got["IoU"][SMALL_IDS].nanmean()),
+            "mIoU real": real["mIoU"], "small real": float(real["IoU"][SMALL_IDS].nanmean()),
             "style": float(np.concatenate([*seen.values()])[:, 0].mean()) if seen else None,
-            "weathers": {w: np.mean(v, axis=0).tolist() for w, v in sorted(seen.items())},
-            "images": n}
-
-
-def small_classes():
-    return [data.CITYSCAPES.names.index(c) for c in SMALL]
+            "weathers": {w: np.mean(v, axis=0).tolist() for w, v in sorted(seen.items())}}
 
 
 def measure_fidelity(x):
@@ -510,9 +506,9 @@ def verdict(runs):
 def tables(x, runs):
     """The text of claim.md."""
     columns = [by_row(runs, key) for key in ("unseen", "small", "sunny")]
-    scale, seeds = x.scale, {t: len(v) for t, v in columns[0].items()}
-    name = {t: t if n >= scale.seeds else f"{t} ({n} of {scale.seeds} seeds)"
-            for t, n in seeds.items()}
+    scale = x.scale
+    name = {t: t if len(v) >= scale.seeds else f"{t} ({len(v)} of {scale.seeds} seeds)"
+            for t, v in columns[0].items()}
     costs = [f"- {model}: {cost['seconds']:.2g} s an image on one core, {cost['parameters']:,} "
              "trained parameters." for model, cost in x.read("cost.json").items()]
     lines = [f"{scale.source} sunny label maps, {scale.images} generated images, "
@@ -536,9 +532,9 @@ def size_table(x):
     for title in SIZED:
         files = [x.run_path(title, s) / "sizes.json" for s in range(x.scale.seeds)]
         if found := [json.loads(f.read_text()) for f in files if f.exists()]:
-            edges = np.array(found[0]["edges"])[small_classes()]
+            edges = np.array(found[0]["edges"])[SMALL_IDS]
             iou[title] = 100 * np.array([np.nanmean(measures.iou_by_size(
-                np.array(r["counts"]))[small_classes()], axis=0) for r in found])
+                np.array(r["counts"]))[SMALL_IDS], axis=0) for r in found])
     if not iou:
         return []
     lines = markdown(["trained on", "smallest quarter", "second", "third", "largest"],

@@ -158,21 +158,12 @@ def write_segmenters(root):
 READMES = ("README.md", "experiments/README.md", "toy/README.md")
 SD = "--sd stable-diffusion-v1-5"
 SOURCE = "--source-unet U-Net-Source-Finetuned/unet"
-# scene: commands that no block shows; "# 4": so many pairs at least
+# scene: commands that no block shows
 IN_WORDS = {
-    "layouts": """
-        data.py stats data/gta                                                               # 3
-        data.py --split train stats data/cityscapes                                          # 2
-        data.py --split val stats data/cityscapes                                            # 2
-        data.py stats data/bdd100k                                                           # 2
-        data.py stats data/mapillary                                                         # 2
-        data.py stats data/vistas                                                            # 1
-        data.py stats data/acdc                                                              # 2
-        data.py stats data/acdc:night                                                        # 1
-        data.py stats data/dark_zurich                                                       # 1
-        data.py stats data/authors                                                           # 4
-        data.py stats data/subset                                                            # 3
-        data.py stats 'data/my streets'                                                     # 33""",
+    "layouts": "\n".join(f"data.py stats 'data/{folder}'" for folder in dict.fromkeys(
+        [folder for folder, *_ in PUBLISHED])) + """
+        data.py --split val stats data/cityscapes
+        data.py stats data/acdc:night""",
     "weights": """
         segment eval --weights daformer/latest.pth --eval-data data/
         segment eval --weights hrda/latest.pth --eval-data data/
@@ -197,7 +188,6 @@ class Line:
 
     scene: str
     words: list[str]
-    pairs: int = 0  # that `stats` has to find, at least
 
     def __str__(self):
         return f"{self.scene}: {shlex.join(self.words)}"
@@ -256,10 +246,9 @@ def all_lines():
             lines += [Line(f"{name} {k}", shorten(words)) for words in block if "-m" not in words]
     for scene, text in IN_WORDS.items():
         for command in text.strip().split("\n"):
-            command, _, pairs = command.partition("#")
             words = shlex.split(command)
             words = ["python", *["dginstyle.py"] * (words[0] != "data.py"), *words]
-            lines.append(Line(scene, shorten(words), int(pairs or 0)))
+            lines.append(Line(scene, shorten(words)))
     return lines
 
 
@@ -323,8 +312,7 @@ def check(line, folder, said):
     """AssertionError unless the command has left what it promises, whole."""
     words = line.words
     if "data.py" in words:
-        found = int(re.search(r"(\d+) pairs", said)[1])
-        assert found >= line.pairs, f"{found} pairs found, {line.pairs} are there"
+        assert re.search(r"[1-9]\d* pairs", said), "no pairs found"
         return
     kind = words[words.index("dginstyle.py") + 1]
     out = folder / last(words, "--out", f"runs/{kind}")

@@ -38,7 +38,7 @@ def literal_pass(models, predict, condition, noise, args, latents=None):
     """The first pass -> latents (1,C,h,w), one window; given these, the second -> (1,C,2h,2w)."""
     schedule, f, (h, w) = models.schedule, models.vae.factor, models.window
     text = models.encode_prompts([condition.prompt], args.negative)[:, 0]
-    hint = one_hot(condition.label, models)
+    hint = data.one_hot(condition.label[None], len(CLASSES)).to(models.device)
     if latents is None:
         shape = 1, models.unet.config.in_channels, *(n // f for n in condition.label.shape)
     else:
@@ -72,10 +72,6 @@ def literal_image(models, predict, condition, args):
     return np.asarray(image.resize(condition.label.shape[::-1], Image.LANCZOS))
 
 
-def one_hot(label, models):
-    return data.one_hot(torch.from_numpy(label)[None], len(CLASSES.names)).to(models.device)
-
-
 def large_mask(condition, args):
     """(1,1,H,W) float32, 1 = in a large segment."""
     H, W = condition.label.shape
@@ -90,7 +86,8 @@ def check_same(models, condition, args):
     order of sums to another.
     """
     predict, text = our_nets(models), models.encode_prompts([condition.prompt])
-    hint, options = one_hot(condition.label, models), dict(steps=args.steps, guidance=args.guidance)
+    hint = data.one_hot(condition.label[None], len(CLASSES))
+    options = dict(steps=args.steps, guidance=args.guidance)
     want = literal_pass(models, predict, condition, Noise([1]), args)
     have = dginstyle.first_pass(models, condition.label.shape, text, hint, Noise([1]), **options)
     fault = relative(have, want)
