@@ -359,11 +359,11 @@ def sizes_bench(bench, sd_size):
     case = image_case(name, models, half if sd_size else models, condition, args, [*kinds][-1])
     if sd_size:
         case = replace(case, rounds=2 if gpu else 1)  # the loops: a minute each, on a CPU many
-    else:
-        fault = released.check_same(models, condition, paper_settings(2, **PLAIN))
-        print(f"ours and the literal loop agree to {fault:.1e}")
     bench.run(case)
     if not bench.only:
+        if not sd_size:
+            fault = released.check_same(models, condition, paper_settings(2, **PLAIN))
+            print(f"ours and the literal loop agree to {fault:.1e}")
         add_precision(bench, models, half, condition, args)
     bench.before = 0
     for kind, nets in kinds.items():

@@ -399,7 +399,8 @@ def measure_fidelity(x):
     classifier, accuracy = measures.style_classifier(x.scale.classifier)
     sets = x.found()
     found = {"style classifier on real pictures": accuracy,
-             "VAE": measures.reconstruction(VAE.from_pretrained(recipes.TOY / "vae")),
+             "VAE": measures.reconstruction(VAE.from_pretrained(recipes.TOY / "vae"),
+                                            max(1, x.scale.test // 2)),
              "domains": measures.domains(sets, judge, x.scale.source)}
     for name, folders in sets.items():
         found[name] = [fidelity(folder, judge, classifier, x.scale.source) for folder in folders]

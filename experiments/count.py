@@ -1,8 +1,6 @@
 """Operations and memory of the full recipe, counted without a GPU and without weights.
 
-    python -m experiments.count             # about half a minute on one core
-    python -m experiments.count --measure controlnet   # real updates on this CPU
-    python -m experiments.count --measure diff         # the same, and a picture
+    python -m experiments.count     # about half a minute on one core
 
 Operations: torch's FlopCounterMode on meta tensors of the true sizes (two for a multiply-add). It
 counts the backward pass of grouped convolutions as if they were dense, so that an update of a
@@ -12,26 +10,19 @@ that have a size but no content; updates under bf16 autocast with the norms in f
 What CUDA itself, its workspaces and fragmentation take is not in it.
 """
 
-import resource
-import subprocess
-import sys
-import tempfile
-import time
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import diff
-from clip_text import TextEncoder, Tokenizer
+from clip_text import TextEncoder
 from controlnet import ControlNet
 from dginstyle import Models, Schedule
 from segformer import SegFormer, SegFormerConfig
@@ -56,7 +47,8 @@ def operations():
         label, picture = new(1, 20, 512, 512), new(1, 3, 512, 512)
         with torch.no_grad():
             hint = control.encode_hint(label)
-            step = 2 * tera(lambda: unet(x, t, c, control(x, t, c, hint)))  # with guidance
+            step = 2 * tera(lambda: unet(  # both halves of the guidance
+                x, t, c, control(x, t, c, hint, encoded=True)))
             encode = tera(lambda: vae.posterior(picture))
             rest = tera(lambda: vae.posterior(new(1, 3, 1024, 1024)))
             rest += tera(lambda: (vae.decode(x), vae.decode(new(1, 4, 128, 128))))
@@ -194,10 +186,9 @@ def generation(windows=8):
         result = {"weights": alive.now / gib}
         with alive:
             z, hint = torch.empty(1, 4, 128, 128), torch.empty(windows, 20, 512, 512)
-            hint = models.controlnet.encode_hint(hint)
-            context = models.encode_text(torch.empty(2, 1, 77, 768))
+            hint, text = models.controlnet.encode_hint(hint), torch.empty(2, 1, 77, 768)
             alive.most = 0
-            models.predict(torch.empty(windows, 4, 64, 64), torch.zeros(1), context, hint)
+            models.predict(torch.empty(windows, 4, 64, 64), torch.zeros(1), text, hint)
             result[f"{windows} windows"] = alive.most / gib
             alive.most = 0
             image = vae.decode(z)
@@ -250,57 +241,7 @@ def diff_memory(prompts=2):
     return result
 
 
-# what `--measure` starts, on a Stable Diffusion folder
-MEASURED = {
-    "controlnet": ["train", "controlnet", "--accumulate", "1", "--sample-steps", "1"],
-    "diff": ["segment", "train", "--backbone", "diff", "--diff-steps", "direct", "--arch",
-             "daformer", "--crop", "512x512"],
-}
-
-
-def measured(name, updates=3):
-    """A training at 512 x 512, batch 1, bf16, as a user starts it, on this CPU and on random
-    weights of SD1.5's size; with DIFF first the prediction of a picture.
-
-    -> {what: (seconds, peak GiB of the process)}; an update: what a run of 1 + `updates` takes
-    longer than one of 1, divided by them; a picture: that of the whole command.
-    """
-    def run(*argv):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, str(Path(__file__).parents[1] / "dginstyle.py"), *argv,
-                        "--device", "cpu", "--precision", "bf16"], check=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the largest so far
-        return time.perf_counter() - start, peak / 2**20
-
-    with tempfile.TemporaryDirectory() as folder:
-        sd, half, found = Path(folder), torch.bfloat16, {}
-        unet, text, tokenizer = UNet(), TextEncoder(), Tokenizer.train(["a street"], 10)
-        for kind in ("unet", "unet_source"):
-            unet.save_pretrained(sd / kind, half)
-        VAE().save_pretrained(sd / "vae", half)
-        text.save_pretrained(sd / "text_encoder", half)
-        tokenizer.save(sd / "tokenizer")
-        if name == "diff":
-            prior = diff.Prior(unet.to(half), VAE.from_pretrained(sd / "vae", half), torch.ones(1))
-            diff.Diff(diff.DiffConfig(steps="direct"), prior).save_pretrained(sd / "model")
-            Image.new("RGB", (512, 512)).save(sd / "street.png")
-            found["picture"] = run("segment", "predict", folder + "/street.png", "--sd", folder,
-                                   "--weights", folder + "/model", "--out", folder + "/out")
-            del prior
-        del unet, text
-        (first, _), (second, peak) = (run(
-            *MEASURED[name], "--sd", folder, "--data", "toy:sunny:4", "--batch", "1", "--workers",
-            "0", "--steps", str(steps), "--out", f"{folder}/run{steps}")
-            for steps in (1, 1 + updates))
-        found["update"] = (second - first) / updates, peak
-    return found
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        for what, (seconds, gib) in measured(*sys.argv[2:]).items():
-            print(f"{sys.argv[2]}, {what} on this CPU: {seconds:.1f} s, {gib:.1f} GiB")
-        sys.exit()
     for name, value in operations().items():
         print(f"{name:26}{value:10.2f} TFLOP")
     moments = ", ".join(f"{k} {v:.1f}" for k, v in generation().items())

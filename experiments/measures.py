@@ -194,7 +194,7 @@ def style_classifier(steps, size=(64, 128)):
 
 
 @torch.no_grad()
-def reconstruction(vae, n=12):
+def reconstruction(vae, n):
     """PSNR in dB of encoding and decoding n whole unseen streets, style by style."""
     psnr = {}
     for style in streets.STYLES:

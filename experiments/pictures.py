@@ -212,7 +212,7 @@ def draw_method(shown):
         ("first", "2  first pass", "first_pass", "from noise, by U^P + ControlNet"),
         ("enlarged", "3  enlarged", "enlarge", "twice as large, back to latents"),
         ("mask", "4  large segments", "data.large_segments", "white: kept from step 3"),
-        ("noisy", "5  windows", "second_pass, denoise, Windows",
+        ("noisy", "5  windows", "second_pass, denoise",
          "from noise, U^P + ControlNet in each"),
         ("fused", "6  image for the label", "make_images", "small objects come out sharper"),
     ]

@@ -32,7 +32,7 @@ import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,7 @@ def write_data(root, wanted=()):
 # Weights
 
 def write_diffusion(root):
-    """SD 1.5, its ControlNet and its U^S; config files lack the keys that the public ones lack."""
+    """SD 1.5, its ControlNet and its U^S; configs lack the keys that the public ones lack."""
     torch.manual_seed(0)
     words = [data.weather_prompt(" ".join(data.CITYSCAPES.names), w) for w in data.WEATHERS]
     tokenizer, sd = train_tokenizer(words, 240), root / "stable-diffusion-v1-5"
@@ -129,7 +129,8 @@ def write_diffusion(root):
     TextEncoder(TextEncoderConfig(len(tokenizer.vocab), 64, 256, 2, 1)).save_pretrained(
         sd / "text_encoder")
     tokenizer.save(sd / "tokenizer")
-    Schedule().save_pretrained(sd / "scheduler")
+    (sd / "scheduler").mkdir()
+    (sd / "scheduler/scheduler_config.json").write_text(json.dumps(asdict(Schedule())))
     control.save_pretrained(root / "ControlNet_UNet-S")
     for file, missing in (("stable-diffusion-v1-5/vae", "scaling_factor"),
                           ("ControlNet_UNet-S", "conditioning_channels")):
