@@ -2616,13 +2616,12 @@ def test_every_stage_trains_in_half_precision(stage, precision, pack, tmp_path):
     assert np.isfinite(row["loss"])
 
 
-def test_a_controlnet_goes_on_from_another(tmp_path):
+def test_a_controlnet_goes_on_from_another(pack, tmp_path):
     """train controlnet --controlnet starts from its weights; where the data have other classes only
     the hint encoder is new."""
     start = ControlNet.from_pretrained(HERE / "toy/controlnet")
-    words = ["train", "controlnet", "--steps", "1", "--lr", "1e-9", "--cache", "0", "--controlnet",
-             str(HERE / "toy/controlnet"), "--out", str(tmp_path)]
-    assert main([*words, "--data", "toy:sunny:20"]) == 0
+    assert train("controlnet", "--sd", pack, "--controlnet", pack / "controlnet", "--steps", 1,
+                 "--lr", 1e-9, "--out", tmp_path) == 0
     again = ControlNet.from_pretrained(tmp_path / "controlnet")
     for key, value in start.state_dict().items():
         assert torch.allclose(again.state_dict()[key], value, atol=1e-3), key
