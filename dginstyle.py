@@ -108,33 +108,33 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     a step is linear in x_t and the output.
 
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
-    the latents have reached (t_prev), so that the kept segments are almost one step too noisy until
-    the end. Off by default.
+    the latents have reached (t_prev). The kept segments are then almost one step too noisy: with
+    DDIM up to the last step, with DPM-Solver++ in the result too. Off by default.
     """
-    z, mask = keep or (x, torch.zeros_like(x[:, :1]))
-    x, z, mask = (maps.to(models.device) for maps in (x, z, mask))
+    x = x.to(models.device)
+    z, mask = (maps.to(x) for maps in keep) if keep else (None, torch.zeros_like(x[:, :1]))
     window = window or x.shape[2:]
     batches = window_batches(models, text, hint, mask, window, stride or window, tile_batch)
     weight, coverage = window_weights(weights, window).to(x.device), torch.zeros_like(mask)
     for boxes, _, _ in batches:
         for box in boxes:
             coverage[box] += weight
-    coverage = coverage + (coverage == 0)  # where only kept latents lie
+    coverage.masked_fill_(coverage == 0, 1)  # only kept latents lie there
 
     solver = SAMPLERS[sampler](models.schedule, steps)
     below = start * models.schedule.num_train_timesteps
-    steps = [(t, t_prev) for t, t_prev in solver.timesteps if t < below]
+    timesteps = [(t, t_prev) for t, t_prev in solver.timesteps if t < below]
     if start < 1:
-        x = models.schedule.add_noise(source.to(x), x, steps[0][0])
-    fresh = [noise(z.shape).to(x) if keep else None for _ in steps]  # no step waits for the host
-    for (t, t_prev), n in zip(steps, fresh, strict=True):
+        x = models.schedule.add_noise(source.to(x), x, timesteps[0][0])
+    fresh = [noise(x.shape).to(x) if keep else None for _ in timesteps]  # so that no step waits
+    for (t, t_prev), n in zip(timesteps, fresh, strict=True):
         total = torch.zeros_like(x)
         for boxes, texts, hints in batches:
-            tiles = torch.cat([x[box] for box in boxes])
-            out = models.predict(tiles, t, texts, hints, guidance, control_scale, control_uncond)
+            x_win = torch.cat([x[box] for box in boxes])
+            out = models.predict(x_win, t, texts, hints, guidance, control_scale, control_uncond)
             if prior_tone and hints is not None:
-                free = models.predict(tiles, t, texts, None, guidance)
-                out = match_tone(models.schedule, out, free, tiles, t, prior_tone)
+                free = models.predict(x_win, t, texts, None, guidance)
+                out = match_tone(models.schedule, out, free, x_win, t, prior_tone)
             for box, o in zip(boxes, (weight * out).split(1), strict=True):
                 total[box] += o
         x = solver.step(total / coverage, x, t, t_prev)
@@ -474,9 +474,9 @@ def generate(args):
         manifest = args.out / "manifest.jsonl"
         rows = tidy(manifest) if rank == 0 else []  # of a run that was stopped
         barrier(world)
-        with tqdm(total=args.num, unit="image", disable=rank > 0) as bar, open(
-                manifest, "a") as file:
-            for start in range(rank * args.batch, args.num, world * args.batch):
+        starts = range(rank * args.batch, args.num, world * args.batch)
+        with open(manifest, "a") as file:
+            for start in tqdm(starts, unit="batch", disable=rank > 0):
                 batch = []
                 for k in range(start, min(start + args.batch, args.num)):
                     try:
@@ -488,9 +488,10 @@ def generate(args):
                     for c, image in zip(batch, images, strict=True):
                         if c.name in todo:
                             gallery.save_generated(args.out, c.name, image, c.label, classes)
-                file.writelines({c.manifest_row(args) for c in batch} - {*rows})
+                for row in (c.manifest_row(args) for c in batch):
+                    if row not in rows:
+                        file.write(row)
                 file.flush()  # whenever the run is stopped, there is a row for every image
-                bar.update(min(args.num, start + world * args.batch) - bar.n)  # of all processes
         barrier(world)
         if rank == 0:
             rows = [json.loads(row) for row in tidy(manifest)]
@@ -631,11 +632,12 @@ def train_controlnet(args, pairs, classes):
 
 def source_unet(args):
     """--source-unet, or what the stage before left in --out, or unet_source/ of --sd."""
-    places = [Path(place) / "unet_source" for place in (args.out, args.sd)]
-    left = [args.source_unet, *(place for place in places if place.is_dir())]
-    if not any(left):
+    left = [place / "unet_source" for place in (args.out, args.sd)]
+    left = [folder for folder in left if folder.is_dir()]
+    if not args.source_unet and not left:
         raise UserError("--source-unet is missing: name U^S, or make it with train dreambooth")
-    return next(filter(None, left))
+    say(f"U^S: {args.source_unet or left[0]}")
+    return args.source_unet or left[0]
 
 
 def training_size(args, models, default):
