@@ -170,7 +170,7 @@ IN_WORDS = {
         segment train --data data/authors --pretrained daformer/latest.pth --out runs/a
         segment predict data/mapillary/validation/images --weights daformer/latest.pth""",
     "branches": f"""
-        generate {SD} --controlnet ControlNet_UNet-S --low-vram --data 'data/my streets' \
+        generate {SD} --controlnet ControlNet_UNet-S --data 'data/my streets' \
             data/authors --swap 0.5 {SOURCE} --control-uncond 0.5 --renoise official
         generate --data data/acdc:rain --preset fast --control-uncond 0 --out runs/b
         train controlnet --data mine --classes classes.json --out runs/c
