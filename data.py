@@ -254,21 +254,22 @@ class Layout:
     """Where a data set has its images and labels, and what the label values mean.
 
     images  folder of the images, with {split} and {condition}; several may match
-    swap    part of an image's path, and what stands there in the paths of labels: one or more
+    place   part of an image's path, and what stands there in the paths of labels: one or more
     tag     end of image names that label names do not have
     ends    ends of label names, the preferred one first → their ids (None = trainIds)
     split   the default split; None for folders without splits
     """
 
     images: str
-    swap: tuple[str, ...]
+    place: tuple[str, ...]
     tag: str
     ends: dict[str, dict | None]
     split: str | None
 
 
 _GT = {"_gt_labelTrainIds": None, "_gt_labelIds": CITYSCAPES_IDS}
-LAYOUTS = {  # the first one whose image folder exists is taken
+# the first one whose image folder exists is taken; segment.published_fit has their scales
+LAYOUTS = {
     "cityscapes": Layout(
         "leftImg8bit/{split}", ("leftImg8bit", "gtFine"), "_leftImg8bit",
         {"_gtFine_labelTrainIds": None, "_gtFine_labelIds": CITYSCAPES_IDS}, "train"),
@@ -364,7 +365,7 @@ class Pairs:
     def _find_label(self, image, tables):
         """Image file → (its label file, end of that name, why the two are not used or None)."""
         layout, place = LAYOUTS[self.layout], image.relative_to(self.root).with_suffix("")
-        place, (part, *others) = place.as_posix().removesuffix(layout.tag), layout.swap
+        place, (part, *others) = place.as_posix().removesuffix(layout.tag), layout.place
         for end in tables:
             for other in others:
                 label = self.root / f"{place.replace(part, other, 1)}{end}.png"
@@ -474,35 +475,21 @@ class LabelMaps(Pairs):
 
 
 class Joined:
-    """Several data sets behind one another, with the interface of Pairs."""
+    """Several data sets behind one another."""
 
     def __init__(self, sets):
         self.sets = list(sets)
-        self.ends = np.cumsum([len(one) for one in self.sets])
 
     def __len__(self):
-        return int(self.ends[-1])
+        return sum(map(len, self.sets))
 
     def find(self, i):
-        """→ (number of the set that holds index i, index in that set)."""
-        k = int(np.searchsorted(self.ends, i, side="right"))
-        return k, i - (int(self.ends[k - 1]) if k else 0)
-
-    def name(self, i):
-        k, j = self.find(i)
-        return self.sets[k].name(j)
-
-    def image(self, i):
-        k, j = self.find(i)
-        return self.sets[k].image(j)
-
-    def label(self, i):
-        k, j = self.find(i)
-        return self.sets[k].label(j)
-
-    def pair(self, i):
-        k, j = self.find(i)
-        return self.sets[k].pair(j)
+        """→ (the data set that holds index i, the index there)."""
+        for one in self.sets:
+            if i < len(one):
+                return one, i
+            i -= len(one)
+        raise IndexError(i)
 
 
 WORLDS = {}  # first word of a --data word that names no folder → its opener(spec, classes, split)
@@ -553,17 +540,18 @@ def _count_file(classes, also_ignore, job):  # in another process → {"0": pixe
     return {str(c): int(row[c]) for c in np.flatnonzero(row)}
 
 
-def class_counts(data, workers=4, on_error="stop"):
+def class_counts(data, workers=4, skip=None):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
     One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
     size and time of its file and the way it is read stay the same. Joined sets are counted one by
     one; objects that have label(i) and a length but no list `labels` of files are counted in this
     process and not kept.
-    UserError for a label that cannot be read; on_error="skip": its row is 0, `data.skipped` has it.
+    UserError for a label that cannot be read. With `skip`, a function that gets this error and may
+    raise it, the row of the label is 0.
     """
     if hasattr(data, "sets"):
-        return np.concatenate([class_counts(one, workers, on_error) for one in data.sets])
+        return np.concatenate([class_counts(one, workers, skip) for one in data.sets])
     classes = getattr(data, "classes", CITYSCAPES)
     if not hasattr(data, "labels"):
         every = tqdm(range(len(data)), "class counts", leave=False)
@@ -586,9 +574,9 @@ def class_counts(data, workers=4, on_error="stop"):
         _save_cache(file, cache | fresh)
     for i in todo:
         if isinstance(rows[i], str):
-            if on_error == "stop":
+            if not skip:
                 raise UserError(rows[i])
-            data.skipped.append((data.labels[i], rows[i]))
+            skip(UserError(rows[i]))
             rows[i] = {}
     with reading(file, "class counts (it can be deleted)"):
         return np.array([[row.get(str(c), 0) for c in range(len(classes))] for row in rows],

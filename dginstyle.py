@@ -108,33 +108,33 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
     a step is linear in x_t and the output.
 
     official_renoise: the released code noises z to train timestep t - 1 instead of the level that
-    the latents have reached (t_prev), so that the kept segments are almost one step too noisy until
-    the end. Off by default.
+    the latents have reached (t_prev). The kept segments are then almost one step too noisy: with
+    DDIM up to the last step, with DPM-Solver++ in the result too. Off by default.
     """
-    z, mask = keep or (x, torch.zeros_like(x[:, :1]))
-    x, z, mask = (maps.to(models.device) for maps in (x, z, mask))
+    x = x.to(models.device)
+    z, mask = (maps.to(x) for maps in keep) if keep else (None, torch.zeros_like(x[:, :1]))
     window = window or x.shape[2:]
     batches = window_batches(models, text, hint, mask, window, stride or window, tile_batch)
     weight, coverage = window_weights(weights, window).to(x.device), torch.zeros_like(mask)
     for boxes, _, _ in batches:
         for box in boxes:
             coverage[box] += weight
-    coverage = coverage + (coverage == 0)  # where only kept latents lie
+    coverage.masked_fill_(coverage == 0, 1)  # only kept latents lie there
 
     solver = SAMPLERS[sampler](models.schedule, steps)
     below = start * models.schedule.num_train_timesteps
-    steps = [(t, t_prev) for t, t_prev in solver.timesteps if t < below]
+    timesteps = [(t, t_prev) for t, t_prev in solver.timesteps if t < below]
     if start < 1:
-        x = models.schedule.add_noise(source.to(x), x, steps[0][0])
-    fresh = [noise(z.shape).to(x) if keep else None for _ in steps]  # no step waits for the host
-    for (t, t_prev), n in zip(steps, fresh, strict=True):
+        x = models.schedule.add_noise(source.to(x), x, timesteps[0][0])
+    fresh = [noise(x.shape).to(x) if keep else None for _ in timesteps]  # so that no step waits
+    for (t, t_prev), n in zip(timesteps, fresh, strict=True):
         total = torch.zeros_like(x)
         for boxes, texts, hints in batches:
-            tiles = torch.cat([x[box] for box in boxes])
-            out = models.predict(tiles, t, texts, hints, guidance, control_scale, control_uncond)
+            x_win = torch.cat([x[box] for box in boxes])
+            out = models.predict(x_win, t, texts, hints, guidance, control_scale, control_uncond)
             if prior_tone and hints is not None:
-                free = models.predict(tiles, t, texts, None, guidance)
-                out = match_tone(models.schedule, out, free, tiles, t, prior_tone)
+                free = models.predict(x_win, t, texts, None, guidance)
+                out = match_tone(models.schedule, out, free, x_win, t, prior_tone)
             for box, o in zip(boxes, (weight * out).split(1), strict=True):
                 total[box] += o
         x = solver.step(total / coverage, x, t, t_prev)
@@ -359,7 +359,8 @@ def draw_condition(k, pairs, sampler, size, args, classes):
     """
     rng = np.random.default_rng([args.seed, k])
     cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
-    image, label = pairs.pair(i) if args.restyle else (None, pairs.label(i))
+    source, i = pairs.find(i)
+    image, label = source.pair(i) if args.restyle else (None, source.label(i))
     image, label = data.cover(image, label, size)
     top, left, _ = data.crop_box(label, size, rng, cls)
     box = np.s_[top : top + size[0], left : left + size[1]]
@@ -372,7 +373,7 @@ def draw_condition(k, pairs, sampler, size, args, classes):
     elif rng.random() < args.weather_prob:
         weather = str(rng.choice(args.weather))
         prompt = data.weather_prompt(prompt, weather)
-    return Condition(f"{k:06d}_{pairs.name(i)}", label, prompt, weather,
+    return Condition(f"{k:06d}_{source.name(i)}", label, prompt, weather,
                      None if cls is None else classes.names[cls], (int(top), int(left)),
                      int(rng.integers(2**62)), image)
 
@@ -450,10 +451,10 @@ REPEATABLE = ("num", "batch", "tile_batch", "device", "compile", "preset", "on_e
 def generate(args):
     """Make labelled images in --out: images/, labels/, vis/, manifest.jsonl, grid, gallery.
 
-    A batch of which a file is missing is computed again as a whole: the same batch, the same
-    pixels. Under torchrun every process makes its share of the batches.
+    args: the settings of recipes.GENERATE, as `settings("generate", …)` gives them. A batch of
+    which a file is missing is computed again as a whole: the same batch, the same pixels. Under
+    torchrun every process makes its share of the batches.
     """
-    args = settle(args)
     if args.controlnet is None:
         raise UserError("--controlnet is missing: name the ControlNet that goes with --sd")
     pairs, classes = open_data(args, labels_only=not args.restyle)
@@ -473,9 +474,9 @@ def generate(args):
         manifest = args.out / "manifest.jsonl"
         rows = tidy(manifest) if rank == 0 else []  # of a run that was stopped
         barrier(world)
-        with tqdm(total=args.num, unit="image", disable=rank > 0) as bar, open(
-                manifest, "a") as file:
-            for start in range(rank * args.batch, args.num, world * args.batch):
+        starts = range(rank * args.batch, args.num, world * args.batch)
+        with open(manifest, "a") as file:
+            for start in tqdm(starts, unit="batch", disable=rank > 0):
                 batch = []
                 for k in range(start, min(start + args.batch, args.num)):
                     try:
@@ -487,9 +488,10 @@ def generate(args):
                     for c, image in zip(batch, images, strict=True):
                         if c.name in todo:
                             gallery.save_generated(args.out, c.name, image, c.label, classes)
-                file.writelines({c.manifest_row(args) for c in batch} - {*rows})
+                for row in (c.manifest_row(args) for c in batch):
+                    if row not in rows:
+                        file.write(row)
                 file.flush()  # whenever the run is stopped, there is a row for every image
-                bar.update(min(args.num, start + world * args.batch) - bar.n)  # of all processes
         barrier(world)
         if rank == 0:
             rows = [json.loads(row) for row in tidy(manifest)]
@@ -596,12 +598,13 @@ def train_controlnet(args, pairs, classes):
     def draw(rng):
         """-> image (3,h,w), label (h,w) uint8, tokens (L,), name: a crop around a rare class."""
         cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
-        image, label = data.cover(*pairs.pair(i), size)
+        source, i = pairs.find(i)
+        image, label = data.cover(*source.pair(i), size)
         top, left, _ = data.crop_box(label, size, rng, cls, tries=1)
         box = np.s_[top : top + size[0], left : left + size[1]]
         tokens = models.tokenizer(data.caption(label[box], classes))[0]
         image, label = from_uint8(image[box][None])[0], torch.from_numpy(label[box].copy())
-        return image, label, tokens, pairs.name(i)
+        return image, label, tokens, source.name(i)
 
     def loss(batch):
         """[images or latents, labels, tokens], batched -> a scalar tensor."""
@@ -629,11 +632,12 @@ def train_controlnet(args, pairs, classes):
 
 def source_unet(args):
     """--source-unet, or what the stage before left in --out, or unet_source/ of --sd."""
-    places = [Path(place) / "unet_source" for place in (args.out, args.sd)]
-    left = [args.source_unet, *(place for place in places if place.is_dir())]
-    if not any(left):
+    left = [place / "unet_source" for place in (args.out, args.sd)]
+    left = [folder for folder in left if folder.is_dir()]
+    if not args.source_unet and not left:
         raise UserError("--source-unet is missing: name U^S, or make it with train dreambooth")
-    return next(filter(None, left))
+    say(f"U^S: {args.source_unet or left[0]}")
+    return args.source_unet or left[0]
 
 
 def training_size(args, models, default):
@@ -647,9 +651,9 @@ def training_size(args, models, default):
 def picture_draw(pairs, size, args):
     """-> draw(rng): a random crop (3,h,w) at a random scale, and its picture's name."""
     def draw(rng):
-        i = int(rng.integers(len(pairs)))
-        crop, _ = data.scaled_crop(pairs.image(i), None, size, rng, args.resize_ratios)
-        return from_uint8(crop[None])[0], pairs.name(i)
+        source, i = pairs.find(int(rng.integers(len(pairs))))
+        crop, _ = data.scaled_crop(source.image(i), None, size, rng, args.resize_ratios)
+        return from_uint8(crop[None])[0], source.name(i)
 
     return draw
 
@@ -1018,8 +1022,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+def run_generate(args):
+    generate(settle(args))
+
+
 def run_segment(args):
-    segment.segment(args, Models.from_pretrained)
+    segment.segment(segment.settle_segment(args), Models.from_pretrained)
 
 
 def build_parser():
@@ -1030,7 +1038,7 @@ def build_parser():
                "with the settings of toy/settings.json.")
     commands = parser.add_subparsers(dest="command", required=True)
     runs = {"train": (train, "train U^S and its ControlNet, or one stage"),
-            "generate": (generate, "make labelled images"),
+            "generate": (run_generate, "make labelled images"),
             "segment": (run_segment, "train a segmenter and measure it; predict")}
     for command, (run, text) in runs.items():
         sub = commands.add_parser(command, help=text, description=text, epilog=parser.epilog)

@@ -257,15 +257,17 @@ def settle(args, stage=None, pack=None):
     """The flags that were given -> a namespace with a value for every setting.
 
     A later source wins: the published default of the setting, of the command, of the stage; the
-    settings.json of --sd, or the sections `pack`; the preset (generate); the flag.
+    settings.json of --sd, or the sections `pack`; the flag. Of generate, the published preset or
+    the pack's comes before the pack's other settings, the one of --preset after them.
     """
     command, given = args.command, vars(args)
     pack = pack_settings(given.get("sd", TOY)) if pack is None else pack
     values = {name: setting["default"] for name, setting in TABLES[command].items()}
-    for source in (RECIPES, pack):
-        values |= source.get(command, {}) | source.get(stage, {})
+    values |= RECIPES.get(command, {}) | RECIPES.get(stage, {})
+    own = pack.get(command, {}) | pack.get(stage, {})
     if command == "generate":
-        values |= PRESETS[given.get("preset", values["preset"])]
+        values |= PRESETS[own.get("preset", values["preset"])]
+    values |= own | PRESETS.get(given.get("preset"), {})
     values |= given
     return argparse.Namespace(**{**values, "device": choose_device(values["device"])})
 

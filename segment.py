@@ -125,14 +125,13 @@ def segmenter_draw(pairs, args):
     size = args.crop or published_crop(args.arch)
     fit = (720 * scale, 1280 * scale) if args.fit is None else args.fit
     enough = args.rcs_min_pixels / 2 * scale**2  # DAFormer's min_crop_ratio
-    samplers = [None if one.layout in ("generated", "rcs_subset") else
-                training.rare_class_sampler(one, args) for one in pairs.sets]
+    samplers = {one: training.rare_class_sampler(one, args) for one in pairs.sets
+                if args.rcs and one.layout not in ("generated", "rcs_subset")}
 
     def draw(rng):
-        k, i = pairs.find(int(rng.integers(len(pairs))))
-        source, cls = pairs.sets[k], None
-        if samplers[k]:
-            cls, i = samplers[k].draw(rng)
+        (source, i), cls = pairs.find(int(rng.integers(len(pairs)))), None
+        if source in samplers:
+            cls, i = samplers[source].draw(rng)
         elif args.rcs and source.layout == "rcs_subset":
             cls = int(source.name(i).partition("_")[0])
         image, label = source.pair(i)
@@ -422,11 +421,10 @@ def settle_segment(args):
 
 
 def segment(args, load_models):
-    """Train and then measure, or one of the two, or predict.
+    """Train and then measure, or one of the two, or predict, with the settings of recipes.SEGMENT.
 
     load_models: dginstyle.Models.from_pretrained, for the prior that DIFF reads.
     """
-    args = settle_segment(args)
     classes, sets = training.read_classes(args), []
     if args.stage in (None, "eval"):
         if not args.eval_data:

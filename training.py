@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, i):
         for k in range(10):
             try:
-                return self.draw(np.random.default_rng([self.args.seed, i] + [k] * (k > 0)))
+                again = [k] if k else []
+                return self.draw(np.random.default_rng([self.args.seed, i, *again]))
             except UserError as error:
                 skip(self.args, error)
         raise UserError("ten samples in a row cannot be read: see skipped.jsonl in --out")
@@ -124,9 +126,9 @@ def optimise(stage, loss, nets, draw, args, save, groups=None):
             if average:
                 average.update_parameters(objective.nets)
 
-            done, last = step + 1, step + 1 == args.steps
-            saves = done % args.save_every == 0 or last or bool(asked)
-            if saves or done % 10 == 0:  # only now does the program wait for the device
+            done, last, stop = step + 1, step + 1 == args.steps, bool(asked)
+            saves = done % args.save_every == 0 or last
+            if saves or stop or done % 10 == 0:  # only now does the program wait for the device
                 check_losses(stage, recent)
                 recent.clear()
                 bar.set_postfix(loss=f"{mean.item():.4f}", refresh=False)
@@ -134,13 +136,15 @@ def optimise(stage, loss, nets, draw, args, save, groups=None):
                 with open(Path(args.out, "log.jsonl"), "a") as log:
                     row = {"stage": stage, "step": done, "loss": round(mean.item(), 6)}
                     log.write(json.dumps(row) + "\n")
+            if rank == 0 and (saves or stop):
+                check_weights(stage, done, objective.nets)
             if rank == 0 and saves:
+                final = average.module if average else objective.nets
+                save(final.eval())
+                final.train()
+            if rank == 0 and (saves or stop):  # last, so that no final form is ever missing
                 write_checkpoint(file, done, states)
-                if not asked or last:
-                    objective.eval()
-                    save(average.module if average else objective.nets)
-                    objective.train()
-            if asked and not last:
+            if stop and not last:
                 raise Interrupted(asked[0], f"{stage}: stopped after step {done}")
         barrier(world)  # the next stage reads what the first process wrote
 
@@ -156,9 +160,8 @@ def update(parallel, optimizer, scaler, batches, args):
         *tensors, named = next(batches)
         names += named
         batch = [tensor.to(device, non_blocking=True) for tensor in tensors]
-        waits = isinstance(parallel, torch.nn.parallel.DistributedDataParallel)
-        waits = waits and k < args.accumulate - 1
-        with parallel.no_sync() if waits else contextlib.nullcontext():  # DDP adds up once
+        waits = k < args.accumulate - 1 and hasattr(parallel, "no_sync")  # DDP adds up once
+        with parallel.no_sync() if waits else contextlib.nullcontext():
             with torch.autocast(device.type, DTYPES[precision], precision != "fp32"):
                 loss = parallel(batch) / args.accumulate
             scaler.scale(loss).backward()
@@ -242,14 +245,18 @@ def check_losses(stage, recent):
                         "--lr or try --precision fp32")
 
 
+def check_weights(stage, step, nets):
+    """UserError if a weight is NaN: it is never saved."""
+    if not all(p.isfinite().all() for p in nets.state_dict().values()):
+        raise UserError(f"{stage}: a weight is NaN after step {step}; the last checkpoint is kept; "
+                        "lower --lr or try --precision fp32")
+
+
 def write_checkpoint(file, step, states):
     """All that `resume` needs; the checkpoint that was there stays beside it as NAME.before.pt.
 
-    UserError for NaN weights, and when the disk is full.
+    UserError when the disk is full.
     """
-    if not all(p.isfinite().all() for p in states["nets"].state_dict().values()):
-        raise UserError(f"{file.stem}: a weight is NaN after step {step}; the last checkpoint is "
-                        "kept; lower --lr or try --precision fp32")
     saved = {name: state.state_dict() for name, state in states.items()}
     with data.replacing(file, keep=file.with_suffix(".before.pt")) as beside:
         try:
@@ -296,7 +303,8 @@ def open_run(args, name, free, fresh=False):
     out, file = Path(args.out), Path(args.out, name)
     with contextlib.ExitStack() as stack:
         if rank == 0:
-            if fresh and not file.is_file() and out.is_dir() and set(os.listdir(out)) - {".lock"}:
+            others = set(os.listdir(out)) - {".lock", "skipped.jsonl"} if out.is_dir() else ()
+            if fresh and others and not file.is_file():
                 raise UserError(f"--out {out} is not empty and holds no run of this command")
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
@@ -333,6 +341,7 @@ def skip(args, error):
     if args.on_error == "stop":
         raise error
     file = Path(args.out, "skipped.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"reason": str(error)}) + "\n"
     if not file.is_file() or line not in file.read_text():
         say(f"skipped: {error}")
@@ -375,7 +384,7 @@ def rare_class_sampler(pairs, args):
     if not args.rcs:
         return None
     rank, world = ranks(args.device)
-    box = [data.class_counts(pairs, on_error=args.on_error) if rank == 0 else None]
+    box = [data.class_counts(pairs, skip=partial(skip, args)) if rank == 0 else None]
     if world > 1:
         torch.distributed.broadcast_object_list(box)
     return data.RareClassSampler(box[0], args.rcs_temperature, args.rcs_min_pixels)

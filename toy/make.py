@@ -120,13 +120,12 @@ def train_prior(args, pairs, classes):
 
     def draw(rng):
         """-> image (3,h,w), tokens (L,) of its caption, its name."""
-        i = int(rng.integers(len(pairs)))
-        crop, label = data.scaled_crop(*pairs.pair(i), models.size, rng, args.resize_ratios)
-        k, j = pairs.find(i)
-        weather, names, kind = pairs.sets[k].weather(j), data.caption(label, classes), rng.random()
+        streets, i = pairs.find(int(rng.integers(len(pairs))))
+        crop, label = data.scaled_crop(*streets.pair(i), models.size, rng, args.resize_ratios)
+        names, weather, kind = data.caption(label, classes), streets.weather(i), rng.random()
         prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
                   else f"{weather} weather" if kind < 0.88 else "")
-        return dginstyle.from_uint8(crop[None])[0], tokenizer(prompt)[0], pairs.name(i)
+        return dginstyle.from_uint8(crop[None])[0], tokenizer(prompt)[0], streets.name(i)
 
     def loss(batch):
         """[images or latents, tokens], batched -> a number."""
