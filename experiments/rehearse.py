@@ -325,14 +325,14 @@ def check(line, folder, said):
 
 
 def make_folder(root, name):
-    """A scene's folder: links to all data sets, weights and the toy pack."""
+    """A scene's folder: links to all data sets and weights, a copy of the toy pack."""
     folder = root / "scenes" / re.sub(r"\W+", "-", name)
     for part in ("data", "weights"):
         (folder / part).mkdir(parents=True)
         for path in (root / part).iterdir():
             for place in [folder / part, *[folder] * (part == "weights")]:
                 (place / path.name).symlink_to(path)
-    (folder / "toy").symlink_to(HERE / "toy")
+    shutil.copytree(HERE / "toy", folder / "toy")  # commands write into it
     own = root / "data/my streets"
     (folder / "mine/labels").mkdir(parents=True)
     (folder / "mine/images").symlink_to(own / "images")
