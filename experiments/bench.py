@@ -434,7 +434,7 @@ def compile_bench(bench, sd_size):
     bench.heads = ["an MRLF image of 10 steps", "seconds", "without --compile"]
     models = cast(sd_models(bench.device, 64), torch.bfloat16) if sd_size else toy_models(
         bench.device)
-    args, condition = paper_settings(10, stride="half"), street(models.size)
+    args, condition = paper_settings(10, stride="half", **PLAIN), street(models.size)
 
     def image():
         dginstyle.make_images(models, [condition], CLASSES, args)

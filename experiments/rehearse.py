@@ -80,7 +80,7 @@ PUBLISHED = (
      "val/night/GOPR0356/GOPR0356_frame_000321"),
     ("authors", *OURS, (512, 512), {255: 19}, "", "a_00000 a_00001 n_00007 00009"),
     ("subset", *OURS, (1914, 1052), {}, "", "6_00007 17_00012 11_00040"),
-    ("my streets", *OURS, (256, 128), {}, "", " ".join(map(str, range(33)))))
+    ("my streets", *OURS, (256, 128), {}, "", " ".join(map(str, range(9)))))
 
 
 def draw(image_file, label_file, size, ids, fault):
@@ -170,7 +170,7 @@ IN_WORDS = {
         segment train --data data/authors --pretrained daformer/latest.pth --out runs/a
         segment predict data/mapillary/validation/images --weights daformer/latest.pth""",
     "branches": f"""
-        generate {SD} --controlnet ControlNet_UNet-S --low-vram --data 'data/my streets' \
+        generate {SD} --controlnet ControlNet_UNet-S --data 'data/my streets' \
             data/authors --swap 0.5 {SOURCE} --control-uncond 0.5 --renoise official
         generate --data data/acdc:rain --preset fast --control-uncond 0 --out runs/b
         train controlnet --data mine --classes classes.json --out runs/c
@@ -325,14 +325,14 @@ def check(line, folder, said):
 
 
 def make_folder(root, name):
-    """A scene's folder: links to all data sets, weights and the toy pack."""
+    """A scene's folder: links to all data sets and weights, a copy of the toy pack."""
     folder = root / "scenes" / re.sub(r"\W+", "-", name)
     for part in ("data", "weights"):
         (folder / part).mkdir(parents=True)
         for path in (root / part).iterdir():
             for place in [folder / part, *[folder] * (part == "weights")]:
                 (place / path.name).symlink_to(path)
-    (folder / "toy").symlink_to(HERE / "toy")
+    shutil.copytree(HERE / "toy", folder / "toy")  # commands write into it
     own = root / "data/my streets"
     (folder / "mine/labels").mkdir(parents=True)
     (folder / "mine/images").symlink_to(own / "images")
@@ -349,6 +349,8 @@ def make_folder(root, name):
 def run_scene(root, lines):
     """All commands of a scene in their order, one printed line each -> how many failed."""
     failed, folder = 0, make_folder(root, lines[0].scene)
+    if not any("rcs-subset" in line.words for line in lines):  # another block makes it
+        (folder / "data/gta6000").symlink_to(root / "data/subset")
     for k, line in enumerate(lines):
         start, wrong = time.time(), ""
         code, said = call(line.words, folder, folder / f"{k:02}.log")
