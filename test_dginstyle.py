@@ -218,19 +218,20 @@ def test_ldm_names_equal_diffusers():
     control = [f"input_hint_block.{i}" for i in range(0, 16, 2)] + ["middle_block_out.0"]
     control += [f"zero_convs.{i}.0" for i in range(12)]
     control += [name for name in net if not name.startswith("out")]
-    auto = ["quant_conv", "post_quant_conv"]
+    vae = ["quant_conv", "post_quant_conv"]
     resnet = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
     for half, layers, side in (("encoder", 2, "down"), ("decoder", 3, "up")):
-        auto += [f"{half}.conv_in", f"{half}.conv_out", f"{half}.norm_out"]
-        auto += [f"{half}.mid.attn_1.{p}" for p in ("norm", "q", "k", "v", "proj_out")]
-        auto += [f"{half}.mid.block_{i}.{p}" for i in (1, 2) for p in resnet]
-        auto += [f"{half}.{side}.{i}.block.{j}.{p}"
+        vae += [f"{half}.conv_in", f"{half}.conv_out", f"{half}.norm_out"]
+        vae += [f"{half}.mid.attn_1.{p}" for p in ("norm", "q", "k", "v", "proj_out")]
+        vae += [f"{half}.mid.block_{i}.{p}" for i in (1, 2) for p in resnet]
+        vae += [f"{half}.{side}.{i}.block.{j}.{p}"
                  for i in range(4) for j in range(layers) for p in resnet]
-        auto += [f"{half}.{side}.{i + (side == 'up')}.{side}sample.conv" for i in range(3)]
+        vae += [f"{half}.{side}.{i + (side == 'up')}.{side}sample.conv" for i in range(3)]
     for prefix, names, ours, theirs in (
             ("model.diffusion_model", net, unet_module.from_ldm, oracle.convert_ldm_unet_checkpoint),
             ("control_model", control, from_ldm_control, oracle.convert_controlnet_checkpoint),
-            ("first_stage_model", auto, vae_module.public_keys, oracle.convert_ldm_vae_checkpoint)):
+            ("first_stage_model", vae, vae_module.public_keys,
+             oracle.convert_ldm_vae_checkpoint)):
         keys = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
         state = {k: torch.full((2, 2, 1, 1), float(i)) for i, k in enumerate(keys)}
         same(ours(state), theirs({f"{prefix}.{k}": v for k, v in state.items()}, config))
@@ -245,16 +246,16 @@ def test_single_files_load_like_folders(tmp_path):
         single = type(model).from_pretrained(tmp_path / "diffusion_pytorch_model.safetensors")
         assert single.config == net.config
         same(single.state_dict(), model.state_dict())
-    auto = VAE(VAEConfig(block_out_channels=(32, 64), layers_per_block=1))
+    vae = VAE(VAEConfig(block_out_channels=(32, 64), layers_per_block=1))
     old = {k: v[..., None, None] if "attentions.0.to" in k and v.ndim == 2 else v
-           for k, v in auto.state_dict().items()}  # attention was a 1x1 convolution once
+           for k, v in vae.state_dict().items()}  # attention was a 1x1 convolution once
     for pair in ("to_q query", "to_k key", "to_v value", "to_out.0 proj_attn"):
         old = {k.replace(*pair.split()): v for k, v in old.items()}
     old = {f"first_stage_model.{k}": v for k, v in {**old, "loss.logvar": torch.ones(1)}.items()}
     save_file(old, tmp_path / "old.safetensors")
     loaded = VAE.from_pretrained(tmp_path / "old.safetensors")
-    assert loaded.config == auto.config
-    same(loaded.state_dict(), auto.state_dict())
+    assert loaded.config == vae.config
+    same(loaded.state_dict(), vae.state_dict())
 
 
 def test_killed_while_saving_leaves_whole_weights(tmp_path, monkeypatch):
@@ -305,8 +306,7 @@ def test_foreign_weights_are_named(tmp_path):
     """UNets with more channels in than out, SDXL, autoencoders that shift their latents and healthy
     pickles of more than tensors are refused by what they are, in our words alone."""
     torch.save({"state_dict": {"a": torch.ones(1)}, "meta": np.float64(3)}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="a.ckpt holds other objects .* safetensors.torch.save_file"
-                       ) as error:
+    with pytest.raises(ValueError, match="a.ckpt holds other objects .*torch.save_file") as error:
         UNet.from_pretrained(tmp_path / "a.ckpt")
     assert "\033" not in str(error.value)
     models, file = tiny_models(), tmp_path / "diffusion_pytorch_model.safetensors"
@@ -353,15 +353,8 @@ def clip_strings(count, seed=0):
              lambda: rng.choice(words), lambda: rng.choice(spaces), lambda: " ",
              lambda: rng.choice("ROADroadcarskythe"), lambda: known[rng.randrange(128, 1200)]]
     texts = ["".join(rng.choice(draws)() for _ in range(rng.randrange(30))) for _ in range(count)]
-    return texts + [f"a{c}1{c}!{c}" for c in known if unicodedata.category(c) != "Lo"]
-
-
-def clip_state(config, seed=0):
-    """Random tensors for every key of the config, in our spelling."""
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in TextEncoder(config).state_dict().items()}
-    g = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(s, generator=g) * 0.3 for k, s in shapes.items()}
+    return [*texts, "car " * 200, *(f"a{c}1{c}!{c}" for c in known
+                                    if unicodedata.category(c) != "Lo")]
 
 
 def clip_open_clip(config, seed=0):
@@ -387,40 +380,22 @@ def clip_prefixed(state):
 
 @pytest.mark.parametrize("pad, count", [(EOS, 4000), ("!", 300)])
 def test_clip_tokenizer_equals_transformers(tmp_path, pad, count):
-    """Ids of random Unicode strings, padded by either token, equal those of transformers' fast
-    CLIPTokenizer, which reads our folder as we do."""
+    """Ids of random Unicode strings and a long prompt, padded by the token of either public file,
+    equal those of transformers' CLIPTokenizerFast; the root folder of SD is enough. Specials count
+    in capitals too."""
     transformers = pytest.importorskip("transformers")
-    ours = clip_tokenizer()
-    ours = Tokenizer(ours.vocab, ours.merges, pad)
-    ours.save(tmp_path)
-    again = Tokenizer.from_pretrained(tmp_path)
-    assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, pad)
-    assert (ours("")[0, -1] == 0).item() is (pad == "!")
-    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(tmp_path))
+    folder = tmp_path / "tokenizer"
+    clip_tokenizer().save(folder)
+    if pad != EOS:
+        put(folder / "special_tokens_map.json", {"pad_token": {"content": pad}})
+    ours = Tokenizer.from_pretrained(tmp_path)
+    oracle = transformers.CLIPTokenizerFast.from_pretrained(folder)
     texts = clip_strings(count)
     assert [ours.encode(t) for t in texts] == oracle(texts, add_special_tokens=False)["input_ids"]
     padded = dict(padding="max_length", max_length=77, truncation=True)
-    assert again(texts).tolist() == oracle(texts, **padded)["input_ids"]
-
-
-def test_clip_tokenizer_reads_public_folders(tmp_path):
-    """The pad token of special_tokens_map.json decides, and the root folder of SD is enough."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path / "tokenizer"
-    clip_tokenizer(20).save(folder)
-    (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
-    oracle = transformers.CLIPTokenizerFast.from_pretrained(str(folder))
-    want = oracle("a", padding="max_length", max_length=77)["input_ids"]
-    assert Tokenizer.from_pretrained(tmp_path)("a").tolist() == [want] and want[-1] == 0
-
-
-def test_clip_tokenizer_layout():
-    """One text is a batch of one; long prompts keep the end; specials count in capitals too."""
-    t = clip_tokenizer()
-    bos, eos, car = t.vocab[BOS], t.vocab[EOS], t.encode("car")
-    assert t("car " * 200).tolist() == [[bos, *car * 75, eos]]
-    assert t("car", length=3).tolist() == [[bos, *car, eos]] and t([]).shape == (0, 77)
-    assert t.encode("a<|ENDOFTEXT|>") == [*t.encode("a"), eos]
+    assert ours(texts).tolist() == oracle(texts, **padded)["input_ids"]
+    assert ours("car")[0, -1] == oracle.pad_token_id == ours.vocab[pad]
+    assert ours.encode("a<|ENDOFTEXT|>") == [*ours.encode("a"), ours.vocab[EOS]]
 
 
 def test_clip_tokenizer_of_transformers_5(tmp_path):
@@ -439,18 +414,12 @@ def test_clip_tokenizer_of_transformers_5(tmp_path):
         assert (again.vocab, again.merges, again.pad_token) == (ours.vocab, ours.merges, "!")
 
 
-def test_clip_tokenizer_errors(tmp_path):
-    """Missing files, malformed merges and foreign vocabularies are ValueErrors that name them."""
-    with pytest.raises(ValueError, match="vocab.json cannot be read"):
-        Tokenizer.from_pretrained(tmp_path)
+def test_clip_tokenizer_of_another_vocabulary():
+    """Merges and padding that the vocabulary lacks are named."""
     t = clip_tokenizer(5)
     for merges, pad in ([("x", "y")], EOS), (t.merges, "<pad>"), (t.merges[:-1], EOS):
         with pytest.raises(ValueError, match="lacks 1 symbols such as"):
             Tokenizer(t.vocab, merges, pad)
-    t.save(tmp_path)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
-    with pytest.raises(ValueError, match="merges.txt cannot be read"):
-        Tokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -458,23 +427,16 @@ def test_clip_encoder_equals_transformers(tmp_path, act):
     """Outputs, of the first tokens alone too, equal those of transformers' CLIPTextModel, and each
     loads the other's folder."""
     transformers = pytest.importorskip("transformers")
-    tiny = clip_text.PRESETS["tiny"]
-    config = TextEncoderConfig(**tiny | {"hidden_act": act, "layer_norm_eps": 0.1})
-    model = TextEncoder(config).eval()
-    model.load_state_dict(clip_state(config))
-    model.save_pretrained(tmp_path / "ours")
-    oracle, info = transformers.CLIPTextModel.from_pretrained(
-        str(tmp_path / "ours"), output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    oracle.eval().save_pretrained(str(tmp_path / "theirs"))
-    again = TextEncoder.from_pretrained(tmp_path / "theirs")
-    assert again.config == config
+    sizes = clip_text.PRESETS["tiny"] | {"hidden_act": act, "layer_norm_eps": 0.1}
+    model = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)), 0, 0.3)
+    ours, theirs = exchanged(model, TextEncoder, tmp_path)
+    assert ours.config == TextEncoderConfig(**sizes)
     tokens = torch.randint(0, 1024, (3, 77), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        want = oracle(tokens).last_hidden_state
-        for ours in (model, again):
-            assert (ours(tokens) - want).abs().max() <= 1e-5 * want.abs().max()
-            assert (ours(tokens[:, :9]) - want[:, :9]).abs().max() <= 1e-5 * want.abs().max()
+        for net in (model, theirs):
+            want = net(tokens).last_hidden_state
+            assert relative(ours(tokens), want) <= 1e-5
+            assert relative(ours(tokens[:, :9]), want[:, :9]) <= 1e-5
 
 
 @pytest.mark.parametrize("preset, total", [("sd1", 123_060_480), ("sd2", 340_387_840)])
@@ -493,7 +455,8 @@ def test_clip_ldm_sd1_equals_diffusers(tmp_path):
     """An SD1.x checkpoint gives the tensors of diffusers' converter, and loads."""
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     config = TextEncoderConfig(64, 128, 512, 2, 2)
-    ldm = {f"cond_stage_model.transformer.{k}": v for k, v in clip_state(config).items()}
+    state = randomise(TextEncoder(config), 0).state_dict()
+    ldm = {f"cond_stage_model.transformer.{k}": v for k, v in state.items()}
     ldm["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     ldm["first_stage_model.quant_conv.bias"] = torch.zeros(3)
     theirs = clip_prefixed(single_file.convert_ldm_clip_checkpoint(dict(ldm)))
@@ -512,41 +475,28 @@ def test_clip_ldm_sd2_equals_diffusers(blocks):
     transformers = pytest.importorskip("transformers")
     config = TextEncoderConfig(64, 64, 256, blocks, 1, hidden_act="gelu")
     ldm = clip_open_clip(config) | {"first_stage_model.quant_conv.bias": torch.zeros(3)}
-    names = {k: getattr(config, k) for k in config.__dataclass_fields__}
-    names |= {"num_hidden_layers": 23, "bos_token_id": 62, "eos_token_id": 63}
+    names = asdict(config) | {"num_hidden_layers": 23, "bos_token_id": 62, "eos_token_id": 63}
     oracle = transformers.CLIPTextModel(transformers.CLIPTextConfig(**names))
     theirs = single_file.convert_open_clip_checkpoint(oracle, dict(ldm))
     theirs = clip_prefixed({k: v for k, v in theirs.items() if "text_projection" not in k})
     theirs.pop("text_model.embeddings.position_ids", None)
-    ours = clip_text.public_keys(ldm)
-    assert len(ours) == 372
-    same(ours, theirs)
+    same(clip_text.public_keys(ldm), theirs)
 
 
-def test_clip_ldm_sd2_file(tmp_path):
-    """An OpenCLIP file of width 1024 has heads of 64 and exact GELU."""
+def test_clip_single_files(tmp_path):
+    """Bare files load, their config inferred from shapes: Hugging Face's without a prefix and with
+    a projection, and one of OpenCLIP, whose width of 1024 means heads of 64 and exact GELU."""
+    config, path = TextEncoderConfig(64, 128, 512, 2, 2), tmp_path / "pytorch_model.bin"
+    want = randomise(TextEncoder(config), 0).state_dict()
+    state = {k.removeprefix("text_model."): v for k, v in want.items()}
+    torch.save({**state, "text_projection.weight": torch.zeros(128, 128)}, path)
+    model = TextEncoder.from_pretrained(path)
+    assert model.config == config and not model.training
+    same(model.state_dict(), want)
     ldm = clip_open_clip(TextEncoderConfig(8, 1024, 4096, 1, 16))
     save_file({k: v.half() for k, v in ldm.items()}, tmp_path / "sd2.safetensors")
     model = TextEncoder.from_pretrained(tmp_path / "sd2.safetensors", torch.float16)
     assert model.config == TextEncoderConfig(8, 1024, 4096, 1, 16, hidden_act="gelu")
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
-
-
-@pytest.mark.parametrize("spelling", ["public", "no_prefix", "position_ids", "projection"])
-def test_clip_single_files(tmp_path, spelling):
-    """A bare weight file in any Hugging Face spelling loads, its config inferred from shapes."""
-    config = TextEncoderConfig(64, 128, 512, 2, 2)
-    want = clip_state(config)
-    state = {"public": want,
-             "no_prefix": {k.removeprefix("text_model."): v for k, v in want.items()},
-             "position_ids": {**want, "text_model.embeddings.position_ids": torch.arange(77)[None]},
-             "projection": {**want, "text_projection.weight": torch.zeros(128, 128)}}[spelling]
-    save_file(state, tmp_path / "model.safetensors")
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    for file in tmp_path.iterdir():
-        model = TextEncoder.from_pretrained(file)
-        assert model.config == config and not model.training
-        same(model.state_dict(), want)
 
 
 def test_clip_round_trip(tmp_path):
@@ -557,7 +507,6 @@ def test_clip_round_trip(tmp_path):
     file = tmp_path / "model.safetensors"
     assert {v.dtype for v in load_file(file).values()} == {torch.bfloat16}
     again = TextEncoder.from_pretrained(tmp_path)
-    assert again.config == model.config
     assert all(p.requires_grad and p.dtype == torch.float32 for p in again.parameters())
     same(again.state_dict(), {k: v.bfloat16().float() for k, v in model.state_dict().items()})
     with pytest.raises(ValueError, match=f"{file}: width 96 is no multiple of 64"):
