@@ -199,7 +199,7 @@ def same(ours, theirs):
 def test_ldm_names_equal_diffusers():
     """The UNet, ControlNet and autoencoder of an LDM checkpoint go through diffusers' converters
     and ours to the same tensors: numbered blocks, reversed decoder levels."""
-    oracle = pytest.importorskip("diffusers.loaders.single_file_utils")
+    their = pytest.importorskip("diffusers.loaders.single_file_utils")
     config = {"layers_per_block": 2, "down_block_types": [1] * 4, "up_block_types": [1] * 4,
               "class_embed_type": None, "addition_embed_type": None, "use_linear_projection": False,
               "conditioning_embedding_out_channels": (16, 32, 96, 256)}
@@ -228,10 +228,10 @@ def test_ldm_names_equal_diffusers():
                  for i in range(4) for j in range(layers) for p in resnet]
         vae += [f"{half}.{side}.{i + (side == 'up')}.{side}sample.conv" for i in range(3)]
     for prefix, names, ours, theirs in (
-            ("model.diffusion_model", net, unet_module.from_ldm, oracle.convert_ldm_unet_checkpoint),
-            ("control_model", control, from_ldm_control, oracle.convert_controlnet_checkpoint),
+            ("model.diffusion_model", net, unet_module.from_ldm, their.convert_ldm_unet_checkpoint),
+            ("control_model", control, from_ldm_control, their.convert_controlnet_checkpoint),
             ("first_stage_model", vae, vae_module.public_keys,
-             oracle.convert_ldm_vae_checkpoint)):
+             their.convert_ldm_vae_checkpoint)):
         keys = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
         state = {k: torch.full((2, 2, 1, 1), float(i)) for i, k in enumerate(keys)}
         same(ours(state), theirs({f"{prefix}.{k}": v for k, v in state.items()}, config))
