@@ -922,8 +922,6 @@ def test_feature_distance_counts_thing_positions_only():
 
 # ---- data.py -------------------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------------------ helpers
-
 TRAIN = np.array([[0, 1, 2, 10], [13, 255, 11, 18], [0, 0, 8, 8]], np.uint8)  # 3 x 4 pixels
 CITY = np.array([[7, 8, 11, 23], [26, 4, 24, 33], [7, 7, 21, 21]], np.uint8)  # the same as ids
 VISTAS = np.array([[13, 15, 17, 27], [55, 65, 19, 52], [24, 41, 30, 30]], np.uint8)
@@ -950,22 +948,19 @@ def data_plain(root, names, label=TRAIN, end="_labelTrainIds", palette=True):
 
 
 def data_flood(label, skip):
-    """8-connected components, one pixel after the other."""
-    out, n = np.zeros(label.shape, int), 0
-    for start in np.ndindex(*label.shape):
-        if out[start] or label[start] == skip:
-            continue
-        n += 1
-        out[start], stack = n, [start]
-        while stack:
-            i, j = stack.pop()
-            for u, v in np.ndindex(3, 3):
-                at = i + u - 1, j + v - 1
-                inside = 0 <= at[0] < label.shape[0] and 0 <= at[1] < label.shape[1]
-                if inside and not out[at] and label[at] == label[start]:
-                    out[at] = n
-                    stack.append(at)
-    return out, n
+    """8-connected components: a pixel takes the smallest number of its equals around, till all do.
+    """
+    (h, w), grey = label.shape, np.pad(label.astype(int), 1, constant_values=-1)
+    number, before = np.arange(label.size).reshape(h, w), None
+    while not np.array_equal(number, before):
+        before, around = number, np.pad(number, 1)
+        number = np.minimum.reduce([
+            np.where(grey[i:i + h, j:j + w] == label, around[i:i + h, j:j + w], number)
+            for i, j in np.ndindex(3, 3)])
+    out, kept = np.zeros(label.shape, int), label != skip
+    firsts, place = np.unique(number[kept], return_inverse=True)
+    out[kept] = place + 1
+    return out, len(firsts)
 
 
 def data_blocks(seed, size=(40, 50), classes=19):
@@ -977,9 +972,6 @@ def data_blocks(seed, size=(40, 50), classes=19):
         label[y:y + h + 1, x:x + w + 1] = rng.integers(0, classes)
     label[rng.random(size) < 0.05] = data.IGNORE
     return label
-
-
-# -------------------------------------------------------------------------- classes and label files
 
 
 def test_data_class_tables():
@@ -995,42 +987,32 @@ def test_data_class_tables():
 
 def test_data_classes_from_json(tmp_path):
     """A JSON file makes a domain of other classes, a wrong one names the file."""
-    path, ship = tmp_path / "classes.json", {"names": ["sea", "ship"],
-                                             "colours": [[0, 0, 9], [9, 0, 0]]}
-    path.write_text(json.dumps({**ship, "ids": {"5": 0, "7": 1, "8": None}}))
-    classes = data.Classes.from_json(path)
-    assert classes == data.Classes(("sea", "ship"), ((0, 0, 9), (9, 0, 0)), {5: 0, 7: 1, 8: None})
-    label = np.array([[7, 5], [8, 255]], np.uint8)
-    pairs = data.Pairs(data_plain(tmp_path / "set", ["a"], label, ""), classes)
-    assert pairs.label(0).tolist() == [[1, 0], [255, 255]]
-    for wrong in ("{", "[]", {"names": ["a"]}, {**ship, "colours": [[1, 2], [3, 4]]},
-                  {**ship, "colours": [[1, 2, 3]]}, {**ship, "names": ["sea", "sea"]},
-                  {**ship, "ids": {"4": 2}}, {**ship, "ids": {"255": 1}}, {**ship, "ids": {}}):
-        path.write_text(wrong if isinstance(wrong, str) else json.dumps(wrong))
+    path = tmp_path / "classes.json"
+    ship = {"names": ["sea", "ship"], "colours": [[0, 0, 9], [9, 0, 0]]}
+    put(path, {**ship, "ids": {"5": 0, "7": 1, "8": None}})
+    assert data.Classes.from_json(path) == data.Classes(
+        ("sea", "ship"), ((0, 0, 9), (9, 0, 0)), {5: 0, 7: 1, 8: None})
+    for wrong in ([], {"names": ["a"]}, {**ship, "colours": [[1, 2], [3, 4]]},
+                  {**ship, "names": ["sea", "sea"]}, {**ship, "ids": {"255": 1}}):
+        put(path, wrong)
         with pytest.raises(data.UserError, match="classes.json cannot be read as a "):
             data.Classes.from_json(path)
 
 
-@pytest.mark.parametrize("palette", [True, False])
-def test_data_label_round_trip(tmp_path, palette):
-    """Raw indices come back from palette and grey files, as written and as saved by save_label."""
-    data_png(tmp_path / "a.png", TRAIN, palette)
-    assert Image.open(tmp_path / "a.png").mode == ("P" if palette else "L")
-    assert np.array_equal(data.read_label(tmp_path / "a.png"), TRAIN)
-    before = TRAIN.copy()
+def test_data_labels_and_pictures_of_any_depth(tmp_path):
+    """Raw indices come back from palette and grey files and from what save_label wrote in the
+    classes' colours; labels of 16 bits are read like those of 8, pictures in 8 bits."""
+    for palette in (True, False):
+        data_png(tmp_path / "a.png", TRAIN, palette)
+        assert Image.open(tmp_path / "a.png").mode == ("P" if palette else "L")
+        assert np.array_equal(data.read_label(tmp_path / "a.png"), TRAIN)
     data.save_label(tmp_path / "b.png", TRAIN)
-    saved = Image.open(tmp_path / "b.png")
-    assert saved.mode == "P" and np.array_equal(np.array(saved), TRAIN)
-    assert np.array_equal(np.array(saved.convert("RGB")), data.colourise(TRAIN))
-    assert np.array_equal(TRAIN, before)
-
-
-def test_data_16_bits(tmp_path):
-    """Labels of 16 bits are read like those of 8, grey levels of 16 bits become those of 8."""
-    Image.fromarray(CITY.astype(np.uint16)).save(tmp_path / "a.png")
-    assert np.array_equal(data.read_label(tmp_path / "a.png", ids=data.CITYSCAPES_IDS), TRAIN)
-    Image.fromarray(np.array([[0, 257, 32_768, 65_535]], np.uint16)).save(tmp_path / "b.png")
-    assert data.read_image(tmp_path / "b.png")[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
+    assert np.array_equal(data.read_label(tmp_path / "b.png"), TRAIN)
+    assert np.array_equal(data.read_image(tmp_path / "b.png"), data.colourise(TRAIN))
+    Image.fromarray(CITY.astype(np.uint16)).save(tmp_path / "c.png")
+    assert np.array_equal(data.read_label(tmp_path / "c.png", ids=data.CITYSCAPES_IDS), TRAIN)
+    Image.fromarray(np.array([[0, 257, 32_768, 65_535]], np.uint16)).save(tmp_path / "d.png")
+    assert data.read_image(tmp_path / "d.png")[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
 
 
 @pytest.mark.parametrize("tag", range(1, 9))
@@ -1044,10 +1026,10 @@ def test_data_orientation(tmp_path, tag):
     Image.fromarray(image).save(tmp_path / "images/b.png", exif=exif)
     with Image.open(tmp_path / "images/b.png") as opened:
         upright = np.array(ImageOps.exif_transpose(opened))
-    assert np.array_equal(data.read_image(tmp_path / "images/b.png"), upright)
     label = tmp_path / "labels/b_labelTrainIds.png"
     Image.fromarray(image[..., 0]).save(label, exif=exif)
-    assert np.array_equal(data.Pairs(tmp_path).pair(1)[1], upright[..., 0])
+    for have, want in zip(data.Pairs(tmp_path).pair(1), (upright, upright[..., 0]), strict=True):
+        assert np.array_equal(have, want)
     data_png(label, image[..., 0])
     assert len(data.Pairs(tmp_path)) == (2 if tag == 1 else 1)
     data_png(label, upright[..., 0])
@@ -1055,21 +1037,15 @@ def test_data_orientation(tmp_path, tag):
 
 
 def test_data_bad_labels(tmp_path):
-    """Colour labels, values outside the classes and broken files are named in one sentence."""
-    data_photo(tmp_path / "rgb.png")
+    """Labels of one bit or of values outside the classes are named, and none is written."""
     data_png(tmp_path / "ids.png", np.array([[19, 3], [77, 255]], np.uint8))
     Image.fromarray(np.array([[300]], np.uint16)).save(tmp_path / "wide.png")
     Image.fromarray(np.eye(3) > 0).save(tmp_path / "bits.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "ids.png").read_bytes()[:50])
-    city = {"ids": data.CITYSCAPES_IDS}
     for name, options, match in (
-            ("rgb", {}, "rgb.png cannot .* its mode is RGB: a label must be"),
             ("bits", {}, "bits.png cannot .* its mode is 1: a label must be"),
             ("ids", {}, r"ids.png holds \[19, 77\], .* trainIds \(0..18\)"),
-            ("ids", city, r"ids.png holds \[77\], .* raw ids \(0..34\)"),
-            ("ids", {"also_ignore": (19,)}, r"holds \[77\]"), ("wide", {}, r"holds \[300\]"),
-            ("broken", {}, "broken.png cannot be read as an image"),
-            ("absent", {}, "absent.png cannot be read as an image")):
+            ("ids", {"ids": data.CITYSCAPES_IDS}, r"ids.png holds \[77\], .* raw ids \(0..34\)"),
+            ("ids", {"also_ignore": (19,)}, r"holds \[77\]"), ("wide", {}, r"holds \[300\]")):
         with pytest.raises(data.UserError, match=match):
             data.read_label(tmp_path / f"{name}.png", **options)
     with pytest.raises(ValueError, match=r"x.png was not written: the label holds \[19\]"):
@@ -1088,9 +1064,6 @@ def test_data_git_lfs_pointers(tmp_path):
         with pytest.raises(data.UserError, match=f"{file} is a Git LFS pointer, .*git lfs pull"):
             read(file)
     assert "2 images left out: a Git LFS pointer: run `git lfs" in data.Pairs(root).report()
-
-
-# --------------------------------------------------- data set folders: a small fake of every layout
 
 
 DATA_SETS = {  # kind: options, layout, labels mapped, [(image, label, array)], the first two wanted
@@ -1216,66 +1189,47 @@ def test_data_ids_of_another_set(tmp_path):
 def test_data_own_classes(tmp_path, kind):
     """A class file's ids read the raw labels of public folders; with other names trainIds on disk
     are not used, with Cityscapes' names they stay what they are."""
-    options = data_fake(tmp_path, kind)
-    raw = VISTAS if kind == "mapillary" else CITY
+    data_fake(tmp_path, kind)
     ids = {value: (value + 5) % 19 for value in range(66)}
+    want = ((VISTAS if kind == "mapillary" else CITY) + 5) % 19
     own = replace(data.CITYSCAPES, ids=ids)
     two = data.Classes(("a", "b"), ((1, 1, 1), (2, 2, 2)), {v: t % 2 for v, t in ids.items()})
-    pairs = data.Pairs(tmp_path, own, **options)
-    assert np.array_equal(pairs.label(0), (raw + 5) % 19)
+    pairs = data.Pairs(tmp_path, own)
+    assert np.array_equal(pairs.label(0), want)
     assert "mapped from raw ids of the class file" in pairs.report()
-    assert np.array_equal(data.class_counts(pairs)[0], np.bincount(
-        (raw.ravel() + 5) % 19, minlength=19))
-    assert np.array_equal(data.Pairs(tmp_path, replace(own, ids=None), **options).label(0), TRAIN)
+    assert np.array_equal(data.Pairs(tmp_path, replace(own, ids=None)).label(0), TRAIN)
     for label in pairs.labels:
         end = "TrainIds" if kind in ("cityscapes", "acdc original") else "_labelTrainIds"
         data_png(label.with_stem(label.stem.replace("Ids", "") + end), TRAIN)
-    pairs = data.Pairs(tmp_path, own, **options)
-    assert np.array_equal(pairs.label(0), TRAIN) and "0 with labels mapped" in pairs.report()
+    assert np.array_equal(data.Pairs(tmp_path, own).label(0), TRAIN)
     if kind != "gta":  # in a plain folder NAME_labelTrainIds.png are trainIds of any classes
-        assert np.array_equal(data.Pairs(tmp_path, two, **options).label(0), (raw + 5) % 19 % 2)
-
-
-def test_data_linked_folders(tmp_path):
-    """City folders that are links are entered, hidden folders are left alone."""
-    for folder in ("elsewhere", "set"):
-        data_fake(tmp_path / folder, "cityscapes")
-    for folder in ("leftImg8bit", "gtFine"):
-        (tmp_path / "set" / folder / "train/zurich").symlink_to(
-            tmp_path / "elsewhere" / folder / "train/bonn")
-    data_photo(tmp_path / "set/leftImg8bit/train/.trash/x_leftImg8bit.png")
-    pairs = data.Pairs(tmp_path / "set")
-    assert [p.parent.name for p in pairs.images] == ["aachen", "bonn", "zurich"]
-    assert not pairs.skipped and np.array_equal(pairs.label(2), TRAIN)
+        assert np.array_equal(data.Pairs(tmp_path, two).label(0), want % 2)
 
 
 def test_data_pairs_of_no_use(tmp_path):
     """Pairs of unequal size, without label or with broken files are left out on opening, counted
-    and not sampled; a folder where nothing is left is an error that says why."""
+    and not sampled; city folders that are links are entered, hidden ones are left alone."""
     root = data_plain(tmp_path / "set", list("abcdef"))
     data_photo(root / "images/b.png", 0, (4, 3))
     data_png(root / "labels/c_labelTrainIds.png", TRAIN[:2])
     (root / "images/d.png").write_bytes(b"no picture")
     (root / "labels/e_labelTrainIds.png").write_bytes(b"")
     data_photo(root / "images/z.png")
+    data_photo(root / "images/.trash/a.png")
+    for folder in ("images", "labels"):
+        data_plain(tmp_path / "other", "x")
+        (root / folder / "linked").symlink_to(tmp_path / "other" / folder)
     pairs = data.Pairs(root)
-    assert [pairs.name(i) for i in range(len(pairs))] == ["a", "f"] and len(pairs.skipped) == 5
+    assert [pairs.name(i) for i in range(len(pairs))] == ["a", "f", "x"]
     for words in ("2 images left out: a label of another size",
                   "2 images left out: contents or a label that cannot be read",
                   "1 images left out: no NAME_labelTrainIds.png or NAME.png in labels"):
         assert words in pairs.report()
-    data.write_rcs_subset(pairs, tmp_path / "subset", 2)
-    assert len(data.Pairs(tmp_path / "subset")) == 2
-    (tmp_path / "none/images").mkdir(parents=True)
-    with pytest.raises(data.UserError, match="no image in .*images is of use: it has no .png or"):
-        data.Pairs(tmp_path / "none")
-    data_photo(tmp_path / "none/images/z.png")
-    with pytest.raises(data.UserError, match="is of use: z.png has no NAME_labelTrainIds.png or"):
-        data.Pairs(tmp_path / "none")
 
 
-def test_data_open(tmp_path):
-    """FOLDER:N takes N pairs, the same for the same seed, others for another, never more."""
+def test_data_open(tmp_path, monkeypatch):
+    """FOLDER:N takes N pairs, the same for the same seed, others for another, never more;
+    toy:STYLE:N opens toy streets where they are registered."""
     root = data_plain(tmp_path / "a:7", [f"s{i}" for i in range(9)])
     whole, some = (data.open_set(spec, seed=1) for spec in (root, f"{root}:3"))
     assert (len(whole), len(some)) == (9, 3)
@@ -1284,27 +1238,12 @@ def test_data_open(tmp_path):
         assert label.name == f"{image.stem}_labelTrainIds.png"
     assert data.open_set(f"{root}:3", seed=1).images == some.images
     assert len({tuple(data.open_set(f"{root}:3", seed=s).images) for s in range(9)}) > 1
-    for n in (10, 0):
-        with pytest.raises(data.UserError, match=f"asks for {n} pairs: .* holds 9"):
-            data.open_set(f"{root}:{n}")
-    for word in ("", "a\0b"):
-        with pytest.raises(data.UserError, match="is no name of a folder"):
-            data.open_set(word)
-
-
-def test_toy_words(monkeypatch):
-    """toy:STYLE:N opens toy streets where it is registered; a wrong word says what is allowed."""
     monkeypatch.setitem(data.WORLDS, "toy", streets.open_toy)
     toy = data.open_set("toy:night:3", split="test")
     assert (len(toy), toy.styles, toy.split) == (3, ("night",), "test")
-    assert len(data.open_set("toy:sunny")) == 500
-    assert len(data.open_set("toy:all", split="test")) == 50
-    for word in ("toy:storm", "toy:night:0", "toy:night:x", "toy:night:1:2"):
-        with pytest.raises(data.UserError, match=word):
+    for word in (f"{root}:10", f"{root}:0", "", "a\0b", "toy:storm", "toy:night:x"):
+        with pytest.raises(data.UserError, match=re.escape(repr(word)[1:-1])):
             data.open_set(word)
-
-
-# ------------------------------------------------------------------- counts and rare class sampling
 
 
 def test_data_counts_and_cache(tmp_path, monkeypatch):
@@ -1324,9 +1263,6 @@ def test_data_counts_and_cache(tmp_path, monkeypatch):
     twin = data.Classes(tuple(data.CITYSCAPES.names[::-1]), data.CITYSCAPES.colours)
     data.class_counts(data.Pairs(tmp_path, twin))
     assert len(read) == 3, "other classes must not get these counts"
-    (tmp_path / ".class_counts.json").write_text("{")
-    with pytest.raises(data.UserError, match="class_counts.json cannot be read as a JSON dict"):
-        data.class_counts(pairs)
 
 
 def test_data_counts_on_processes(tmp_path):
@@ -1407,42 +1343,27 @@ def test_data_rcs_distinct():
         sampler.draw_distinct(7, rng)
 
 
-# --------------------------------------------------------------- crop, one-hot, prompts, components
-
-
 def test_data_crop_box():
     """A crop lies inside, shows its class, and its share is that of the crop; it is centred on a
-    pixel of the class, the last one and a lone one included."""
+    pixel of the class, the last one included, and drawn again if its share is poor."""
     rng = np.random.default_rng(0)
     for seed in range(40):
         label = data_blocks(seed)
         h, w = (int(v) for v in rng.integers(1, (41, 51)))
-        before = label.copy()
         for cls in np.unique(label[label != 255]):
             top, left, share = data.crop_box(label, (h, w), rng, cls)
             box = label[top:top + h, left:left + w]
             assert box.shape == (h, w) and top >= 0 and left >= 0
             assert share == (box == cls).mean() > 0
-        top, left, _ = data.crop_box(label, (h, w), rng)
-        assert label[top:top + h, left:left + w].shape == (h, w)
-        assert np.array_equal(label, before)
     label = np.zeros((21, 31), np.uint8)
     label[10, 12], label[20, 30], label[0, 0] = 4, 6, 6
     assert data.crop_box(label, 5, rng, 4) == (8, 10, 0.04)
     assert {data.crop_box(label, 6, rng, 6)[:2] for _ in range(50)} == {(0, 0), (15, 25)}
-
-
-def test_data_crop_tries():
-    """A poor crop is drawn again until its share is above the limit; what cannot be is an error."""
     label = np.zeros((60, 60), np.uint8)
-    label[:20, :20] = 3
-    label[59, ::3] = 3  # specks that fill no crop
-    rng = np.random.default_rng(0)
+    label[:20, :20] = label[59, ::3] = 3  # a block and specks that fill no crop
     low = [np.mean([data.crop_box(label, 20, rng, 3, 0.15, n)[2] <= 0.15 for _ in range(400)])
            for n in (1, 2)]
     assert 0.02 < low[0] < 0.09 and low[1] < low[0] / 3
-    with pytest.raises(data.UserError, match="class 9 does not occur"):
-        data.crop_box(label, 20, rng, 9)
     with pytest.raises(data.UserError, match="60x60 pixels is smaller than the crop of 64x32"):
         data.crop_box(label, (32, 64), rng, 3)
 
@@ -1451,32 +1372,26 @@ def test_data_one_hot():
     """One channel is 1 at each pixel: its class, or the last one for ignore; the label stays."""
     label = TRAIN.copy()
     hint = data.one_hot(label, 19)
-    assert hint.dtype == torch.float32 and hint.shape == (20, 3, 4)
-    assert torch.equal(hint.sum(0), torch.ones(3, 4)) and np.array_equal(label, TRAIN)
-    assert np.array_equal(hint.argmax(0).numpy(), np.where(TRAIN == 255, 19, TRAIN))
+    assert np.array_equal(label, TRAIN)
+    assert torch.equal(hint, torch.eye(20)[np.where(TRAIN == 255, 19, TRAIN)].permute(2, 0, 1))
     with pytest.raises(ValueError, match="label value 18"):
         data.one_hot(label, 17)
 
 
-def test_data_prompts():
-    """The caption names the classes of the crop in trainId order, as in the official prompts."""
+def test_data_prompts(tmp_path):
+    """The caption names the classes of the crop in trainId order, as in the official prompts; a
+    file of templates gives its lines without comments, other braces are refused."""
     names = data.caption(TRAIN)
     assert names == "road sidewalk building vegetation sky person car bicycle"
-    assert data.caption(np.full((2, 2), 255, np.uint8)) == ""
     assert data.weather_prompt("road sky", data.WEATHERS[4]) == (
         "A city street scene with road sky, in night weather.")
-
-
-def test_data_prompt_templates(tmp_path):
-    """A file of templates gives its lines without comments; other braces are refused."""
-    file, asked = tmp_path / "prompts.txt", "A photo of {classes} at {weather}."
-    file.write_text(f"# of a port\n\n{asked}\n  {{classes}}, from a drone \n")
+    file = tmp_path / "prompts.txt"
+    put(file, "# of a port\n\nAt {weather}: {classes}.\n {classes} \n")
     templates = data.read_prompts(file)
-    assert templates == [asked, "{classes}, from a drone"]
-    assert data.fill_prompt(asked, "sea ship", "dawn") == "A photo of sea ship at dawn."
-    assert data.fill_prompt(templates[1], "sea ship", "dawn") == "sea ship, from a drone"
-    for text in ("", "# only\n", "no classes", "{classes} {wether}", "{classes} {"):
-        file.write_text(text)
+    assert templates == ["At {weather}: {classes}.", "{classes}"]
+    assert data.fill_prompt(templates[0], "sea ship", "dawn") == "At dawn: sea ship."
+    for text in ("# only\n", "{classes} {wether}", "{classes} {"):
+        put(file, text)
         with pytest.raises(data.UserError, match="prompts.txt cannot be read as prompt templates"):
             data.read_prompts(file)
 
@@ -1508,9 +1423,6 @@ def test_data_large_segments():
     mask = data.large_segments(label, 7)
     assert mask.dtype == bool and mask.sum() == 42 + 36 + 8
     assert not mask[label == 255].any() and not mask[6:8, 7:9].any()
-
-
-# ------------------------------------------------------------------------------------- augmentation
 
 
 class DataScript:
@@ -1554,59 +1466,16 @@ def test_data_distortion_steps():
         assert off.max() < 8 and off.mean() < 1.5
 
 
-def test_data_distortion_is_seeded():
-    """The colour distortion repeats with its seed, leaves its input and the global RNG alone."""
-    image = np.random.default_rng(0).integers(0, 256, (6, 7, 3)).astype(np.uint8)
-    before, state = image.copy(), np.random.get_state()[1].copy()
-    outs = [[segment.photometric_distortion(image, np.random.default_rng(s)) for s in range(20)]
-            for _ in range(2)]
-    assert all(np.array_equal(a, b) for a, b in zip(*outs, strict=True))
-    assert len({a.tobytes() for a in outs[0]}) > 10
-    assert np.array_equal(image, before) and np.array_equal(np.random.get_state()[1], state)
-    assert not any(np.shares_memory(a, image) for a in outs[0])
-
-
-def test_data_random_crop():
-    """The crop is taken at one place of image and label, and avoids crops of a single class."""
-    label = np.zeros((40, 40), np.uint8)
-    label[::4, ::4] = label[:, 21::2] = 8  # both classes everywhere, balanced on the right only
-    label[:, 39] = 255
-    image = np.stack(np.broadcast_arrays(*np.indices((40, 40)), label), axis=2).astype(np.uint8)
-    rng, good = np.random.default_rng(0), {0: [], 10: []}
-    for tries in (0, 10) * 100:
-        box = segment.cat_max_box(label, (8, 10), rng, tries=tries)
-        crop, crop_label = image[box], label[box]
-        assert crop.shape == (8, 10, 3) and np.array_equal(crop[..., 2], crop_label)
-        assert (np.diff(crop[..., 0].astype(int), axis=0) == 1).all()
-        n = np.bincount(crop_label.ravel(), minlength=256)[:255]
-        good[tries].append(n.max() < 0.75 * n.sum())
-    assert np.mean(good[10]) > 0.95 and 0.2 < np.mean(good[0]) < 0.8
-    one_class = np.zeros((40, 40), np.uint8)
-    assert segment.cat_max_box(one_class, (40, 40), rng) == (slice(0, 40),) * 2
-    with pytest.raises(ValueError, match="smaller than the crop"):
-        segment.cat_max_box(label, (41, 41), rng)
-
-
 @pytest.mark.parametrize("size, fit, expected", [
     ((1052, 1914), (1280, 720), (704, 1280)), ((720, 1280), (1024, 512), (512, 910)),
     ((400, 300), (200, 100), (133, 100))])
 def test_data_resize_to_fit(size, fit, expected):
-    """The published sizes come out, labels take the nearest pixel, and no column is blurred into
-    its neighbour (no antialiasing)."""
+    """The published sizes come out, and labels take the nearest pixel."""
     label = np.random.default_rng(0).choice(np.array([0, 18, 255], np.uint8), size)
-    image = np.repeat(np.arange(size[1]) / size[1] * 255, 3).reshape(1, -1, 3).repeat(size[0], 0)
-    small, small_label = data.resize_to_fit(image.astype(np.uint8), label, fit)
-    assert small.shape == (*expected, 3) and small.dtype == np.uint8
+    image, small = data.resize_to_fit(np.stack([label] * 3, axis=2), label, fit)
+    assert image.shape == (*expected, 3) and image.dtype == np.uint8
     nearest = F.interpolate(torch.from_numpy(label)[None, None].float(), expected)[0, 0]
-    assert np.array_equal(small_label, nearest)
-    assert np.abs(small[0, :, 0] - np.arange(0.5, expected[1]) / expected[1] * 255).max() < 2
-    image = np.zeros((30, 60, 3), np.uint8)
-    image[:, 1::3] = 255  # threefold smaller, the middle one of three columns is what is left
-    small, nothing = data.resize_to_fit(image, None, (20, 10))
-    assert (small == 255).all() and nothing is None
-
-
-# ------------------------------------------------------------------------------------- command line
+    assert np.array_equal(small, nearest)
 
 
 def test_data_rcs_subset_command(tmp_path, capsys):
@@ -1626,13 +1495,6 @@ def test_data_rcs_subset_command(tmp_path, capsys):
     assert data.main(["stats", str(root)]) == 0
     rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
     assert rows["road"][:2] == ["24", "27.273%"] and rows["train"] == ["0", "0.000%", "0.0000", "0"]
-    for bad, sentence in ((command, "is not empty"),
-                          ([*command[:2], str(tmp_path / "n"), "--num", "9"], "9 files were asked"),
-                          (["stats", str(tmp_path / "none")], "none is no data set folder")):
-        assert data.main(bad) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("data.py: ") and sentence in error
-    assert not (tmp_path / "n").exists()
 
 
 def test_scaled_crop_keeps_image_and_label_together():
