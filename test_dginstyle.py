@@ -549,12 +549,6 @@ def seg_close(a, b, tolerance=1e-5):
     assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-def seg_same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    assert all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
-
-
 def seg_hf(name, c, **fields):
     """transformers' model `name` of the sizes of our config c."""
     transformers = pytest.importorskip("transformers")
@@ -575,32 +569,23 @@ def seg_fork(state):
     return out
 
 
-@pytest.mark.parametrize("name, encoder, total, dim", [
-    ("b0", 3_319_392, 3_719_027, 256), ("b1", 13_151_424, 13_682_131, 256),
-    ("b2", 24_196_288, 27_361_235, 768), ("b3", 44_072_128, 47_237_075, 768),
-    ("b4", 60_842_688, 64_007_635, 768), ("b5", 81_443_008, 84_607_955, 768)])
-def test_segformer_presets_have_the_published_sizes(name, encoder, total, dim):
-    """B0 to B5 count the published parameters, as do transformers' models of the same config."""
+@pytest.mark.parametrize("name, head, total", [
+    ("b0", "segformer", 3_719_027), ("b1", "segformer", 13_682_131),
+    ("b2", "segformer", 27_361_235), ("b3", "segformer", 47_237_075),
+    ("b4", "segformer", 64_007_635), ("b5", "segformer", 84_607_955),
+    ("b5", "daformer", 85_155_283), ("b5", "hrda", 85_685_990)])
+def test_segformer_presets_have_the_published_sizes(name, head, total):
+    """B0 to B5 count the published parameters, as do transformers' models of the same config; the
+    norms of blocks and stages have NVlabs' eps."""
     with torch.device("meta"):
-        model = SegFormer(segformer.preset(name, "segformer"))
+        model = SegFormer(segformer.preset(name, head))
         theirs = seg_hf("SegformerForSemanticSegmentation", model.config)
-    assert model.config.decoder_dim == dim
-    assert sum(p.numel() for p in model.backbone.parameters()) == encoder
-    for net in (model, theirs):
+    for net in (model, theirs)[: 1 + (head == "segformer")]:
         assert sum(p.numel() for p in net.parameters()) == total
-
-
-def test_segformer_daformer_and_hrda_have_the_published_sizes():
-    """B5 + DAFormer has 85,155,283 parameters, HRDA 85,685,990; block norms have NVlabs' eps."""
-    with torch.device("meta"):
-        daformer, hrda = SegFormer(), SegFormer(SegFormerConfig(head="hrda"))
-    assert sum(p.numel() for p in daformer.parameters()) == 85_155_283
-    assert sum(p.numel() for p in daformer.decode_head.parameters()) == 3_712_275
-    assert sum(p.numel() for p in hrda.parameters()) == 85_685_990
-    for name, m in daformer.backbone.named_modules():
+    for layer, m in model.backbone.named_modules():
         if isinstance(m, torch.nn.LayerNorm):
-            assert m.eps == (1e-5 if name.startswith("patch_embed") or name.endswith("attn.norm")
-                             else 1e-6), name
+            assert m.eps == (1e-5 if layer.startswith("patch_embed") or layer.endswith("attn.norm")
+                             else 1e-6), layer
 
 
 @pytest.mark.parametrize("single_file, stem", ((False, 4), (True, 4), (False, 2)))
@@ -698,7 +683,7 @@ def test_segformer_hrda_equals_a_literal_computation():
 
 def test_segformer_hrda_training_crop():
     """In training attention 0 gives the upsampled context, attention 1 the detail of a crop, which
-    lies inside at multiples of 8, reaches both ends, and repeats with the seed."""
+    lies inside at multiples of 8 and reaches both ends."""
     model, images = seg_model(head="hrda", drop_path=0.0, dropout=0.0), seg_images(1, 3, 72, 88)
     last = model.decode_head["scale_attention"].conv_seg
     torch.nn.init.zeros_(last.weight)
@@ -706,41 +691,32 @@ def test_segformer_hrda_training_crop():
     g, boxes = torch.Generator().manual_seed(0), []
     with torch.no_grad():
         ctx = model.decode_head["head"](model.features(F.avg_pool2d(images, 2)))
-        up = F.interpolate(ctx, scale_factor=2, mode="bilinear", align_corners=False)
         last.bias.fill_(-1e4)  # attention 0 everywhere
-        seg_close(model.forward_hrda(images)[0], up)
+        seg_close(model.forward_hrda(images)[0], segformer.resize(ctx, (18, 22)))
         last.bias.fill_(1e4)
         for _ in range(30):
             fused, detail, (y, x, h, w), _ = model.forward_hrda(images, g)
             boxes.append((y, x))
-        assert model.forward_hrda(images, torch.Generator().manual_seed(0))[2][:2] == boxes[0]
     assert (h, w) == (40, 48) and detail.shape == (1, 5, 10, 12)
     assert {y for y, _ in boxes} == {0, 8, 16, 24, 32}
     assert {x for _, x in boxes} == {0, 8, 16, 24, 32, 40}
     y, x = y // 4, x // 4  # up2 of the 0/1 mask blurs one cell at the rim of the crop
     seg_close(fused[:, :, y + 1 : y + 9, x + 1 : x + 11], detail[:, :, 1:9, 1:11])
-    outside = torch.ones(18, 22, dtype=torch.bool)
-    outside[max(0, y - 2) : y + 12, max(0, x - 2) : x + 14] = False
-    seg_close(fused[:, :, outside], up[:, :, outside])
 
 
 @pytest.mark.parametrize("head", SEG_HEADS)
-def test_segformer_own_folder_and_file_round_trip(tmp_path, head):
+def test_segformer_own_folder_round_trip(tmp_path, head):
     """save_pretrained then from_pretrained gives back config and weights, in the dtypes asked."""
     model = seg_model(head=head, dropout=0.3, norm_eps=1e-5)
-    model.save_pretrained(tmp_path / "new" / "folder")
-    for path, given in ((tmp_path / "new" / "folder", {}),
-                        (tmp_path / "new" / "folder" / "model.safetensors",
-                         dict(dropout=0.3, norm_eps=1e-5))):
-        back = SegFormer.from_pretrained(path, **given)
-        assert back.config == model.config and not back.training
-        seg_same_weights(back, model)
+    model.save_pretrained(tmp_path)
+    back = SegFormer.from_pretrained(tmp_path)
+    assert back.config == model.config and not back.training
+    same(back.state_dict(), model.state_dict())
     model.save_pretrained(tmp_path, dtype=torch.float16)
     dtypes = {v.dtype for v in load_file(tmp_path / "model.safetensors").values()}
     assert dtypes == {torch.float16, torch.int64}
     half = SegFormer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half(seg_images(1, 3, 64, 64).bfloat16()).dtype == torch.bfloat16
-    assert {p.dtype for p in SegFormer.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
 def test_segformer_folder_loads_in_transformers(tmp_path):
@@ -756,7 +732,6 @@ def test_segformer_folder_loads_in_transformers(tmp_path):
         with torch.no_grad():
             seg_close(theirs.eval()((images * 255 - SEG_MEAN) / SEG_STD).logits, model(images),
                       tolerance)
-        assert SegFormer.from_pretrained(tmp_path).config == model.config
 
 
 @pytest.mark.parametrize("head", SEG_HEADS)
@@ -779,34 +754,29 @@ def test_segformer_uda_checkpoints_load_the_student(tmp_path, head, prefix):
     torch.save({"meta": {}, "state_dict": state, "optimizer": {"lr": 1.0}}, tmp_path / "latest.pth")
     back = SegFormer.from_pretrained(tmp_path / "latest.pth")
     assert back.config == model.config
-    seg_same_weights(back, model)
+    same(back.state_dict(), model.state_dict())
 
 
 def test_segformer_load_backbone_reads_every_encoder_file(tmp_path):
-    """HF mit folders, bare mit_b*.pth files and whole segmenters fill the encoder, not the head."""
-    source = seg_model(seed=5)
-    bare = dict(source.backbone.state_dict())
-    bare["head.weight"], bare["head.bias"] = torch.ones(1000, 96), torch.ones(1000)
-    torch.save(bare, tmp_path / "mit_tiny.pth")
-    source.save_pretrained(tmp_path / "whole")
-    for path in (tmp_path / "mit_tiny.pth", tmp_path / "whole"):
-        model = seg_model(head="hrda").double()
-        kept = {k: v.clone() for k, v in model.decode_head.state_dict().items()}
-        assert model.load_backbone(path) is model
-        seg_same_weights(model.backbone, copy.deepcopy(source).double().backbone)
-        assert all(torch.equal(v, kept[k]) for k, v in model.decode_head.state_dict().items())
-        assert all(p.requires_grad for p in model.parameters())
+    """HF mit folders and bare mit_b*.pth files fill the encoder, not the head."""
     theirs = seg_randomise(seg_hf("SegformerForImageClassification", seg_config()))
-    theirs.save_pretrained(tmp_path / "hf")
-    ours, images = seg_model(norm_eps=1e-5).load_backbone(tmp_path / "hf"), seg_images(1, 3, 64, 32)
+    theirs.save_pretrained(tmp_path)
+    model, images = seg_model(head="hrda", norm_eps=1e-5), seg_images(1, 3, 64, 32)
+    head = copy.deepcopy(model.decode_head.state_dict())
+    assert model.load_backbone(tmp_path) is model
+    same(model.decode_head.state_dict(), head)
     with torch.no_grad():
         ref = theirs((images * 255 - SEG_MEAN) / SEG_STD, output_hidden_states=True).hidden_states
-        for mine, their in zip(ours.features(images), ref[-4:], strict=True):
+        for mine, their in zip(model.features(images), ref[-4:], strict=True):
             seg_close(mine, their)
+    bare = {**model.backbone.state_dict(), "head.weight": torch.ones(1000, 96)}
+    torch.save(bare, tmp_path / "mit_tiny.pth")
+    other = seg_model(seed=5).load_backbone(tmp_path / "mit_tiny.pth")
+    same(other.backbone.state_dict(), model.backbone.state_dict())
 
 
 def test_segformer_errors_name_the_fault(tmp_path):
-    """Wrong, partial or foreign files and images raise a ValueError that says so."""
+    """A wrong, partial or foreign file raises a FileError that says so."""
     model, file = seg_model(), tmp_path / "model.safetensors"
     model.save_pretrained(tmp_path)
     state = load_file(file)
@@ -825,23 +795,9 @@ def test_segformer_errors_name_the_fault(tmp_path):
             SegFormer.from_pretrained(file)
     with pytest.raises(segformer.FileError, match="block1"):
         seg_model().load_backbone(file)
-    save_file(state, file)
-    for other, match in (
-            ({"architectures": ["SegformerForImageClassification"]},
-             "SegformerForImageClassification.*--pretrained"),
-            ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel")):
-        (tmp_path / "config.json").write_text(json.dumps(other))
-        with pytest.raises(segformer.FileError, match=match):
-            SegFormer.from_pretrained(tmp_path)
-    for net, images, match in ((model, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8"),
-                               (model, torch.zeros(1, 3, 64, 31), "32 x 32"),
-                               (seg_model(head="hrda"), torch.zeros(1, 3, 64, 68), "64 x 68")):
-        with pytest.raises(ValueError, match=match):
-            net(images)
-    with pytest.raises(ValueError, match="'fcn' is not one of segformer, daformer, hrda"):
-        SegFormerConfig(head="fcn")
-    with pytest.raises(ValueError, match="stride 33"):
-        slide_inference(model, seg_images(1, 3, 64, 64), 32, 33)
+    put(tmp_path / "config.json", {"architectures": ["SegformerForImageClassification"]})
+    with pytest.raises(segformer.FileError, match="SegformerForImageClassification.*--pretrained"):
+        SegFormer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("batch", (1, 3, 100))
@@ -863,7 +819,7 @@ def test_segformer_slide_equals_a_naive_loop(batch):
 
 
 def test_segformer_confusion_and_iou_by_hand():
-    """Counts and scores equal a hand count; 255 is skipped, absent classes are nan, others fail."""
+    """Counts and scores equal a hand count; 255 is skipped, absent classes are nan."""
     label = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]], dtype=torch.uint8)
     prediction = torch.tensor([[0, 1, 1, 1], [2, 3, 0, 3]])
     confusion = confusion_matrix(prediction, label, 5)
@@ -876,47 +832,42 @@ def test_segformer_confusion_and_iou_by_hand():
     assert score["mIoU"] == pytest.approx((1 / 2 + 2 / 3 + 1 / 2 + 0) / 4)
     assert score["mAcc"] == pytest.approx(2 / 3)
     assert score["aAcc"] == pytest.approx(4 / 6)
-    for bad in (5, -1):
-        with pytest.raises(ValueError, match=f"class {bad} is not in 0..4"):
-            confusion_matrix(prediction, label.long() + (bad - 1) * (label == 1), 5)
-        with pytest.raises(ValueError, match=f"class {bad} is not in 0..4"):
-            confusion_matrix(torch.full_like(prediction, bad), label, 5)
 
 
-@pytest.mark.parametrize("arch", ["segformer", "hrda", "diff"])
-def test_segmenter_loss_falls(arch):
-    """Both kinds of head learn one picture by heart, HRDA through its two losses, and so does the
-    model of --backbone diff."""
-    torch.manual_seed(0)
-    image, label = (torch.from_numpy(x[None, :64, :128].copy()) for x in streets.toy_street(0))
-    images, labels = image.permute(0, 3, 1, 2), label.long()
-    if arch == "diff":
-        model = diff_model(Prior.of(Models.from_pretrained(recipes.TOY), data.CITYSCAPES.names),
-                           steps="1", head="segformer")
-        optimizer = torch.optim.AdamW(diff.parameter_groups(model, 6e-4, 0.01))
-    else:
-        model = SegFormer(SegFormerConfig(**{**segformer.PRESETS["tiny"], "head": arch}))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    model, values = model.train(), []
-    for step in range(12 if arch == "diff" else 30):
-        torch.manual_seed(step)
-        value = (model.loss(images / 255, labels) if arch == "diff" else
-                 segment.training_loss(model, images, labels))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    assert min(values[-2:]) < 0.6 * values[0], values
-
-
-def test_feature_distance_counts_thing_positions_only():
-    """Distance where at least three quarters of a cell show a thing class; elsewhere nothing."""
-    features, taught = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
-    labels = torch.zeros(1, 64, 64, dtype=torch.int64)
-    assert segment.feature_distance(features, taught, labels) == 0
-    labels[:, :32, :32] = 13  # one whole cell of car: the norm of four ones
-    labels[:, 32:, 32:44] = 11  # less than three quarters of a cell
-    assert abs(segment.feature_distance(features, taught, labels) - 2) < 1e-6
+@pytest.mark.parametrize("head", ["segformer", "hrda"])
+def test_segmenter_loss_equals_a_literal_computation(head):
+    """Cross-entropy, for HRDA on both scales, as a mean over all pixels, and the distance to a
+    teacher's features, as a mean over the cells of which three quarters show one thing class."""
+    options = dict(head=head, num_classes=19, drop_path=0.0, dropout=0.0)
+    model, teacher = seg_model(**options), seg_model(9, **options)
+    model.training = True  # with the running statistics of BatchNorm
+    pictures = (seg_images(2, 3, 128, 128) * 255).byte()
+    labels = torch.tensor([[[13, 0], [11, 18]], [[5, 17], [16, 12]]]).repeat_interleave(64, 1)
+    labels = labels.repeat_interleave(64, 2)
+    labels[0, 64:, :20] = labels[1, :9] = 255
+    images, weights = pictures / 255, (0.9, 0.1) if head == "hrda" else (1,)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        have = segment.training_loss(model, pictures, labels, teacher, 0.7)
+        torch.manual_seed(0)
+        if head == "hrda":
+            fused, detail, (y, x, h, w), maps = model.forward_hrda(images)
+            scales = (fused, labels), (detail, labels[:, y : y + h, x : x + w])
+            images = F.avg_pool2d(images, 2)
+        else:
+            maps = model.features(images)
+            scales = (model.decode_head(maps), labels),
+        want, distances, change = 0, [], maps[-1] - teacher.features(images)[-1]
+    for weight, (logits, label) in zip(weights, scales, strict=True):
+        logits = F.interpolate(logits, label.shape[1:], mode="bilinear")
+        want += weight * F.cross_entropy(logits, label, ignore_index=255, reduction="none").mean()
+    size = 128 // change.shape[2]
+    for b, i, j in np.ndindex(2, *change.shape[2:]):
+        cell = labels[b, i * size : (i + 1) * size, j * size : (j + 1) * size]
+        if any((cell == thing).float().mean() >= 0.75 for thing in range(11, 19)):
+            distances.append(change[b, :, i, j].norm())
+    assert 0 < len(distances) < 8 * (64 // size) ** 2
+    assert relative(have, want + 0.7 * torch.stack(distances).mean()) < 1e-5
 
 
 # ---- data.py -------------------------------------------------------------------------------------
@@ -1187,9 +1138,9 @@ def test_data_counts_and_cache(tmp_path, monkeypatch):
     read, original = [], data.read_label
     monkeypatch.setattr(data, "read_label", lambda *a: read.append(a[0].name) or original(*a))
     assert np.array_equal(data.class_counts(data.Pairs(tmp_path)), want) and not read
-    data_png(pairs.labels[1], TRAIN)
+    data_png(pairs.labels[1], np.full((3, 4), 5, np.uint8))
     os.utime(pairs.labels[1], ns=(1, 1))
-    want[1] = np.bincount(TRAIN.ravel(), minlength=256)[:19]
+    want[1] = want[5]
     assert np.array_equal(data.class_counts(data.Pairs(tmp_path)), want)
     assert read == ["s01_labelTrainIds.png"]
     twin = data.Classes(data.CITYSCAPES.names[::-1], data.CITYSCAPES.colours)
