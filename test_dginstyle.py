@@ -1351,9 +1351,8 @@ def test_diff_few_steps_are_the_releases():
     prior, calls, g = diff_prior(), [], torch.Generator().manual_seed(0)
     z, n = torch.randn(2, 1, 4, 8, 8, generator=g)
     prior.unet.register_forward_pre_hook(lambda net, args: calls.append(args[:2]))
-    for steps, visited, x in (("5", [0, 1, 20, 40, 60], z),
-                              ("1", [100], prior.abar[100] ** 0.5 * z
-                               + (1 - prior.abar[100]) ** 0.5 * n)):
+    noised = prior.abar[100] ** 0.5 * z + (1 - prior.abar[100]) ** 0.5 * n
+    for steps, visited, x in (("5", [0, 1, 20, 40, 60], z), ("1", [100], noised)):
         calls.clear()
         maps = diffusion_features(prior, z, noise=lambda shape: n, steps=steps)
         assert [t for _, t in calls] == visited
@@ -1473,8 +1472,6 @@ def test_diff_files(tmp_path):
             Diff.from_pretrained(tmp_path / "a", other)
     with pytest.raises(diff.FileError, match="no DIFF segmenter"):
         Diff.from_pretrained(HERE / "toy/segformer", prior)
-    with pytest.raises(segformer.FileError, match="no whole segmenter|of None"):
-        SegFormer.from_pretrained(tmp_path / "a")
 
 
 def test_diff_prior_of_models():
