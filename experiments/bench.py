@@ -1,8 +1,7 @@
 """Bench: how fast this implementation is, next to others on the same machine in the same run.
 
     python -m experiments.bench                     toy size, minutes on two cores
-    python -m experiments.bench --sd-size           the SD1.5 configuration with random weights
-    python -m experiments.bench --device cuda       either of them on a GPU
+    python -m experiments.bench --sd-size           SD1.5's size with random weights; --device cuda
     python -m experiments.bench --sampling 64       label fidelity of faster sampling, 64 images
     python -m experiments.bench --data-path         a training sample of GTA's size, on one core
     python -m experiments.bench --compile           torch.compile: graphs, first and tenth step

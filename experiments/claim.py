@@ -427,7 +427,7 @@ def measure_cost(x):
     for name, (folder, kind) in weights.items():
         args = dginstyle.settings("segment", "eval", "--weights", folder, "--precision", kind)
         model, seconds = segment.load_segmenter(args, data.CITYSCAPES, load_models), []
-        for _ in range(12):
+        for _ in range(6):
             start = time.process_time()
             segment.predict(model, image, args.crop)
             seconds.append(time.process_time() - start)
