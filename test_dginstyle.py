@@ -569,12 +569,12 @@ def seg_fork(state):
     ("b4", "segformer", 64_007_635), ("b5", "segformer", 84_607_955),
     ("b5", "daformer", 85_155_283), ("b5", "hrda", 85_685_990)])
 def test_segformer_presets_have_the_published_sizes(name, head, total):
-    """B0 to B5 count the published parameters, as do transformers' models of the same config; the
-    norms of blocks and stages have NVlabs' eps."""
+    """B0 to B5 count the published parameters, as does transformers' B0; the norms of blocks and
+    stages have NVlabs' eps."""
     with torch.device("meta"):
-        model = SegFormer(segformer.preset(name, head))
-        theirs = seg_hf("SegformerForSemanticSegmentation", model.config)
-    for net in (model, theirs)[: 1 + (head == "segformer")]:
+        nets = [model := SegFormer(segformer.preset(name, head))]
+    nets += [seg_hf("SegformerForSemanticSegmentation", model.config)] if name == "b0" else []
+    for net in nets:
         assert sum(p.numel() for p in net.parameters()) == total
     for layer, m in model.backbone.named_modules():
         if isinstance(m, torch.nn.LayerNorm):
@@ -2604,6 +2604,10 @@ def test_rehearsal_of_two_commands(capsys):
 # ---- experiments/pretend.py: on a GPU that is not there ------------------------------------------
 
 
+# before, torch's fake tensors ask for a CUDA driver
+fake_gpu = pytest.mark.skipif(torch.__version__ < "2.14", reason="needs torch 2.14")
+
+
 def on_pretended(dtype=torch.float32):
     """tiny_models there, to be called within pretend.gpu()."""
     models = replace(tiny_models(), schedule=pretend.schedule())
@@ -2612,6 +2616,7 @@ def on_pretended(dtype=torch.float32):
     return models
 
 
+@fake_gpu
 def test_both_passes_on_a_gpu():
     """Nothing is left on the CPU in sampling."""
     with pretend.gpu(), torch.no_grad():
@@ -2625,6 +2630,7 @@ def test_both_passes_on_a_gpu():
         assert latents.is_cuda and latents.shape == (2, 4, 16, 32)
 
 
+@fake_gpu
 def test_a_misplaced_tensor_is_found():
     """The pretended GPU refuses a hint and a weight that were left on the CPU, and counts a wait:
     the tests around this one can fail."""
@@ -2644,6 +2650,7 @@ def test_a_misplaced_tensor_is_found():
             models.predict(x, 9, text, hint)
 
 
+@fake_gpu
 def test_no_step_of_sampling_waits_for_the_gpu():
     """Between two steps nothing is read back or sent over; at SD1.5's size in bf16 a step in 25
     windows launches at most 1,100 operators, and text and both ways of the VAE run there too."""
@@ -2685,6 +2692,7 @@ class UpdateDone(Exception):
     """Raised in place of a second update."""
 
 
+@fake_gpu
 @pytest.mark.parametrize("words", [
     "train dreambooth --precision fp16 --checkpointing",
     "train controlnet --precision bf16 --source-unet . --accumulate 2 --checkpointing",
