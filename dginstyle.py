@@ -249,18 +249,18 @@ def enlarge(vae, latents):
     return torch.cat([vae.encode(i[None]) for i in large]).float()
 
 
-def invert(unet, schedule, z, text, timesteps):
+def ddim_inversion(models, z, text, timesteps):
     """Deterministic DDIM inversion (LDEdit, arXiv 2210.02249): the noise that leads from z to x_t.
 
     z (B,C,h,w) latents of a picture, text (B,L,D) what it shows. The steps of DDIM are run upwards,
     from clean latents through `timesteps`, rising, without guidance. -> eps (B,C,h,w) such that
     Schedule.add_noise(z, eps, timesteps[-1]) are the inverted latents.
     """
-    x = z
+    x, dtype = z, models.unet.conv_in.weight.dtype
     for t_prev, t in zip([-1, *timesteps[:-1]], timesteps, strict=True):
-        out = unet(x.to(text.dtype), max(t_prev, 0), text).float()
-        x = schedule.step(out, x, t_prev, t)
-    abar = schedule.abar_at(timesteps[-1])
+        out = models.unet(x.to(dtype), max(t_prev, 0), text.to(dtype)).float()
+        x = models.schedule.step(out, x, t_prev, t)
+    abar = models.schedule.abar_at(timesteps[-1])
     return (x - abar**0.5 * z) / (1 - abar) ** 0.5
 
 
@@ -389,7 +389,7 @@ def sample(models, conditions, classes, args):
                    window=args.window, weights=args.window_weights, tile_batch=args.tile_batch,
                    prior_tone=args.prior_tone)
     if args.restyle:
-        latents = restyle(models, conditions, classes, hint, text, noise, args.restyle, options)
+        latents = restyle(models, conditions, classes, hint, text, args.restyle, options)
     else:
         latents = first_pass(models, size, text, hint, noise, **options)
     if args.mrlf:
@@ -401,28 +401,20 @@ def sample(models, conditions, classes, args):
     return latents
 
 
-def restyle(models, conditions, classes, hint, text, noise, share, options):
+@torch.no_grad()
+def restyle(models, conditions, classes, hint, text, share, options):
     """--restyle: a first pass that paints the conditions' pictures anew -> latents (B,C,h,w).
 
-    Their latents are inverted up to this share of the noise under their captions, then sampled down
-    under the prompts with U^P and the ControlNet.
+    Their latents are inverted with U^P up to this share of the noise under their captions, then
+    sampled down under the prompts with U^P and the ControlNet. Beyond the paper.
     """
     images = np.stack([c.image for c in conditions])
-    with torch.no_grad():
-        z = models.vae.encode(from_uint8(images).to(models.vae.quant_conv.weight)).float()
+    z = models.vae.encode(from_uint8(images).to(models.vae.quant_conv.weight)).float()
     captions = models.encode_prompts([data.caption(c.label, classes) for c in conditions])[1]
     solver = SAMPLERS[options["sampler"]](models.schedule, options["steps"])
     below = share * models.schedule.num_train_timesteps
     timesteps = [t for t, _ in reversed(solver.timesteps) if t < below]
-    import os
-    way = os.environ.get("RESTYLE", "noise")
-    if way == "noise":
-        eps = noise(z.shape)
-    else:
-        net = models.unet if way == "prior" else UNet.from_pretrained("toy/unet_source")
-        net.to(device=models.device, dtype=models.unet.conv_in.weight.dtype)
-        with torch.no_grad():
-            eps = invert(net, models.schedule, z, captions, timesteps)
+    eps = ddim_inversion(models, z, captions, timesteps)
     return first_pass(models, images.shape[1:3], text, hint, lambda shape: eps, start=share,
                       source=z, **options)
 

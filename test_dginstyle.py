@@ -1737,11 +1737,11 @@ def test_inversion_leads_back():
     sampled down again without guidance, gives the picture back; drawn noise does not."""
     models = Models.from_pretrained(HERE / "toy")
     picture = dginstyle.from_uint8(streets.toy_street(3)[0][None, ::2, ::2])
-    text, ddim = models.encode_prompts([""]), Schedule.from_pretrained(HERE / "toy/scheduler")
+    text = models.encode_prompts([""])
     with torch.no_grad():
         z = models.vae.encode(picture)
-        steps = [t for t, _ in reversed(ddim.timesteps(50)) if t < 500]
-        eps = dginstyle.invert(models.unet, ddim, z, text[1], steps)
+        steps = [t for t, _ in reversed(models.schedule.timesteps(50)) if t < 500]
+        eps = dginstyle.ddim_inversion(models, z, text[1], steps)
     off = []
     for x in (eps, Noise([0])(z.shape)):
         *_, back = denoise(models, x, text, steps=50, guidance=1.0, start=0.5, source=z)
