@@ -225,6 +225,8 @@ def pack_settings(folder):
     Names and values are those of the settings above; paths are relative to the folder. UserError
     for anything else in it.
     """
+    if not Path(folder).exists():
+        raise UserError(f"--sd {folder}: no such Stable Diffusion folder or file")
     file = Path(folder) / "settings.json"
     settings = data.read_json(file) if file.is_file() else {}
     with data.reading(file):
@@ -298,5 +300,5 @@ def published(command, name):
     default = RECIPES.get(command, {}).get(name, TABLES[command][name]["default"])
     stages = ("diff",) if command == "segment" else STAGES[command]
     own = [f"{stage} {show(RECIPES[stage][name])}" for stage in stages if name in RECIPES[stage]]
-    shown = own if len(own) == len(STAGES[command]) else [show(default), *own]
+    shown = own if own and len(own) == len(STAGES[command]) else [show(default), *own]
     return "" if default is None and not own else f"(default: {', '.join(shown)})"

@@ -303,6 +303,8 @@ def open_run(args, name, free, fresh=False):
     out, file = Path(args.out), Path(args.out, name)
     with contextlib.ExitStack() as stack:
         if rank == 0:
+            if out.is_file():
+                raise UserError(f"--out {out} is a file: name a folder")
             others = set(os.listdir(out)) - {".lock", "skipped.jsonl"} if out.is_dir() else ()
             if fresh and others and not file.is_file():
                 raise UserError(f"--out {out} is not empty and holds no run of this command")
