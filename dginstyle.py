@@ -249,18 +249,18 @@ def enlarge(vae, latents):
     return torch.cat([vae.encode(i[None]) for i in large]).float()
 
 
-def ddim_inversion(models, z, text, timesteps):
+def ddim_inversion(unet, schedule, z, text, timesteps):
     """Deterministic DDIM inversion (LDEdit, arXiv 2210.02249): the noise that leads from z to x_t.
 
     z (B,C,h,w) latents of a picture, text (B,L,D) what it shows. The steps of DDIM are run upwards,
     from clean latents through `timesteps`, rising, without guidance. -> eps (B,C,h,w) such that
     Schedule.add_noise(z, eps, timesteps[-1]) are the inverted latents.
     """
-    x, dtype = z, models.unet.conv_in.weight.dtype
+    x, dtype = z, unet.conv_in.weight.dtype
     for t_prev, t in zip([-1, *timesteps[:-1]], timesteps, strict=True):
-        out = models.unet(x.to(dtype), max(t_prev, 0), text.to(dtype)).float()
-        x = models.schedule.step(out, x, t_prev, t)
-    abar = models.schedule.abar_at(timesteps[-1])
+        out = unet(x.to(dtype), max(t_prev, 0), text.to(dtype)).float()
+        x = schedule.step(out, x, t_prev, t)
+    abar = schedule.abar_at(timesteps[-1])
     return (x - abar**0.5 * z) / (1 - abar) ** 0.5
 
 
@@ -405,8 +405,9 @@ def sample(models, conditions, classes, args):
 def restyle(models, conditions, classes, hint, text, share, options):
     """--restyle: a first pass that paints the conditions' pictures anew -> latents (B,C,h,w).
 
-    Their latents are inverted with U^P up to this share of the noise under their captions, then
-    sampled down under the prompts with U^P and the ControlNet. Beyond the paper.
+    Their latents are inverted with U^S up to this share of the noise under their captions, then
+    sampled down under the prompts with U^P and the ControlNet: Style Swap by inversion. Beyond the
+    paper.
     """
     images = np.stack([c.image for c in conditions])
     z = models.vae.encode(from_uint8(images).to(models.vae.quant_conv.weight)).float()
@@ -414,7 +415,7 @@ def restyle(models, conditions, classes, hint, text, share, options):
     solver = SAMPLERS[options["sampler"]](models.schedule, options["steps"])
     below = share * models.schedule.num_train_timesteps
     timesteps = [t for t, _ in reversed(solver.timesteps) if t < below]
-    eps = ddim_inversion(models, z, captions, timesteps)
+    eps = ddim_inversion(models.source, models.schedule, z, captions, timesteps)
     return first_pass(models, images.shape[1:3], text, hint, lambda shape: eps, start=share,
                       source=z, **options)
 
@@ -452,6 +453,8 @@ def generate(args):
     pairs, classes = open_data(args, labels_only=not args.restyle)
     models = Models.from_pretrained(args.sd, args.controlnet, args.source_unet, args.swap,
                                     args.device, DTYPES[choose_precision(args)])
+    if args.restyle:
+        models.source = UNet.from_pretrained(source_unet(args), models.dtype).to(args.device)
     args.prompts = data.read_prompts(args.prompts) if args.prompts else None
     size = args.size or models.size
     check_options(models, size, classes, args)
@@ -724,6 +727,7 @@ class Models:
     text_encoder: TextEncoder
     tokenizer: Tokenizer
     schedule: "Schedule"
+    source: UNet | None = None  # U^S, for `restyle`
 
     @classmethod
     def from_pretrained(cls, sd, controlnet=None, source_unet=None, swap=1.0, device="cpu",
@@ -782,6 +786,10 @@ class Models:
         return self.unet.conv_in.weight.device
 
     @property
+    def dtype(self):
+        return self.unet.conv_in.weight.dtype
+
+    @property
     def window(self):
         """The training window (h, w) in latent pixels."""
         return self.unet.config.window
@@ -819,8 +827,8 @@ class Models:
         weakens it in the unguided half, so that the guidance amplifies it along with the prompt:
         labels are followed more closely, at the style's expense.
         """
-        dtype = self.unet.conv_in.weight.dtype
-        both, text, control = torch.cat([x, x]).to(dtype), text.flatten(0, 1).to(dtype), None
+        both, text = torch.cat([x, x]).to(self.dtype), text.flatten(0, 1).to(self.dtype)
+        control = None
         if hint is not None:
             scale = torch.cat([both.new_full((len(x), 1, 1, 1), control_scale * share)
                                for share in (control_uncond, 1)])

@@ -1741,7 +1741,7 @@ def test_inversion_leads_back():
     with torch.no_grad():
         z = models.vae.encode(picture)
         steps = [t for t, _ in reversed(models.schedule.timesteps(50)) if t < 500]
-        eps = dginstyle.ddim_inversion(models, z, text[1], steps)
+        eps = dginstyle.ddim_inversion(models.unet, models.schedule, z, text[1], steps)
     off = []
     for x in (eps, Noise([0])(z.shape)):
         *_, back = denoise(models, x, text, steps=50, guidance=1.0, start=0.5, source=z)
