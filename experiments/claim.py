@@ -85,6 +85,7 @@ SETS = {
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
     "control's tone": ["--prior-tone", "0"],
+    "restyled": ["--restyle", "0.9"],
 }
 # sets made from the full method's: with real pictures in place of the images, as a perfect
 # generator would make them; the same through the VAE
@@ -121,6 +122,7 @@ ROWS = [
     Row("without rare-class crops", ("no rare classes",)),
     Row("without weather prompts", ("no weather",)),
     Row("without the tone of the prior", ("control's tone",)),
+    Row("source + restyled pictures", ("restyled",)),
     Row("real pictures in place of the generated", (TWINS,)),
     Row("the same through the VAE", (DECODED,)),
     Row("the real pictures, strong augmentation", (TWINS,), strong=True),
