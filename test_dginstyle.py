@@ -2315,19 +2315,21 @@ def test_broken_files_are_skipped_and_listed(tmp_path, capsys):
 
 
 def test_where_a_setting_comes_from(tmp_path):
-    """A flag wins over the preset, the preset over settings.json of --sd, this over the published
-    defaults; a stage's section over its command's, and paths start at the folder."""
+    """A flag wins over --preset, --preset over settings.json of --sd, this over the preset that it
+    names and the published defaults; a stage's section over its command's. Paths start there."""
     (tmp_path / "settings.json").write_text(json.dumps({
         "generate": {"guidance": 3, "steps": 9, "window": "8x16", "controlnet": "c"},
         "train": {"lr": 0.5, "batch": 7}, "controlnet": {"batch": 9}}))
+    (tmp_path / "unet").mkdir()
 
     def parse(*words):
         return dginstyle.settings(*words, "--device", "cpu")
 
-    args = parse("generate", "--sd", "x")
+    args = parse("generate", "--sd", tmp_path / "unet")  # a folder without settings.json
     assert (args.sampler, args.steps, args.stride, args.guidance) == ("ddim", 20, "quarter", 7.5)
     args = parse("generate", "--sd", tmp_path)
     assert (args.guidance, args.window, args.controlnet) == (3.0, (8, 16), tmp_path / "c")
+    assert (args.steps, args.sampler) == (9, "ddim")
     args = parse("generate", "--sd", tmp_path, "--preset", "fast", "--stride", "4x8")
     assert (args.steps, args.stride, args.sampler, args.guidance) == (8, (4, 8), "dpm++", 3.0)
     args = parse("train", "controlnet", "--sd", tmp_path)
