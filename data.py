@@ -753,13 +753,13 @@ def connected_components(label):
         edges.append((pixel[here][same], pixel[there][same]))
     a, b = np.concatenate(edges, axis=1)
     shape, pixel, label = label.shape, pixel.ravel(), label.ravel()
-    parent = pixel
+    parent = pixel  # every pixel is a tree of its own
     while a.size:
         hooked = parent.copy()
         np.minimum.at(hooked, np.maximum(a, b), np.minimum(a, b))
-        while not np.array_equal(hooked, parent):
+        while not np.array_equal(hooked, parent):  # follow parents up to the roots
             parent, hooked = hooked, hooked[hooked]
-        a, b = parent[a], parent[b]
+        a, b = parent[a], parent[b]  # edges now join roots
         apart = np.flatnonzero(a != b)
         a, b = a[apart], b[apart]
     counted = label if label.dtype == bool else label != IGNORE
