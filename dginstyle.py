@@ -455,7 +455,8 @@ def generate(args):
                                     args.device, DTYPES[choose_precision(args)])
     if args.restyle:
         models.source = UNet.from_pretrained(source_unet(args), models.dtype).to(args.device)
-    args.prompts = data.read_prompts(args.prompts) if args.prompts else None
+    prompts = data.read_prompts(args.prompts) if args.prompts else None
+    args = argparse.Namespace(**{**vars(args), "prompts": prompts})  # in settings.json as they are
     size = args.size or models.size
     check_options(models, size, classes, args)
     if args.compile:  # one graph for any number of windows

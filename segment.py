@@ -129,6 +129,7 @@ def segmenter_draw(pairs, args):
                 if args.rcs and one.layout not in ("generated", "rcs_subset")}
 
     def draw(rng):
+        """One sample of the recipe above."""
         (source, i), cls = pairs.find(int(rng.integers(len(pairs)))), None
         if source in samplers:
             cls, i = samplers[source].draw(rng)

@@ -2,9 +2,6 @@
 
 In the order of the files that they test, each under its heading. What is computed is compared with
 diffusers and transformers (skipped if not installed) or with a literal loop.
-
-`python test_dginstyle.py OUT` writes a folder of the true Stable Diffusion 1.5 size with random
-weights and a ControlNet with 20 hint channels, for timing and memory.
 """
 
 import ast
@@ -2782,11 +2779,3 @@ def test_readmes_name_real_flags_and_files(name):
         module = __import__(row[1])
         for function in re.findall(r"`([\w.]+)`", row[0]):
             assert functools.reduce(getattr, function.split("."), module), function
-
-
-if __name__ == "__main__":
-    torch.set_default_dtype(torch.bfloat16)  # 2.5 GB instead of 5
-    base = UNet(UNetConfig())
-    full = Models(base, ControlNet.from_unet(base, 20), VAE(), TextEncoder(),
-                  make.train_tokenizer(["a city street scene"], 10), Schedule())
-    print("written to", write_sd_folder(Path(sys.argv[1]), full))

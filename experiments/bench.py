@@ -532,7 +532,7 @@ def data_path_bench(bench, files=12, draws=36):
             gallery.write_image(root / "images" / f"{k}.png", image)
             data.save_label(root / "labels" / f"{k}_labelTrainIds.png", label)
         pairs = data.Joined([data.open_set(root)])
-        add("PNG decoding", lambda rng: pairs.image(int(rng.integers(files))))
+        add("PNG decoding", lambda rng: pairs.sets[0].image(int(rng.integers(files))))
         for arch in ("daformer", "hrda"):
             args = dginstyle.settings("segment", "--data", root, "--arch", arch, "--device", "cpu")
             add(arch, segment.segmenter_draw(pairs, args))
