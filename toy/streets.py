@@ -33,7 +33,7 @@ WARM, WHITE, RED = (255, 214, 130), (255, 250, 225), (255, 40, 30)  # what shine
 CLOTHES = ("1c1c22", "2b3a5c", "6f7a86", "8a7a5c", "dcd8d0", "a8322e", "5c4a7a", "3e5c44", "c8a83c")
 PAINTS = ("d8d8d8", "1e1e22", "7c8088", "8c1c20", "24406c", "c8b890", "44584c", "b86a2c", "e4c434")
 PALETTES = {
-    0: ("46464a", "5c5a58", "74706a", "8c8882", "a09a8e", "6e5e54", "545c68"),
+    0: ("46464a", "5c5a58", "74706a", "8c8882", "6e5e54", "545c68"),
     1: ("a8a49c", "c4beb0", "96604e", "6a6866", "bca680", "848c94"),
     2: ("e6e2d8", "c8a468", "b8705a", "7a4034", "5c5650", "8c9484", "9caab8", "d8b0a0", "3c4450",
         "a89c88", "6c7c8c"),
@@ -447,7 +447,7 @@ def materials(street, sun, rng):
     chosen = rng.random(len(first))
     palette = np.array([PALETTES[c][int(p * len(PALETTES[c]))] if c in PALETTES else (0, 0, 0)
                         for c, p in zip(classes[first].astype(int), chosen, strict=True)])
-    palette = palette * rng.uniform(0.75, 1.2, (len(first), 1)) + rng.normal(0, 4, palette.shape)
+    palette = palette * rng.uniform(0.85, 1.15, (len(first), 1)) + rng.normal(0, 4, palette.shape)
     shade = np.clip(light / np.maximum(light[first][paint], 30), 0.4, 3)[:, None]
     own = (fixed > 0) | ~np.isin(classes, [*PALETTES])
     s = look(street, np.where(own[:, None], rgb, np.clip(palette[paint] * shade, 8, 235)))
@@ -473,15 +473,15 @@ def materials(street, sun, rng):
         return np.isin(s.label, classes)
 
     fine = s.z / street.f  # metres a pixel
-    block, contrast = rng.uniform((0.35, -0.35), (0.9, 0.25), (things.max() + 1, 2)).T
+    block, contrast = rng.uniform((0.35, -0.3), (0.9, 0.2), (things.max() + 1, 2)).T
     block, contrast = block.astype(np.float32), contrast.astype(np.float32)
     stone, worn = block[things[s.shape]], contrast[things[s.shape]]
-    tone = 1 + 0.12 * stain(0.5) + 0.12 * stain(3)
+    tone = 1 + 0.09 * (stain(0.5) + stain(3))
     tone += of(2, 3) * joints(stone, 2 * stone, worn)
     tone += of(1) * joints(stone * 1.6, stone * 1.6, -0.25)
     lanes, mended = rng.uniform(0.02, 0.14), stain(2.5, 3) > 0.45
-    tone += of(0) * (lanes * np.cos(s.u * 3.7) + 0.1 * stain(0.3, 6) - 0.22 * mended)
-    leaves = 0.3 * smooth_noise(rng, size, 2) + 0.3 * smooth_noise(rng, size, 5)
+    tone += of(0) * (lanes * np.cos(s.u * 3.7) + 0.08 * stain(0.3, 6) - 0.16 * mended)
+    leaves = 0.22 * (smooth_noise(rng, size, 2) + smooth_noise(rng, size, 5))
     tone += of(8, 9) * leaves
     tone += of(11, 12) * 0.25 * np.sin(s.v * 40) * (worn < -0.1)  # striped cloth
     tone += of(13, 14, 15, 16) * (0.25 * np.clip(s.v - 1, -1, 1) + 0.1 * stain(1))  # shine and dirt
