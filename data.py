@@ -813,6 +813,16 @@ def cover(image, label, size, exact=False):
     return image, np.asarray(Image.fromarray(label).resize(to, Image.NEAREST))
 
 
+def relight(image, rng):
+    """uint8 (H,W,3) -> the same in another light: gamma, tint, saturation, contrast, exposure."""
+    x = (image.astype(np.float32) / 255) ** np.exp(rng.uniform(-0.8, 1.1))
+    x = x * np.exp(rng.normal(0, 0.2, 3))
+    grey = x.mean(-1, keepdims=True)
+    x = grey + (x - grey) * rng.uniform(0, 1.3)
+    x = x.mean() + (x - x.mean()) * rng.uniform(0.3, 1.4) + rng.uniform(-0.25, 0.25)
+    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
 def scaled_crop(image, label, size, rng, ratios):
     """A random crop of (h, w) from the picture enlarged by a ratio drawn from `ratios`.
 

@@ -353,6 +353,8 @@ class Condition:
 def draw_condition(k, pairs, sampler, size, args, classes):
     """Label crop around a rare class (section 3.4), caption, and a weather sentence or none.
 
+    The weathers take turns, so that each gets its share of however few images (paper: at random).
+
     The released code draws the weather from an unseeded generator and shares another among all
     images; here image k is the same whether it is made alone, in a batch or after a restart (up to
     the rounding of batched arithmetic, a grey level).
@@ -365,14 +367,15 @@ def draw_condition(k, pairs, sampler, size, args, classes):
     top, left, _ = data.crop_box(label, size, rng, cls)
     box = np.s_[top : top + size[0], left : left + size[1]]
     image, label = None if image is None else image[box], label[box].copy()
-    prompt, weather = data.caption(label, classes), None
+    prompt, weather = data.caption(label, classes), args.weather[k % len(args.weather)]
     if args.prompts:
         template = str(rng.choice(args.prompts))
-        weather = str(rng.choice(args.weather)) if "{weather}" in template else None
+        weather = weather if "{weather}" in template else None
         prompt = data.fill_prompt(template, prompt, weather)
     elif rng.random() < args.weather_prob:
-        weather = str(rng.choice(args.weather))
         prompt = data.weather_prompt(prompt, weather)
+    else:
+        weather = None
     return Condition(f"{k:06d}_{source.name(i)}", label, prompt, weather,
                      None if cls is None else classes.names[cls], (int(top), int(left)),
                      int(rng.integers(2**62)), image)
@@ -599,7 +602,8 @@ def train_controlnet(args, pairs, classes):
         top, left, _ = data.crop_box(label, size, rng, cls, tries=1)
         box = np.s_[top : top + size[0], left : left + size[1]]
         tokens = models.tokenizer(data.caption(label[box], classes))[0]
-        image, label = from_uint8(image[box][None])[0], torch.from_numpy(label[box].copy())
+        crop = data.relight(image[box], rng) if args.relight else image[box]
+        image, label = from_uint8(crop[None])[0], torch.from_numpy(label[box].copy())
         return image, label, tokens, source.name(i)
 
     def loss(batch):
@@ -649,6 +653,7 @@ def picture_draw(pairs, size, args):
     def draw(rng):
         source, i = pairs.find(int(rng.integers(len(pairs))))
         crop, _ = data.scaled_crop(source.image(i), None, size, rng, args.resize_ratios)
+        crop = data.relight(crop, rng) if args.relight else crop
         return from_uint8(crop[None])[0], source.name(i)
 
     return draw

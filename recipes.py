@@ -175,6 +175,8 @@ TRAIN = {
     "out": flag(Path("runs/train"), "output folder", folder),
     "size": flag(None, "crop, HxW pixels; default: the training window", size(8, 4096)),
     "checkpointing": flag(True, "recompute activations in the backward pass"),
+    "relight": flag(False, "change light and colours of every picture at random, so that the "
+                    "control learns layout and leaves both to the prior; not in the paper"),
     "cache": flag(0, "encode this many samples once and train on their latents; 0: afresh",
                   number(int)),
     "guidance": flag(7.5, "of the sample sheets", number(float, 0, 1000)),

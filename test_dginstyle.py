@@ -1766,7 +1766,8 @@ def test_public_schedulers(tmp_path, monkeypatch, capsys):
 
 # ----------------------------------------------------------------------------------------- generate
 
-QUICK = ["--steps", "2", "--num", "2", "--data", "toy:sunny:40"]
+QUICK = ["--preset", "fast", "--steps", "2", "--num", "2", "--size", "64x128", "--data",
+         "toy:sunny:40"]
 
 
 def street_set(folder, names, size=(128, 256)):
@@ -1877,8 +1878,8 @@ def test_generate_again_makes_what_is_missing(generated, tmp_path):
 def test_a_killed_generate_makes_the_images_of_a_whole_run(tmp_path):
     """kill -9 after the first image: the same command ends with the images of an undisturbed run,
     of which those that were finished are not made again."""
-    words = ["generate", "--steps", "2", "--num", "8", "--no-mrlf", "--batch", "1", "--data",
-             "toy:sunny:40", "--out"]
+    words = ["generate", "--steps", "2", "--num", "8", "--no-mrlf", "--batch", "1", "--size",
+             "64x128", "--data", "toy:sunny:40", "--out"]
     assert main([*words, str(tmp_path / "whole")]) == 0
     out = tmp_path / "parts"
     kill_when(lambda: any(out.glob("vis/*.png")), [*words, out])
@@ -1895,8 +1896,8 @@ def test_a_killed_generate_makes_the_images_of_a_whole_run(tmp_path):
 
 @pytest.mark.parametrize("flags, data_set, made", [
     (["--size", "80x144"], (256, 512), (144, 80)),
-    (["--no-mrlf", "--swap", "0.5", "--no-rcs"], (40, 100), (128, 64)),
-    (["--renoise", "official", "--stride", "4x8", "--labels-alone"], (256, 512), (128, 64))])
+    (["--size", "64x128", "--no-mrlf", "--swap", "0.5", "--no-rcs"], (40, 100), (128, 64)),
+    (["--renoise", "official", "--stride", "4x8", "--labels-alone"], (256, 512), (256, 128))])
 def test_generate_takes_label_maps_of_any_kind(flags, data_set, made, tmp_path):
     """Pairs or label maps alone, larger and smaller than the window, in another size than it,
     without MRLF and with a mixed swap."""
@@ -1904,7 +1905,7 @@ def test_generate_takes_label_maps_of_any_kind(flags, data_set, made, tmp_path):
     if "--labels-alone" in flags:
         root, flags = root / "labels", flags[:-1]
     out = tmp_path / "out"
-    assert main(["generate", "--num", "2", "--steps", "1", "--data", str(root), "--out", str(out),
+    assert main(["generate", "--num", "2", "--steps", "4", "--data", str(root), "--out", str(out),
                  *flags]) == 0
     assert [Image.open(f).size for f in (out / "images").iterdir()] == [made] * 2
     assert [data.read_label(f).shape for f in (out / "labels").iterdir()] == [made[::-1]] * 2
@@ -1915,9 +1916,9 @@ def test_prompts_of_ones_own_and_pictures_painted_anew(tmp_path):
     and little noise an image is nearly the picture of its label, and nothing like it without."""
     street_set(tmp_path / "set", "ab", (64, 128))
     (tmp_path / "p.txt").write_text("{classes} at {weather}\na model of {classes}\n")
-    words = ["generate", "--steps", "4", "--num", "6", "--no-mrlf", "--no-rcs", "--data",
-             str(tmp_path / "set"), "--prompts", str(tmp_path / "p.txt"), "--weather", "hail",
-             "--out"]
+    words = ["generate", "--steps", "4", "--num", "6", "--no-mrlf", "--no-rcs", "--size", "64x128",
+             "--data", str(tmp_path / "set"), "--prompts", str(tmp_path / "p.txt"), "--weather",
+             "hail", "--out"]
     assert main([*words, str(tmp_path / "plain")]) == 0
     rows = [json.loads(line) for line in open(tmp_path / "plain/manifest.jsonl")]
     assert {row["weather"] for row in rows} == {"hail", None}

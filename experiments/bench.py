@@ -397,7 +397,8 @@ def sampling_bench(bench, images):
     for name, flags in SAMPLINGS.items():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             argv = ["generate", "--data", f"toy:sunny:{source}", "--num", images, "--out", folder,
-                    "--weather-prob", 1, "--precision", "bf16", "--device", bench.device, *flags]
+                    "--weather-prob", 1, "--size", "64x128", "--precision", "bf16", "--device",
+                    bench.device, *flags]
             seconds = bench.clock(lambda: claim.command(*argv)) / images  # noqa: B023
             found = claim.fidelity(Path(folder), judge, classifier, source)
         paper = paper or {**found, "seconds": seconds}

@@ -74,7 +74,7 @@ FULL = Scale(source=100, images=100, seeds=5, pretrain=700, steps=1500, test=24)
 BRIEF = replace(FULL, seeds=3, steps=350)  # of DIFF's table
 QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
 # how the toy images are made, in every set; chosen on validation scenes
-SAMPLING = ["--preset", "fast"]
+SAMPLING = ["--preset", "fast", "--size", "64x128"]
 # how DIFF is trained, in every row of it
 DIFF_FLAGS = ["--backbone", "diff", "--diff-steps", "1", "--batch", "4"]
 # set of generated images: flags of `generate` on top of the full method

@@ -40,8 +40,8 @@ YELLOW, CYAN = (255, 225, 40), (60, 220, 255)
 
 
 def options(*flags):
-    """The toy pack's settings of `generate`, with these flags."""
-    return dginstyle.settings("generate", *flags)
+    """The toy pack's settings of `generate`, with more steps and these flags."""
+    return dginstyle.settings("generate", "--preset", "fast", *flags)
 
 
 def load(args):

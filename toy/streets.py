@@ -132,7 +132,8 @@ class Street:
         for z in np.arange(near, 70, 5.0) + rng.uniform(0, 2):
             self.ground((-0.09, 0.09), (z, z + 2.2), 0, (225, 225, 220), snow=0.2, fixed=True)
         for s in (-1, 1):
-            self.ground((s * half - 0.12, s * half + 0.12), (near, 90), 0, (205, 205, 200), fixed=True)
+            self.ground((s * half - 0.12, s * half + 0.12), (near, 90), 0, (205, 205, 200),
+                        fixed=True)
             things += self.row_of_houses(s, half + walk, near)
             things += self.street_furniture(s, half, walk, near)
         things += self.traffic(half, walk, near)
