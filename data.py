@@ -333,8 +333,8 @@ class Pairs:
             if images and ("{condition}" in layout.images or not self.condition):
                 return layout, images
         asked = " and ".join(filter(None, (split, self.condition)))
-        raise UserError(f"{self.root} is no data set folder{asked and f' with {asked}'}: it needs "
-                        ".png or .jpg in images/ and labels/, or in one of the published layouts")
+        raise UserError(f"{self.root} is no data set folder{asked and f' with {asked} pictures'}"
+                        ": it needs .png or .jpg in images/ and labels/, or a published layout")
 
     def _label_kinds(self, layout):
         """The layout's labels, with the ids by which they are read. Own classes have own ids, and
