@@ -55,11 +55,11 @@ def reading(path, kind="a file"):
         raise UserError(f"{path} cannot be read as {kind}: {error}") from error
 
 
-def read_json(path, kind=dict):
-    """The dict (or list) in a JSON file. UserError for anything else."""
-    with reading(path, f"a JSON {kind.__name__}"):
+def read_json(path):
+    """The dict in a JSON file. UserError for anything else."""
+    with reading(path, "a JSON dict"):
         found = json.loads(Path(path).read_text("utf-8"))
-        if not isinstance(found, kind):
+        if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     return found
 
@@ -578,16 +578,12 @@ WEATHERS = ("snowy", "rainy", "sunny", "foggy", "night")
 
 
 def crop_box(label, size, rng, cls=None, min_share=0.01, tries=10):
-    """Box of `size` (int or (h, w)) in an (H, W) label → (top, left, share of cls in the box).
+    """Box of `size` (h, w) in a label that is no smaller → (top, left, share of cls in the box).
 
     The box is centred on a random pixel of `cls` and moved inside; the first of `tries` boxes with
     a share above `min_share`, otherwise the last. Without `cls` it is uniform (and the share 0).
-    The official draw never picks the last pixel and fails for a class of one pixel.
     """
-    h, w = (size, size) if isinstance(size, int) else size
-    H, W = label.shape
-    if H < h or W < w:
-        raise UserError(f"a label of {W}x{H} pixels is smaller than the crop of {w}x{h}")
+    (h, w), (H, W) = size, label.shape
     if cls is None:
         return int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1)), 0.0
     pixels = np.flatnonzero(label == cls)

@@ -1118,11 +1118,11 @@ def test_data_crop_box():
             assert box.shape == (h, w) and share == (box == cls).mean() > 0
     label = np.zeros((21, 31), np.uint8)
     label[10, 12], label[20, 30], label[0, 0] = 4, 6, 6
-    assert data.crop_box(label, 5, rng, 4) == (8, 10, 0.04)
-    assert {data.crop_box(label, 6, rng, 6)[:2] for _ in range(50)} == {(0, 0), (15, 25)}
+    assert data.crop_box(label, (5, 5), rng, 4) == (8, 10, 0.04)
+    assert {data.crop_box(label, (6, 6), rng, 6)[:2] for _ in range(50)} == {(0, 0), (15, 25)}
     label = np.zeros((60, 60), np.uint8)
     label[:20, :20] = label[59, ::3] = 3  # a block and specks that fill no crop
-    low = [np.mean([data.crop_box(label, 20, rng, 3, 0.15, n)[2] <= 0.15 for _ in range(400)])
+    low = [np.mean([data.crop_box(label, (20, 20), rng, 3, 0.15, n)[2] <= 0.15 for _ in range(400)])
            for n in (1, 2)]
     assert 0.02 < low[0] < 0.09 and low[1] < low[0] / 3
 
