@@ -187,10 +187,9 @@ def colourise(label, classes=CITYSCAPES):
     return _palette(classes).take(label, axis=0)
 
 
-def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
-    """(H, W, 3) uint8 image and its colour label, blended with weight `alpha` → the same shape."""
-    blend = image * (1 - alpha) + colourise(label, classes) * alpha
-    return np.rint(blend).astype(np.uint8)
+def overlay(image, label, classes=CITYSCAPES):
+    """(H, W, 3) uint8 image and its colour label, half of each → the same shape."""
+    return np.rint(image * 0.5 + colourise(label, classes) * 0.5).astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -467,14 +466,14 @@ def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
 def class_counts(data, skip=None):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
-    What is read of Pairs is kept in ROOT/.class_counts.json: an entry holds while name, size and
+    What is read of files is kept in ROOT/.class_counts.json: an entry holds while name, size and
     time of its file and the way it is read stay the same. Joined sets are counted one by one.
     UserError for a label that cannot be read. With `skip`, a function that gets this error and may
     raise it, the row of the label is 0.
     """
-    if isinstance(data, Joined):
+    if hasattr(data, "sets"):
         return np.concatenate([class_counts(one, skip) for one in data.sets])
-    K, kept = len(getattr(data, "classes", CITYSCAPES)), isinstance(data, Pairs)
+    K, kept = len(getattr(data, "classes", CITYSCAPES)), hasattr(data, "labels")
     file = Path(data.root, ".class_counts.json") if kept else None
     cache = read_json(file) if kept and file.is_file() else {}
     keys = [_key(data, i) if kept else i for i in range(len(data))]
