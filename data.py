@@ -14,7 +14,7 @@ Use alone:
 
 Different from the official code, on purpose: nothing writes into its argument (there the one-hot
 helper turns 255 into 19 in the label that is saved afterwards), a crop may be centred on any pixel
-of its class, every draw is seeded, and the RCS subset needs no rejection.
+of its class, and every draw is seeded.
 """
 
 import argparse
@@ -27,9 +27,8 @@ import shutil
 import sys
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,26 +52,14 @@ def reading(path, kind="a file"):
     except UserError:
         raise
     except Exception as error:  # of Pillow, json and our own checks: any kind
-        if is_pointer(path):
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` "
-                            "where it was cloned") from error
         raise UserError(f"{path} cannot be read as {kind}: {error}") from error
 
 
-def is_pointer(path):
-    """Whether a file is the few lines that a clone without Git LFS has in place of a large file."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(23) == b"version https://git-lfs"
-    except (OSError, ValueError):
-        return False
-
-
-def read_json(path, kind=dict):
-    """The dict (or list) in a JSON file. UserError for anything else."""
-    with reading(path, f"a JSON {kind.__name__}"):
+def read_json(path):
+    """The dict in a JSON file. UserError for anything else."""
+    with reading(path, "a JSON dict"):
         found = json.loads(Path(path).read_text("utf-8"))
-        if not isinstance(found, kind):
+        if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     return found
 
@@ -97,21 +84,20 @@ class Classes:
 
     names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
-    ids: dict[int, int | None] | None = field(default=None, hash=False)
+    ids: dict[int, int | None] | None = None
 
     def __post_init__(self):
         K = len(self.names)
-        if not 0 < K < 255 or len(set(self.names)) < K or len(self.colours) != K:
+        if not 0 < len(set(self.names)) == K == len(self.colours) < IGNORE:
             raise ValueError(f"{K} names: they must be 1 to 254 different ones with a colour each")
         if not all(len(c) == 3 and all(v in range(256) for v in c) for c in self.colours):
             raise ValueError("a colour is [r, g, b] of 0 to 255")
         if self.ids == {}:
             raise ValueError("ids is empty: leave it out if the labels hold trainIds")
         for raw, train_id in (self.ids or {}).items():
-            if raw not in range(65536) or (
-                    train_id is not None and (train_id not in range(K) or raw == IGNORE)):
+            if raw not in range(65536) or train_id not in (None, *range(K)):
                 raise ValueError(f"the ids lead from {raw} to {train_id}: they must lead from "
-                                 f"0..65535 to 0..{K - 1} or null, and 255 to null")
+                                 f"0..65535 to 0..{K - 1} or null")
 
     def __len__(self):
         return len(self.names)
@@ -144,6 +130,7 @@ CITYSCAPES = Classes(
              (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
              (0, 80, 100), (0, 0, 230), (119, 11, 32)),
     ids=CITYSCAPES_IDS)
+THIN = ("wall", "fence", "pole", "traffic light", "traffic sign", "rider", "motorcycle", "bicycle")
 
 
 @contextlib.contextmanager
@@ -158,39 +145,32 @@ def read_image(path):
     """Picture file → (H, W, 3) uint8 RGB, upright by its EXIF. UserError for what is no picture."""
     with _open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits of grey: convert() would cut them at 255
-            grey = np.rint(np.array(image) / 257).clip(0, 255).astype(np.uint8)
-            return grey[..., None].repeat(3, axis=2)
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 def _read_raw(path):
     """Label file → its values as they are stored, upright by its EXIF."""
     with _open(path) as image:
         # never convert a label to "L": it would turn palette indices into luminance
-        if image.mode not in ("L", "P", "I", "I;16", "I;16B") or image.tile[0][3] in ("L;2", "L;4"):
+        if image.mode not in ("L", "P", "I", "I;16"):
             raise ValueError(f"its mode is {image.mode}: a label must be one channel of class "
                              "indices of 8 or 16 bits, not colours")
         ImageOps.exif_transpose(image, in_place=True)
         return np.array(image)
 
 
-def read_label(path, classes=CITYSCAPES, ids=None, also_ignore=()):
+def read_label(path, classes=CITYSCAPES, ids=None):
     """Label file → (H, W) uint8, 0..K-1 and 255, upright by its EXIF.
 
-    `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 and the values
-    `also_ignore` are ignored. UserError for colour labels and for any other value.
+    `ids` maps raw values (None = ignore); without it the file holds trainIds. 255 is ignore.
+    UserError for colour labels and for any other value.
     """
-    raw = _read_raw(path)
+    raw, unknown = _read_raw(path), len(classes)
     table = {c: c for c in range(len(classes))} if ids is None else ids
-    unknown = len(classes)  # no trainId
-    lut = np.full(65537, unknown, np.uint8)  # the last entry is for values beyond 16 bits
-    for value, train_id in (dict.fromkeys((IGNORE, *also_ignore)) | table).items():
+    lut = np.full(65536, unknown, np.uint8)
+    for value, train_id in ({IGNORE: None} | table).items():
         lut[value] = IGNORE if train_id is None else train_id
-    if raw.itemsize == 1:  # by Pillow, since NumPy would make indices of eight bytes
-        label = np.array(Image.fromarray(raw).point(lut[:256].tolist()))
-    else:
-        label = lut.take(raw.astype(np.int32).clip(-1, 65536))
+    label = lut.take(raw, mode="clip")
     if (odd := label == unknown).any():
         kind = "trainIds" if ids is None else "raw ids"
         raise UserError(f"{path} holds {np.unique(raw[odd])[:8].tolist()}, which are neither "
@@ -207,10 +187,9 @@ def colourise(label, classes=CITYSCAPES):
     return _palette(classes).take(label, axis=0)
 
 
-def overlay(image, label, classes=CITYSCAPES, alpha=0.5):
-    """(H, W, 3) uint8 image and its colour label, blended with weight `alpha` → the same shape."""
-    blend = image * (1 - alpha) + colourise(label, classes) * alpha
-    return np.rint(blend).astype(np.uint8)
+def overlay(image, label, classes=CITYSCAPES):
+    """(H, W, 3) uint8 image and its colour label, half of each → the same shape."""
+    return np.rint(image * 0.5 + colourise(label, classes) * 0.5).astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -251,37 +230,36 @@ def save_label(path, label, classes=CITYSCAPES):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set has its images and labels, and what the label values mean.
+    """Where a data set has its images and labels, and what the label values mean."""
 
-    images  folder of the images, with {split} and {condition}; several may match
-    place   part of an image's path, and what stands there in the paths of labels: one or more
-    tag     end of image names that label names do not have
-    ends    ends of label names, the preferred one first → their ids (None = trainIds)
-    split   the default split; None for folders without splits
-    """
-
-    images: str
-    place: tuple[str, ...]
-    tag: str
-    ends: dict[str, dict | None]
-    split: str | None
+    name: str
+    images: str  # glob with {split} and {condition}
+    place: str  # the part of an image's path that is another one in its label's path
+    tag: str  # end of image names that label names do not have
+    labels: tuple  # (what stands for place, end of the name, ids or None = trainIds), best first
+    split: str | None  # the default split
 
 
-_GT = {"_gt_labelTrainIds": None, "_gt_labelIds": CITYSCAPES_IDS}
-# the first one whose image folder exists is taken; segment.published_fit has their scales
-LAYOUTS = {
-    "cityscapes": Layout(
-        "leftImg8bit/{split}", ("leftImg8bit", "gtFine"), "_leftImg8bit",
-        {"_gtFine_labelTrainIds": None, "_gtFine_labelIds": CITYSCAPES_IDS}, "train"),
-    "bdd100k": Layout("images/10k/{split}", ("images/10k", "labels/sem_seg/masks"), "",
-                      {"": None}, "val"),
-    "mapillary": Layout("{split}*/images", ("images", "labels", "v1.2/labels"), "",
-                        {"_labelTrainIds": None, "": MAPILLARY_IDS}, "val"),  # val*: validation
-    "acdc": Layout("rgb_anon/{condition}/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
-    "dark_zurich": Layout("rgb_anon/{split}", ("rgb_anon", "gt"), "_rgb_anon", _GT, "val"),
-    "plain": Layout("images", ("images", "labels"), "",
-                    {"_labelTrainIds": None, "": CITYSCAPES_IDS}, None),  # or trainIds: see Pairs
-}
+_GT = (("gt", "_gt_labelTrainIds", None), ("gt", "_gt_labelIds", CITYSCAPES_IDS))
+# the first one that has images is taken; segment.published_fit has their scales
+LAYOUTS = (
+    Layout("cityscapes", "leftImg8bit/{split}/**/*.*", "leftImg8bit", "_leftImg8bit",
+           (("gtFine", "_gtFine_labelTrainIds", None),
+            ("gtFine", "_gtFine_labelIds", CITYSCAPES_IDS)), "train"),
+    Layout("bdd100k", "images/10k/{split}/**/*.*", "images/10k", "",
+           (("labels/sem_seg/masks", "", None),), "val"),
+    Layout("mapillary", "{split}*/images/**/*.*", "images", "",  # val*: validation
+           (("labels", "_labelTrainIds", None), ("v1.2/labels", "_labelTrainIds", None),
+            ("labels", "", MAPILLARY_IDS), ("v1.2/labels", "", MAPILLARY_IDS)), "val"),
+    Layout("acdc", "rgb_anon/{condition}/{split}/**/*.*", "rgb_anon", "_rgb_anon", _GT, "val"),
+    Layout("dark_zurich", "rgb_anon/{split}/night/**/*.*", "rgb_anon", "_rgb_anon", _GT, "val"),
+    Layout("acdc", "rgb_anon/{split}/**/*.*", "rgb_anon", "_rgb_anon", _GT, "val"),  # flattened
+    Layout("plain", "images/**/*.*", "images", "",
+           (("labels", "_labelTrainIds", None),
+            ("labels", "", CITYSCAPES_IDS)), None),  # or trainIds: see Pairs
+    Layout("label maps", "*_labelTrainIds.png", "", "_labelTrainIds",
+           (("", "_labelTrainIds", None),), None),  # without pictures: enough to generate from
+)
 
 
 def _shown(path):
@@ -291,6 +269,14 @@ def _shown(path):
         orientation = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
         size = image.size[::-1] if orientation in range(5, 9) else image.size
         return *size, orientation if orientation in (2, 3, 4) else 1
+
+
+def _fault(image, label):
+    """Why two files are no pair, by their headers, or None."""
+    try:
+        return None if _shown(image) == _shown(label) else "a label of another size or turn"
+    except UserError:
+        return "contents or a label that cannot be read"
 
 
 class Pairs:
@@ -303,122 +289,92 @@ class Pairs:
     condition  fog, night, rain or snow: one part of ACDC in its original folders
 
     `images` and `labels` are sorted lists of equal length, `skipped` lists (image, reason): no
-    label, one of another size, or a broken file. Only headers are read. `layout` is a key of
-    LAYOUTS, or gta, generated or rcs_subset for plain folders known by their contents. UserError
+    label, one of another size, or a broken file. Only headers are read. `layout` is the name of one
+    of LAYOUTS, or gta, generated or rcs_subset for plain folders known by their contents. UserError
     for folders that are missing or empty, or when no image has a label.
     """
 
     def __init__(self, root, classes=CITYSCAPES, split=None, condition=None):
         self.root, self.classes, self.condition = Path(root), classes, condition
-        self.also_ignore, self.skipped, self.doubt, found = (), [], "", []
-        folders = self._find_folders(split)
-        tables = self._tables()
-        files = (Path(file) for folder in folders for file in glob.iglob(
-            f"{glob.escape(str(folder))}/**/*.*", recursive=True))  # enters linked folders
-        for image in sorted(f for f in files if f.suffix.lower() in (".png", ".jpg", ".jpeg")):
-            label, end, fault = self._find_label(image, tables)
+        self.images, self.labels, self._ids, self.skipped, self.remark = [], [], [], [], ""
+        layout, images = self._find_images(split)
+        kinds = self._label_kinds(layout)
+        for image in images:
+            place = image.relative_to(self.root).with_suffix("").as_posix()
+            place = place.removesuffix(layout.tag)
+            fault = "no " + " or ".join(f"{other}/NAME{end}.png" for other, end, _ in kinds)
+            for other, end, ids in kinds:
+                label = self.root / f"{place.replace(layout.place, other, 1)}{end}.png"
+                if label.is_file():
+                    fault = _fault(image, label)
+                    break
             if fault:
                 self.skipped.append((image, fault))
             else:
-                found.append((image, label, end))
-        if not found:
-            what = "it has no .png or .jpg"
-            if self.skipped:
-                what = f"{self.skipped[0][0].name} has {self.skipped[0][1]}"
-            raise UserError(f"no image in {folders[0]} is of use: {what}")
-        self.images, self.labels, ends = map(list, zip(*found, strict=True))
+                self.images.append(image)
+                self.labels.append(label)
+                self._ids.append(ids)
+        if not self.images:
+            image, fault = self.skipped[0]
+            raise UserError(f"no image in {image.parent} is of use: {image.name} has {fault}")
         if self.layout == "plain":
-            self._look_inside(tables, ends)
-        self._ids = [tables[end] for end in ends]
+            self._look_inside()
 
-    def _find_folders(self, split):
-        """Set `layout` and `split` → the image folders."""
-        for self.layout, layout in LAYOUTS.items():
+    def _find_images(self, split):
+        """Set `layout`, `split` and the tag of names → (the Layout, its image files)."""
+        for layout in LAYOUTS:
+            self.layout, self.tag = layout.name, layout.tag
             self.split = layout.split and (split or layout.split)
-            where = layout.images.format(split=self.split, condition=self.condition or "*")
-            folders = [folder for folder in self.root.glob(where) if folder.is_dir()]
-            if folders and (self.layout == "acdc" or not self.condition):
-                break
-        else:
-            for layout in LAYOUTS.values() if not self.condition else ():
-                wanted, *others = (layout.images.format(split=name, condition="*")
-                                   for name in (split or layout.split, "train", "val"))
-                if there := [other for other in others if any(self.root.glob(other))]:
-                    raise UserError(f"{self.root} holds {there[0]} only: {wanted} is missing")
-            asked = " and ".join(filter(None, (split, self.condition)))
-            raise UserError(f"{self.root} is no data set folder{asked and f' with {asked}'}: it "
-                            "needs images/ and labels/, or one of the published layouts")
-        if self.layout == "dark_zurich" and not (folders[0] / "night").is_dir() and (
-                "zurich" not in self.root.name.lower()):
-            self.layout = "acdc"  # flattened into rgb_anon/SPLIT, as the segmenter's authors did
-        return folders
+            place = layout.images.format(split=self.split, condition=self.condition or "*")
+            files = glob.iglob(f"{glob.escape(str(self.root))}/{place}", recursive=True)
+            images = sorted(Path(file) for file in files  # iglob enters linked folders
+                            if file.lower().endswith((".png", ".jpg", ".jpeg")))
+            if images and ("{condition}" in layout.images or not self.condition):
+                return layout, images
+        asked = " and ".join(filter(None, (split, self.condition)))
+        raise UserError(f"{self.root} is no data set folder{asked and f' with {asked} pictures'}"
+                        ": it needs .png or .jpg in images/ and labels/, or a published layout")
 
-    def _tables(self):
-        """Ends of label names → the ids that their values are read by."""
-        ends = LAYOUTS[self.layout].ends
+    def _label_kinds(self, layout):
+        """The layout's labels, with the ids by which they are read. Own classes have own ids, and
+        the trainIds of a published set are theirs only if the names are."""
         if not self.classes.own_ids:
-            return dict(ends)
-        if self.layout == "plain" or self.classes.names == CITYSCAPES.names:
-            return {end: ids and self.classes.ids for end, ids in ends.items()}
-        return {[*ends][-1]: self.classes.ids}  # trainIds on disk are those of the 19
+            return layout.labels
+        ours = not layout.split or self.classes.names == CITYSCAPES.names
+        return [(place, end, self.classes.ids if ids or not ours else None)
+                for place, end, ids in layout.labels if ours or "TrainIds" not in end]
 
-    def _find_label(self, image, tables):
-        """Image file → (its label file, end of that name, why the two are not used or None)."""
-        layout, place = LAYOUTS[self.layout], image.relative_to(self.root).with_suffix("")
-        place, (part, *others) = place.as_posix().removesuffix(layout.tag), layout.place
-        for end in tables:
-            for other in others:
-                label = self.root / f"{place.replace(part, other, 1)}{end}.png"
-                if not label.is_file():
-                    continue
-                try:
-                    same = _shown(image) == _shown(label)
-                except UserError:
-                    if is_pointer(image) or is_pointer(label):
-                        return label, end, "a Git LFS pointer: run `git lfs pull` in its clone"
-                    return label, end, "contents or a label that cannot be read"
-                return label, end, None if same else "a label of another size or turn"
-        wanted = " or ".join(f"NAME{end}.png" for end in tables)
-        return None, None, f"no {wanted} in {others[0]}"
-
-    def _look_inside(self, tables, ends):
+    def _look_inside(self):
         """Set `layout` of a plain folder, and whether NAME.png holds trainIds or ids.
 
         For the 19 classes some files are read: a value above 19 can only be a Cityscapes id. 19
-        alone may be a traffic light, or ignore in the authors' sets: `read_label` refuses it.
+        alone may be a traffic light, or ignore in the authors' sets: `read_label` refuses it. The
+        report warns where more than half of the pixels are ignored, or 15 % are of a class that
+        never fills streets: GTA, Cityscapes, CamVid and the toy world stay below 5 %.
         """
-        K, names = len(self.classes), [path.stem for path in self.images]
-        raw = [path for path, end in zip(self.labels, ends, strict=True) if end == ""]
-        if raw and not self.classes.own_ids:
-            some = [_read_raw(path).ravel() for path in raw[::max(1, len(raw) // 8)]]
-            if max(label[label != IGNORE].max(initial=0) for label in some) > 19:
-                self.layout = "gta"
-            else:
-                tables[""] = None
-            self._doubt_ids(some, tables[""] or {c: c for c in range(K)})
-        if all(re.match(r"\d\d?_", name) and int(name.split("_")[0]) < K for name in names):
+        K, names = len(self.classes), [image.stem for image in self.images]
+        if not self.classes.own_ids and any(self._ids):
+            some = [label for label, ids in zip(self.labels, self._ids, strict=True) if ids]
+            some = some[::max(1, len(some) // 8)]
+            high = any((raw := _read_raw(label))[raw != IGNORE].max(initial=0) > 19
+                       for label in some)
+            self.layout, ids = ("gta", CITYSCAPES_IDS) if high else ("plain", None)
+            self._ids = [old and ids for old in self._ids]
+            pixels = np.concatenate([read_label(f, ids=ids)[::4, ::4].ravel() for f in some])
+            share = np.bincount(pixels, minlength=256) / pixels.size
+            odd = [name for c, name in enumerate(CITYSCAPES.names)
+                   if name in THIN and share[c] > 0.15] + ["ignore"] * bool(share[IGNORE] > 0.5)
+            if odd:
+                self.remark = f"; many pixels are {' or '.join(odd)}: do the labels need --classes?"
+        if {name[:name.find("_") + 1] for name in names} <= {f"{c}_" for c in range(K)}:
             self.layout = "rcs_subset"
-        # dginstyle.py generate leaves a manifest, and settings and previews if it was cut short
-        started = (self.root / "settings.json").is_file() and (self.root / "vis").is_dir()
-        if started or (self.root / "manifest.jsonl").is_file():
+        # what dginstyle.py generate leaves, from its first image on
+        if any((self.root / file).is_file() for file in ("manifest.jsonl", "settings.json")):
             self.layout = "generated"
-        elif not raw and any(re.search(r"^[an]_|_genid\d", name) for name in names):
-            self.layout, self.also_ignore = "generated", (K,)  # the authors' set: K means ignore
-
-    def _doubt_ids(self, labels, table):
-        """Set `doubt`, for the report, where some labels look as if they held ids of another set.
-
-        That is, where more than half of their pixels are ignored, or 15 % are of a class that never
-        fills streets: GTA, Cityscapes, CamVid and the toy world stay below 5 %.
-        """
-        pixels = np.random.default_rng(0).choice(np.concatenate(labels), 10_000).tolist()
-        share = Counter(table.get(value) for value in pixels)
-        thin = ("wall", "fence", "pole", "traffic light", "traffic sign", "rider", "motorcycle",
-                "bicycle")
-        odd = [name for name in thin if share[CITYSCAPES.names.index(name)] > 1500]
-        odd += ["ignore"] if share[None] > 5000 else []
-        if odd:
-            self.doubt = f"; many pixels are {' or '.join(odd)}: do the labels need --classes?"
+        elif any(re.search(r"^[an]_|_genid\d", name) for name in names) and all(
+                label.stem.endswith("_labelTrainIds") for label in self.labels):
+            self.layout, self.remark = "generated", f"; {K} read as ignore"  # the authors' set
+            self._ids = [{c: c for c in range(K)} | {K: None}] * len(self)
 
     def keep(self, indices):
         """Leave only the pairs `indices`, in this order."""
@@ -430,7 +386,7 @@ class Pairs:
 
     def name(self, i):
         """File stem without the tag of its data set, e.g. aachen_000000_000019."""
-        return self.images[i].stem.removesuffix(LAYOUTS.get(self.layout, LAYOUTS["plain"]).tag)
+        return self.images[i].stem.removesuffix(self.tag)
 
     def image(self, i):
         """(H, W, 3) uint8 RGB, upright."""
@@ -438,7 +394,7 @@ class Pairs:
 
     def label(self, i):
         """(H, W) uint8, 0..K-1 and 255 = ignore, upright."""
-        return read_label(self.labels[i], self.classes, self._ids[i], self.also_ignore)
+        return read_label(self.labels[i], self.classes, self._ids[i])
 
     def pair(self, i):
         """image(i), label(i)."""
@@ -450,28 +406,9 @@ class Pairs:
         mapped = sum(ids is not None for ids in self._ids)
         text = f"{self.root} ({kind}): {len(self)} pairs, {mapped} with labels mapped from raw ids"
         text += " of the class file" if mapped and self.classes.own_ids else ""
-        text += f"; {self.also_ignore[0]} read as ignore" if self.also_ignore else ""
         left_out = Counter(reason for _, reason in self.skipped).items()
         text += "".join(f"; {n} images left out: {reason}" for reason, n in left_out)
-        return text + self.doubt
-
-
-class LabelMaps(Pairs):
-    """A folder of NAME_labelTrainIds.png without pictures: enough to generate from."""
-
-    layout = "label maps"
-
-    def __init__(self, root, classes=CITYSCAPES):
-        self.root, self.classes = Path(root), classes
-        self.labels = sorted(f for f in self.root.glob("*_labelTrainIds.png") if f.is_file())
-        self.images, self.skipped, self.also_ignore = [], [], ()
-        self._ids = [None] * len(self.labels)
-
-    def name(self, i):
-        return self.labels[i].stem.removesuffix("_labelTrainIds")
-
-    def report(self):
-        return f"{self.root} (label maps): {len(self)} labels without pictures"
+        return text + self.remark
 
 
 class Joined:
@@ -504,18 +441,16 @@ def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
     UserError for what is not there, in particular fewer pairs than N.
     """
     spec = str(spec)
-    if not spec or "\0" in spec:
-        raise UserError(f"--data {spec!r} is no name of a folder")
     opener = WORLDS.get(spec.partition(":")[0])
     if opener and not Path(spec).exists():
         return opener(spec, classes, split or "train")
-    if labels_only and any(Path(spec).glob("*_labelTrainIds.png")):
-        return LabelMaps(spec, classes)
-    root, condition, number = re.fullmatch(
-        r"(.+?)(?::(fog|night|rain|snow))?(?::([0-9]+))?", spec, re.DOTALL).groups()
-    if Path(spec).exists():  # a folder whose own name looks like that
-        root, condition, number = spec, None, None
+    root, condition, number = spec, None, None
+    if not Path(spec).exists():  # a folder's own name may look like that
+        root, condition, number = re.fullmatch(
+            r"(.+?)(?::(fog|night|rain|snow))?(?::([0-9]+))?", spec, re.DOTALL).groups()
     pairs = Pairs(root, classes, "val" if split == "test" else split, condition)
+    if pairs.layout == "label maps" and not labels_only:
+        raise UserError(f"{root} holds label maps without pictures")
     if number is not None:
         if not 0 < int(number) <= len(pairs):
             raise UserError(f"{spec} asks for {number} pairs: {root} holds {len(pairs)}")
@@ -528,75 +463,49 @@ def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
 # Rare class sampling (RCS)
 
 
-def _count(num_classes, label):  # → (K,) pixels per class
-    return np.array(Image.fromarray(label).histogram()[:num_classes])
-
-
-def _count_file(classes, also_ignore, job):  # in another process → {"0": pixels, ...} or an error
-    try:
-        row = _count(len(classes), read_label(job[0], classes, job[1], also_ignore))
-    except UserError as error:
-        return str(error)
-    return {str(c): int(row[c]) for c in np.flatnonzero(row)}
-
-
-def class_counts(data, workers=4, skip=None):
+def class_counts(data, skip=None):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
-    One pass on `workers` processes, kept in ROOT/.class_counts.json: an entry holds while name,
-    size and time of its file and the way it is read stay the same. Joined sets are counted one by
-    one; objects that have label(i) and a length but no list `labels` of files are counted in this
-    process and not kept.
+    What is read of files is kept in ROOT/.class_counts.json: an entry holds while name, size and
+    time of its file and the way it is read stay the same. Joined sets are counted one by one.
     UserError for a label that cannot be read. With `skip`, a function that gets this error and may
     raise it, the row of the label is 0.
     """
     if hasattr(data, "sets"):
-        return np.concatenate([class_counts(one, workers, skip) for one in data.sets])
-    classes = getattr(data, "classes", CITYSCAPES)
-    if not hasattr(data, "labels"):
-        every = tqdm(range(len(data)), "class counts", leave=False)
-        return np.stack([_count(len(classes), data.label(i)) for i in every])
+        return np.concatenate([class_counts(one, skip) for one in data.sets])
+    K, kept = len(getattr(data, "classes", CITYSCAPES)), hasattr(data, "labels")
+    file = Path(data.root, ".class_counts.json") if kept else None
+    cache = read_json(file) if kept and file.is_file() else {}
+    keys = [_key(data, i) if kept else i for i in range(len(data))]
+    todo, errors = [i for i, key in enumerate(keys) if key not in cache], []
 
-    file = data.root / ".class_counts.json"
-    cache = read_json(file) if file.is_file() else {}
-    keys = [_key(data, i) for i in range(len(data))]
-    rows = [cache.get(key) for key in keys]
-    todo = [i for i, row in enumerate(rows) if row is None]
-    jobs = [(data.labels[i], data._ids[i]) for i in todo]
-    with ProcessPoolExecutor(max(1, workers)) as pool:  # starts no process until it is asked to
-        many = partial(pool.map, chunksize=16) if len(jobs) >= 32 and workers > 1 else map
-        counted = many(partial(_count_file, classes, data.also_ignore), jobs)
-        counted = tqdm(counted, "class counts", len(jobs), delay=1, leave=False)
-        for i, row in zip(todo, counted, strict=True):
-            rows[i] = row
-    fresh = {keys[i]: rows[i] for i in todo if isinstance(rows[i], dict)}
-    if fresh:
-        _save_cache(file, cache | fresh)
-    for i in todo:
-        if isinstance(rows[i], str):
-            if not skip:
-                raise UserError(rows[i])
-            skip(UserError(rows[i]))
-            rows[i] = {}
-    with reading(file, "class counts (it can be deleted)"):
-        return np.array([[row.get(str(c), 0) for c in range(len(classes))] for row in rows],
-                        np.int64)
+    def count(i):
+        try:
+            cache[keys[i]] = np.bincount(data.label(i).ravel(), minlength=K)[:K].tolist()
+        except UserError as error:
+            errors.append(error)
+
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(count, todo), "class counts", len(todo), delay=1, leave=False))
+    if kept and len(todo) > len(errors):
+        try:
+            fresh = file.with_suffix(f".{os.getpid()}")
+            fresh.write_text(json.dumps(cache))
+            fresh.replace(file)  # at once: no other run reads half a file
+        except OSError as error:  # a read-only data set is counted every time
+            tqdm.write(f"{file.name} is not kept: {error}", file=sys.stderr)
+    for error in errors:
+        if not skip:
+            raise error
+        skip(error)
+    return np.array([cache.get(key, [0] * K) for key in keys], np.int64)
 
 
 def _key(data, i):
     """Text that changes with a label's name, size or time, or with the way it is read."""
-    path, how = data.labels[i], (data.classes.names, data._ids[i], data.also_ignore)
+    path, how = data.labels[i], (data.classes.names, data._ids[i])
     stat, place = path.stat(), path.relative_to(data.root).as_posix()
     return f"{place} {stat.st_size} {stat.st_mtime_ns} {zlib.crc32(repr(how).encode())}"
-
-
-def _save_cache(path, cache):
-    fresh = path.with_suffix(f".{os.getpid()}")
-    try:
-        fresh.write_text(json.dumps(cache))
-        fresh.replace(path)  # at once: no other run reads half a file
-    except OSError as e:  # a read-only data set is counted every time
-        tqdm.write(f"{path.name} is not kept: {e}", file=sys.stderr)
 
 
 def rcs_probabilities(counts, temperature=0.01):
@@ -631,20 +540,20 @@ class RareClassSampler:
         c = int(rng.choice(len(self.p), p=self.p))
         return c, int(rng.choice(self.files[c]))
 
-    def draw_distinct(self, num, rng):
-        """→ [(class, index)] of `num` different files, UserError if there are fewer.
 
-        As `draw` with repeated files thrown away, but without waiting for the improbable ones: pair
-        (c, i) arrives after an exponential time of rate P(c) / len(files[c]), the earliest count.
-        """
-        pairs = [(c, i) for c, files in self.files.items() for i in files.tolist()]
-        rate = np.array([self.p[c] / len(self.files[c]) for c, _ in pairs])
-        first = {}  # index → class
-        for k in np.argsort(np.log(rng.exponential(size=len(pairs))) - np.log(rate)):
-            first.setdefault(pairs[k][1], pairs[k][0])
-        if num > len(first):
-            raise UserError(f"{num} files were asked for: only {len(first)} show a class enough")
-        return [(c, i) for i, c in first.items()][:num]
+def distinct_draws(sampler, num, rng):
+    """→ [(class, index)] of `num` different files, UserError if there are fewer.
+
+    As RareClassSampler.draw with repeated files thrown away, which would wait for improbable ones.
+    """
+    pairs = [(c, i) for c, files in sampler.files.items() for i in files.tolist()]
+    p = np.array([sampler.p[c] / len(sampler.files[c]) for c, _ in pairs])
+    first = {}  # index → class
+    for k in rng.choice(len(pairs), len(pairs), replace=False, p=p / p.sum()):
+        first.setdefault(pairs[k][1], pairs[k][0])
+    if not 0 < num <= len(first):
+        raise UserError(f"{num} files were asked for: only {len(first)} show a class enough")
+    return [(c, i) for i, c in first.items()][:num]
 
 
 def write_rcs_subset(data, out, num=6000, seed=0):
@@ -652,7 +561,7 @@ def write_rcs_subset(data, out, num=6000, seed=0):
     out, rng = Path(out), np.random.default_rng(seed)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: name a new folder for the subset")
-    chosen = RareClassSampler(class_counts(data)).draw_distinct(num, rng)
+    chosen = distinct_draws(RareClassSampler(class_counts(data)), num, rng)
     for folder in ("images", "labels"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for c, i in tqdm(chosen, "copying"):
@@ -668,21 +577,15 @@ WEATHERS = ("snowy", "rainy", "sunny", "foggy", "night")
 
 
 def crop_box(label, size, rng, cls=None, min_share=0.01, tries=10):
-    """Box of `size` (int or (h, w)) in an (H, W) label → (top, left, share of cls in the box).
+    """Box of `size` (h, w) in a label that is no smaller → (top, left, share of cls in the box).
 
     The box is centred on a random pixel of `cls` and moved inside; the first of `tries` boxes with
     a share above `min_share`, otherwise the last. Without `cls` it is uniform (and the share 0).
-    The official draw never picks the last pixel and fails for a class of one pixel.
     """
-    h, w = (size, size) if isinstance(size, int) else size
-    H, W = label.shape
-    if H < h or W < w:
-        raise UserError(f"a label of {W}x{H} pixels is smaller than the crop of {w}x{h}")
+    (h, w), (H, W) = size, label.shape
     if cls is None:
         return int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1)), 0.0
     pixels = np.flatnonzero(label == cls)
-    if not len(pixels):
-        raise UserError(f"class {cls} does not occur in the label that is to be cropped to it")
     for _ in range(tries):
         y, x = divmod(int(rng.choice(pixels)), W)
         top, left = min(max(y - h // 2, 0), H - h), min(max(x - w // 2, 0), W - w)
@@ -695,12 +598,10 @@ def crop_box(label, size, rng, cls=None, min_share=0.01, tries=10):
 def one_hot(label, num_classes):
     """Label maps (…, H, W) uint8, array or tensor → float32 (…, K+1, H, W); channel K is ignore.
 
-    The argument is left as it is. ValueError for values above K - 1 other than 255.
+    The argument is left as it is. On a CPU torch raises for values above K - 1 other than 255.
     """
     index = (label if torch.is_tensor(label) else torch.from_numpy(np.array(label))).long()
     index = index.masked_fill(index == IGNORE, num_classes)
-    if index.device.type == "cpu" and index.max() > num_classes:  # a GPU would have to wait
-        raise ValueError(f"label value {int(index.max())} is above the {num_classes} classes")
     return F.one_hot(index, num_classes + 1).movedim(-1, -3).float()
 
 
@@ -725,8 +626,7 @@ def read_prompts(path):
         if not templates:
             raise ValueError("it has no line that is a template")
         for template in templates:
-            words = template.replace("{classes}", "").replace("{weather}", "")
-            if "{classes}" not in template or "{" in words or "}" in words:
+            if "{classes}" not in template or re.search("[{}]", fill_prompt(template, "", "")):
                 raise ValueError("a template has {classes} and perhaps {weather} in it, and no "
                                  f"other braces, unlike {template!r}")
     return templates
@@ -738,33 +638,31 @@ def fill_prompt(template, names, weather):
 
 
 def connected_components(label):
-    """(H, W) label or mask → (int32 (H, W) numbers 1..n in reading order, n).
+    """(H, W) label → (int32 (H, W) numbers 1..n in reading order, n); ignore gets 0.
 
-    A component is a set of equal pixels joined by sides or corners (8-connected). False in a mask
-    and ignore in a label get 0. Pixels are hooked to the smallest one that they touch, and trees of
-    pixels to the smallest tree, until no edge joins two trees.
+    A component is a set of equal pixels joined by sides or corners (8-connected). Pixels are hooked
+    to the smallest one that they touch, and trees of pixels to the smallest tree, until no edge
+    joins two trees.
     """
-    label = np.asarray(label)
-    pixel = np.arange(label.size, dtype=np.int32).reshape(label.shape)
+    padded = np.pad(label, 1, constant_values=IGNORE)  # so that no row touches the next one's start
+    label, width = padded.ravel(), padded.shape[1]
     edges = []
-    for here, there in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1]),
-                        (np.s_[1:, 1:], np.s_[:-1, :-1]), (np.s_[1:, :-1], np.s_[:-1, 1:])):
-        same = label[here] == label[there]
-        edges.append((pixel[here][same], pixel[there][same]))
+    for step in (1, width - 1, width, width + 1):  # right, and the three pixels below
+        pixel = np.flatnonzero(label[:-step] == label[step:])
+        edges.append((pixel, pixel + step))
     a, b = np.concatenate(edges, axis=1)
-    shape, pixel, label = label.shape, pixel.ravel(), label.ravel()
-    parent = pixel  # every pixel is a tree of its own
+    pixel = np.arange(label.size)
+    parent = pixel.copy()  # every pixel is a tree of its own
     while a.size:
-        hooked = parent.copy()
-        np.minimum.at(hooked, np.maximum(a, b), np.minimum(a, b))
-        while not np.array_equal(hooked, parent):  # follow parents up to the roots
-            parent, hooked = hooked, hooked[hooked]
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(parent, parent[parent]):  # follow parents up to the roots
+            parent = parent[parent]
         a, b = parent[a], parent[b]  # edges now join roots
-        apart = np.flatnonzero(a != b)
+        apart = a != b
         a, b = a[apart], b[apart]
-    counted = label if label.dtype == bool else label != IGNORE
-    number = np.cumsum((parent == pixel) & counted, dtype=np.int32)
-    return np.where(counted, number[parent], 0).reshape(shape), int(number[-1])
+    number = np.cumsum((parent == pixel) & (label != IGNORE), dtype=np.int32)
+    component = np.where(label != IGNORE, number[parent], 0).reshape(padded.shape)
+    return component[1:-1, 1:-1], int(number[-1])
 
 
 def large_segments(label, threshold):
@@ -849,19 +747,17 @@ def scaled_crop(image, label, size, rng, ratios):
 def main(argv=None):
     """python data.py stats ROOT | rcs-subset ROOT OUT → exit code, 2 for errors of the user."""
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("stats", "rcs-subset"), help="stats: the classes and "
+                        "how often RCS draws them; rcs-subset: the GTA-6000 subset of the authors")
+    parser.add_argument("root", help="data set folder; one condition of ACDC: FOLDER:night")
+    parser.add_argument("out", nargs="?", help="new folder for the subset")
     parser.add_argument("--split", help="train or val of the published sets")
     parser.add_argument("--classes", help="JSON file of other classes than the 19")
-    commands = parser.add_subparsers(dest="command", required=True)
-    stats = commands.add_parser("stats", help="classes of a data set and how often RCS draws them")
-    subset = commands.add_parser("rcs-subset", help="the GTA-6000 subset of the authors")
-    for command in (stats, subset):
-        command.add_argument("root", help="data set folder; one condition of ACDC: FOLDER:night")
-    subset.add_argument("out", help="new folder")
-    subset.add_argument("--num", type=int, default=6000, help="distinct files (%(default)s)")
-    subset.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--num", type=int, default=6000, help="files of the subset (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args(argv)
-    if args.command == "rcs-subset" and (args.num < 1 or args.seed < 0):
-        parser.error(f"--num {args.num} must be 1 or more, --seed {args.seed} not negative")
+    if args.seed < 0 or (args.command == "rcs-subset") != bool(args.out):
+        parser.error("rcs-subset takes ROOT OUT, stats ROOT; --seed is not negative")
     try:
         classes = Classes.from_json(args.classes) if args.classes else CITYSCAPES
         data = open_set(args.root, classes, split=args.split)

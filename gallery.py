@@ -2,7 +2,7 @@
 
 The gallery is one HTML page for a folder of generated images, without network or server. A slider
 fades from image to label, and the page filters by class, weather, set and words of the prompt.
-Pictures are loaded when their card comes near the screen, so a page can hold thousands.
+The browser loads pictures when their card comes near the screen, so a page can hold thousands.
 
 Shapes: H W pixels. Pictures are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore.
 
@@ -111,27 +111,18 @@ find("words").oninput = filter;
 find("show").oninput = e => document.documentElement.style.setProperty("--show", e.target.value);
 function picture(path) {
   const img = new Image();
+  img.loading = "lazy";
   img.src = path.split("/").map(encodeURIComponent).join("/");
   return img;
 }
-function fill(card) {
-  const r = card.row, [pair, text] = card.children, head = document.createElement("b");
+const cards = rows.map(r => {
+  const [card, pair, text, head] = ["figure", "div", "figcaption", "b"].map(
+    tag => document.createElement(tag));
+  Object.assign(pair, { className: "pair", tabIndex: 0, title: `${r.image}, seed ${r.seed}` });
   pair.append(picture(r.image), picture(r.label));
-  pair.title = `${r.image}, seed ${r.seed}`;
   head.textContent = [r.set, r.weather, r.class].filter(Boolean).join(" · ");
   text.append(head, document.createElement("br"), r.prompt ?? "");
-}
-const near = new IntersectionObserver(entries => {
-  for (const { target } of entries.filter(e => e.isIntersecting)) {
-    near.unobserve(target);
-    fill(target);
-  }
-}, { rootMargin: "600px" });
-const cards = rows.map(row => {
-  const card = document.createElement("figure"), pair = document.createElement("div");
-  Object.assign(pair, { className: "pair", tabIndex: 0 });
-  card.append(pair, document.createElement("figcaption"));
-  near.observe(Object.assign(card, { row }));
+  card.append(pair, text);
   return card;
 });
 main.append(...cards);
