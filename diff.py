@@ -507,14 +507,14 @@ class Diff(nn.Module):
     def from_pretrained(cls, path, prior, dtype=torch.float32):
         """A folder of `save_pretrained`, in eval. FileError if it was trained on another prior."""
         config, state, file = read_weights(path)
-        if config.get("architecture") != "Diff":
-            raise FileError(f"{file}: no DIFF segmenter with its config.json beside it")
-        if config.get("prior") != prior.hash:
-            raise FileError(f"{file}: trained on the features of prior {config.get('prior')}, not "
-                            f"of {prior.hash}: give the Stable Diffusion it was trained with")
         with reading(file), torch.device("meta"):
-            model = cls(configure(DiffConfig, config, state, file, lambda c: 1), prior)
-        return load_strict(model, state, file, dtype).eval()
+            if config.get("architecture") != "Diff":
+                raise FileError("no DIFF segmenter with its config.json beside it")
+            if config.get("prior") != prior.hash:
+                raise FileError(f"trained on the features of prior {config.get('prior')}, not of "
+                                f"{prior.hash}: give the Stable Diffusion it was trained with")
+            model = cls(configure(DiffConfig, config, state), prior)
+            return load_strict(model, state, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json, with the prior's hash, and model.safetensors, without the prior."""
