@@ -317,9 +317,9 @@ def reading(file):
         raise FileError(f"{file}: {error}") from None
     except Exception as error:  # torch.load puts a page of advice around its reason
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be "
-                        "whole, no Git-LFS pointer (git lfs pull) and, if a pickle, of nothing but "
-                        "tensors") from error
+        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be the "
+                        "right one, whole, no Git-LFS pointer (git lfs pull) and, if a pickle, "
+                        "hold nothing but tensors") from error
 
 
 def read_weights(path):

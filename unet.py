@@ -156,18 +156,6 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """(…,C) -> (…,C) with an inner width of 4C."""
-
-    def __init__(self, c):
-        super().__init__()
-        # net.1 is a dropout in the public files' code; it has no weights and p = 0
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward, each on a norm and with a residual."""
 
@@ -178,13 +166,15 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(c, eps=1e-5)
         self.attn2 = Attention(c, context_dim, heads)
         self.norm3 = nn.LayerNorm(c, eps=1e-5)
-        self.ff = FeedForward(c)
+        # net.1 is a dropout in the public files' code; it has no weights and p = 0
+        net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x, context):
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -212,28 +202,6 @@ class SpatialTransformer(nn.Module):
         else:
             y = self.proj_out(y.transpose(1, 2).reshape(B, C, h, w))
         return x + y
-
-
-class Downsample(nn.Module):
-    """(B,C,h,w) -> (B,C,h/2,w/2)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)  # both sides, unlike the VAE's
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """(B,C,h,w) -> (B,C,2h,2w)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -264,7 +232,8 @@ class DownBlock(Level):
         width, n = cfg.block_out_channels, cfg.layers_per_block
         super().__init__(cfg, i, [width[max(i - 1, 0)]] + [width[i]] * (n - 1))
         if i < len(width) - 1:
-            self.downsamplers = nn.ModuleList([Downsample(width[i])])
+            conv = nn.Conv2d(width[i], width[i], 3, stride=2, padding=1)  # the VAE pads one side
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
 
     def forward(self, x, emb, context, recompute):
         skips = []
@@ -272,7 +241,7 @@ class DownBlock(Level):
             x = self.layer(i, x, emb, context, recompute)
             skips.append(x)
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+            x = self.downsamplers[0]["conv"](x)
             skips.append(x)
         return x, skips
 
@@ -301,12 +270,16 @@ class UpBlock(Level):
         inputs = [width[min(i + 1, len(width) - 1)]] + [width[i]] * n
         super().__init__(cfg, i, [a + b for a, b in zip(inputs, skips, strict=True)])
         if i > 0:
-            self.upsamplers = nn.ModuleList([Upsample(width[i])])
+            conv = nn.Conv2d(width[i], width[i], 3, padding=1)
+            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
 
     def forward(self, x, skips, emb, context, recompute):
         for i, skip in enumerate(skips):
             x = self.layer(i, torch.cat([x, skip], dim=1), emb, context, recompute)
-        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+        if hasattr(self, "upsamplers"):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = self.upsamplers[0]["conv"](x)
+        return x
 
 
 class UNet(nn.Module):
@@ -476,9 +449,9 @@ def reading(file):
         raise FileError(f"{file}: {error}") from None
     except Exception as error:  # torch.load puts a page of advice around its reason
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be "
-                        "whole, no Git-LFS pointer (git lfs pull) and, if a pickle, of nothing but "
-                        "tensors") from error
+        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be the "
+                        "right one, whole, no Git-LFS pointer (git lfs pull) and, if a pickle, "
+                        "hold nothing but tensors") from error
 
 
 def read_weights(path):

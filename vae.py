@@ -114,28 +114,6 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Downsample(nn.Module):
-    """(B,C,h,w) -> (B,C,h/2,w/2)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=0)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as LDM trained it
-
-
-class Upsample(nn.Module):
-    """(B,C,h,w) -> (B,C,2h,2w)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
     """The resnets of one resolution and, but for the last level, the step to the next."""
 
@@ -146,17 +124,21 @@ class Level(nn.Module):
             [ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)]
         )
         if down:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+            conv = nn.Conv2d(c_out, c_out, 3, stride=2, padding=0)
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
         if up:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+            conv = nn.Conv2d(c_out, c_out, 3, padding=1)
+            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
 
     def forward(self, x):
         for resnet in self.resnets:
             x = resnet(x)
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+            x = F.pad(x, (0, 1, 0, 1))  # right and bottom only, as LDM trained it
+            x = self.downsamplers[0]["conv"](x)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x)
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = self.upsamplers[0]["conv"](x)
         return x
 
 
@@ -321,9 +303,9 @@ def reading(file):
         raise FileError(f"{file}: {error}") from None
     except Exception as error:  # torch.load puts a page of advice around its reason
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be "
-                        "whole, no Git-LFS pointer (git lfs pull) and, if a pickle, of nothing but "
-                        "tensors") from error
+        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be the "
+                        "right one, whole, no Git-LFS pointer (git lfs pull) and, if a pickle, "
+                        "hold nothing but tensors") from error
 
 
 def read_weights(path):
