@@ -350,7 +350,8 @@ class SegFormer(nn.Module):
             hf = any(k.startswith("segformer.") for k in state)
             state = public_keys(state)
             sizes = infer_config(state)
-            heads = [D // sizes["hidden_sizes"][0] for D in sizes["hidden_sizes"]]  # all published
+            # heads as wide as stage 1, which is true of all published ones
+            heads = [D // sizes["hidden_sizes"][0] for D in sizes["hidden_sizes"]]
             told = {"num_heads": config.get("num_attention_heads", heads),
                     "norm_eps": 1e-5 if hf else None,  # what HF computes with, whatever it says
                     **config}
