@@ -25,7 +25,7 @@ import re
 import sys
 import unicodedata
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -175,13 +175,8 @@ class TextEncoderConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
+    hidden_act: str = "quick_gelu"  # or "gelu"
     layer_norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        if self.hidden_act not in ACTIVATIONS or self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self}: hidden_act must be one of {', '.join(ACTIVATIONS)}, and "
-                             "num_attention_heads must divide hidden_size")
 
 
 class Layer(nn.Module):
@@ -239,14 +234,14 @@ class TextEncoder(nn.Module):
     def from_pretrained(cls, path, dtype=torch.float32) -> "TextEncoder":
         """Load a transformers folder, its bare weight file, or an LDM checkpoint of SD1.x or SD2.x.
 
-        ValueError if it cannot be read or its tensors are not exactly those of a text encoder.
+        FileError for anything that is not exactly this architecture.
         """
         config, state, file = read_weights(path)
         with reading(file), torch.device("meta"):
             state = public_keys(state)
-            model = cls(configure(TextEncoderConfig, config or infer_config(state, file), state,
-                                  file, lambda c: c.num_hidden_layers))
-        return load_strict(model, state, file, dtype).eval()
+            config = configure(TextEncoderConfig, config or infer_config(state), state,
+                               "num_hidden_layers")
+            return load_strict(cls(config), state, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write model.safetensors (cast to `dtype`) and config.json, as transformers reads them."""
@@ -293,12 +288,12 @@ def public_keys(state):
     return out
 
 
-def infer_config(state, file):
+def infer_config(state):
     """Config of a file that has none: sizes from shapes, the rest as in the published models."""
     V, D = state["text_model.embeddings.token_embedding.weight"].shape
     if D % 64:
-        raise FileError(f"{file}: width {D} is no multiple of 64, so its number of heads is "
-                         "unknown; give a folder with config.json")
+        raise FileError(f"width {D} is no multiple of 64, so its number of heads is unknown; give "
+                        "a folder with config.json")
     return dict(vocab_size=V, hidden_size=D, intermediate_size=4 * D, num_attention_heads=D // 64,
                 num_hidden_layers=sum(key.endswith(".layer_norm1.weight") for key in state),
                 hidden_act="quick_gelu" if D < 1024 else "gelu")  # OpenAI's ViT-L, OpenCLIP's ViT-H
@@ -318,63 +313,52 @@ def reading(file):
     """Within, whatever reading an outside file raises becomes one FileError that names it."""
     try:
         yield
-    except FileError:
-        raise
-    except Exception as error:
+    except FileError as error:
+        raise FileError(f"{file}: {error}") from None
+    except Exception as error:  # torch.load puts a page of advice around its reason
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        reason = f"{type(error).__name__}: {reason}"
-        fault = f"cannot be read ({reason}): check that it is whole and the right one"
-        if "Unsupported global" in reason:
-            fault = ("holds other objects than tensors; if you trust it, torch.load it with "
-                     "weights_only=False and write its tensors with safetensors.torch.save_file")
-        small = Path(file).is_file() and Path(file).stat().st_size < 1024
-        if small and Path(file).read_bytes().startswith(b"version https://git-lfs"):
-            fault = "is a Git-LFS pointer; run `git lfs pull` in its folder or download the file"
-        raise FileError(f"{file} {fault}") from error
+        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be the "
+                        "right one, whole, no Git-LFS pointer (git lfs pull) and, if a pickle, "
+                        "hold nothing but tensors") from error
 
 
 def read_weights(path):
-    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
+    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file).
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: they run no code.
     """
-    path, config = Path(path), {}
-    if path.is_dir():
+    file, config = Path(path), {}
+    if file.is_dir():
+        with reading(file / "config.json"):
+            config = dict(json.loads((file / "config.json").read_text("utf-8")))
         stems = ("diffusion_pytorch_model", "model", "pytorch_model")
         names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files or not (path / "config.json").is_file():
-            raise FileError(f"{path}: a model folder has config.json and a weight file")
-        with reading(path / "config.json"):
-            config = dict(json.loads((path / "config.json").read_text("utf-8")))
-        path = files[0]
-    elif not path.exists():
-        raise FileError(f"{path}: no such weight file or model folder")
-    with reading(path):
-        if path.suffix == ".safetensors":
-            state = load_file(path)
+        there = [file / name for name in names if (file / name).is_file()]
+        file = there[0] if there else file / "*.safetensors"
+    with reading(file):
+        if file.suffix == ".safetensors":
+            state = load_file(file)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
-        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, file
 
 
-def configure(cls, config, state, file, layers):
+def configure(cls, config, state, layers=None):
     """The entries of a config.json that a config class has -> an instance; null is the default.
 
-    FileError if layers(instance) exceeds the number of tensors: such a network is not even built.
+    FileError if the entry called `layers` exceeds the number of tensors: nothing so large is built.
     """
-    with reading(file):
-        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        instance = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
-        if layers(instance) > len(state):
-            raise ValueError("its config.json has more layers than the file has tensors")
-    return instance
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+             if k in cls.__dataclass_fields__ and v is not None}
+    if known.get(layers, 0) > len(state):
+        raise FileError(f"config.json has {layers} = {known[layers]}, more than there are tensors")
+    return cls(**known)
 
 
-def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors, floats in `dtype`; FileError names faults.
+def load_strict(model, state, dtype):
+    """Give a model built on meta exactly these tensors, floats in `dtype`; FileError names faults.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
@@ -382,11 +366,11 @@ def load_strict(model, state, file, dtype):
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:  # missing keys; unknown keys; the first tensor of another shape
         faults = "; ".join(line[:160].rstrip(" .") for line in str(error).split("\n\t")[1:4])
-        raise FileError(f"{file}: not the weights of a {type(model).__name__}: {faults}") from None
+        raise FileError(f"not the weights of a {type(model).__name__}: {faults}") from None
     for key, v in model.state_dict(keep_vars=True).items():
         v.data = v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
         if not v.isfinite().all():
-            raise FileError(f"{file}: {key} holds NaN or infinity in {dtype}; get it again")
+            raise FileError(f"{key} holds NaN or infinity in {dtype}; get the file again")
     return model
 
 

@@ -33,7 +33,6 @@ from unet import (
     read_config,
     read_weights,
     reading,
-    runner,
     write_weights,
 )
 
@@ -61,9 +60,8 @@ class HintEncoder(nn.Module):
 
 def zero(conv):
     """Zero weight and bias: the layer says nothing until it has learnt something."""
-    if not conv.weight.is_meta:
-        nn.init.zeros_(conv.weight)
-        nn.init.zeros_(conv.bias)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -76,22 +74,16 @@ class ControlNet(nn.Module):
         self.config, self.hint_channels = config, hint_channels
         self.hint_widths = tuple(hint_widths)
         self.checkpointing = False
-        cfg, width, heads = config, config.block_out_channels, config.heads
-        attention = [h if "CrossAttn" in kind else 0
-                     for h, kind in zip(heads, cfg.down_block_types, strict=True)]
-        last = len(width) - 1
+        width = config.block_out_channels
 
-        self.conv_in = nn.Conv2d(cfg.in_channels, width[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, width[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(width[0], 4 * width[0])
         self.controlnet_cond_embedding = HintEncoder(hint_channels, hint_widths, width[0])
-        self.down_blocks = nn.ModuleList(
-            [DownBlock(width[max(i - 1, 0)], c, attention[i], i == last, cfg)
-             for i, c in enumerate(width)]
-        )
-        self.mid_block = MidBlock(width[-1], heads[-1], cfg)
+        self.down_blocks = nn.ModuleList([DownBlock(config, i) for i in range(len(width))])
+        self.mid_block = MidBlock(width[-1], config.heads[-1], config)
         skips = [width[0]]  # the widths of the UNet's skips, in their order
         for i, c in enumerate(width):
-            skips += [c] * (cfg.layers_per_block + (i < last))
+            skips += [c] * (config.layers_per_block + (i < len(width) - 1))
         self.controlnet_down_blocks = nn.ModuleList([zero(nn.Conv2d(c, c, 1)) for c in skips])
         self.controlnet_mid_block = zero(nn.Conv2d(width[-1], width[-1], 1))
 
@@ -105,7 +97,7 @@ class ControlNet(nn.Module):
         x (B,C,h,w), t a number or (B,), context (P,L,D) as for the UNet, hint the one-hot map
         (B,K,H,W) or, with encoded, what `encode_hint` made of it; scale a number or (B,1,1,1).
         """
-        run = runner(self)
+        recompute = self.checkpointing and self.training
         hint = hint if encoded else self.encode_hint(hint)
         assert hint.shape[2:] == x.shape[2:], (tuple(hint.shape), tuple(x.shape))
 
@@ -113,7 +105,7 @@ class ControlNet(nn.Module):
         x = self.conv_in(x) + hint
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, emb, context, run)
+            x, more = block(x, emb, context, recompute)
             skips += more
         x = self.mid_block(x, emb, context)
         residuals = [conv(s) * scale
@@ -151,14 +143,14 @@ class ControlNet(nn.Module):
             state = inside(state, "control_model.")
             state = from_ldm_control(state) if "input_hint_block.0.weight" in state else state
             stem = "controlnet_cond_embedding."
-            if not {stem + "conv_in.weight", stem + "conv_out.weight"} <= set(state):
-                raise FileError(f"{file}: no hint encoder in it; this is not a ControlNet")
+            if stem + "conv_in.weight" not in state:
+                raise FileError("no hint encoder in it; this is not a ControlNet")
             hint_channels = state[stem + "conv_in.weight"].shape[1]
             convs = sum(k.startswith(stem + "blocks.") and k.endswith(".weight") for k in state)
             widths = [state[f"{stem}blocks.{i}.weight"].shape[0] for i in range(0, convs, 2)]
             widths.append(state[stem + "conv_out.weight"].shape[1])
-            model = cls(read_config(config, state, file), hint_channels, widths)
-        return load_strict(model, state, file, dtype).eval()
+            model = cls(read_config(config, state), hint_channels, widths)
+            return load_strict(model, state, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""

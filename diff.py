@@ -41,7 +41,7 @@ those of 91; no fusion at stride 64, which no layer reads; texts encoded once.
 import contextlib
 import hashlib
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -137,11 +137,6 @@ class Prior:
                     sha.update(name.encode())
                     sha.update(w.signbit().cpu().contiguous().numpy().data)
         return sha.hexdigest()[:16]
-
-
-def drawn_noise(device):
-    """A source of noise for training: a shape -> torch.randn, from torch's global generator."""
-    return lambda shape: torch.randn(shape, device=device)
 
 
 def fixed_noise(seed=0):
@@ -367,7 +362,7 @@ class FineDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class DiffConfig:
-    """What is trained on top of the prior; the defaults are published. ValueError if unknown."""
+    """What is trained on top of the prior; the defaults are published."""
 
     hidden_sizes: tuple[int, ...] = (256, 512, 1024, 2048)  # of the pyramid, fine first
     fusion_groups: int = 16  # of the GroupNorms
@@ -384,13 +379,9 @@ class DiffConfig:
     released: tuple[str, ...] = ()  # faults of the release to have back, of RELEASED
 
     def __post_init__(self):
-        for name, choices in (("steps", STEPS), ("fusion", ("concatenation", "mixing")),
-                              ("head", ("daformer", "segformer"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"DIFF: {name} {getattr(self, name)!r} is not one of "
-                                 f"{', '.join(choices)}")
-        if unknown := set(self.released) - set(RELEASED):
-            raise ValueError(f"DIFF: released {sorted(unknown)} is not among {', '.join(RELEASED)}")
+        assert self.fusion in ("concatenation", "mixing"), self.fusion
+        assert self.head in ("daformer", "segformer"), self.head
+        assert set(self.released) <= set(RELEASED), self.released
 
 
 PRESETS = {
@@ -403,16 +394,14 @@ class Diff(nn.Module):
     """RGB images in [0,1] (B,3,H,W) -> logits (B,K,H/4,W/4), sides rounded up (toy prior: H/2).
 
     From the outside like segformer.SegFormer. Parameters and state_dict are what is trained; the
-    prior stays outside, on the device and in the precision it came in. ValueError if its UNet has
-    less than three levels.
+    prior stays outside, on the device and in the precision it came in. Its UNet has three levels
+    or more.
     """
 
     def __init__(self, config, prior):
         super().__init__()
         self.config, self.prior, c = config, prior, config
         levels, S = list(prior.unet.up_blocks)[-3:], len(STEPS[c.steps][1])
-        if len(levels) < 3:
-            raise ValueError("DIFF reads three levels of the prior's UNet; this one has less")
         self.fusion = nn.ModuleList()
         for block, dim in zip(levels, c.hidden_sizes[:0:-1], strict=True):  # coarse first
             layers = len(block.resnets) * (1 + hasattr(block, "attentions"))
@@ -433,11 +422,6 @@ class Diff(nn.Module):
                     nn.init.zeros_(m.bias)
 
     @property
-    def stride(self):
-        """Pixels per position of the logits: half of the VAE's."""
-        return self.prior.vae.factor // 2
-
-    @property
     def multiple(self):
         """Sides must be multiples of this for `features` and `loss`: 64 for SD."""
         return self.prior.vae.factor * 2 ** (len(self.prior.unet.up_blocks) - 1)
@@ -454,8 +438,8 @@ class Diff(nn.Module):
         if not images.is_floating_point() or any(n % self.multiple for n in images.shape[2:]):
             raise ValueError(f"images must be floats in [0, 1] with sides divisible by "
                              f"{self.multiple}, not {images.dtype} {tuple(images.shape)}")
-        noise = noise or (drawn_noise(images.device) if self.training else fixed_noise())
-        c = self.config
+        drawn = partial(torch.randn, device=images.device)
+        noise, c = noise or (drawn if self.training else fixed_noise()), self.config
         with torch.autocast(images.device.type, enabled=False):  # in the prior's own precision
             z = self.prior.encode(images, noise)
             z = z if labels is None else z.repeat(len(labels) // len(z), 1, 1, 1)
@@ -477,7 +461,8 @@ class Diff(nn.Module):
         right, below = -W % self.multiple, -H % self.multiple
         images = F.pad(images, (0, right, 0, below), mode="replicate")
         logits = self.decode_head(self.features(images, noise))
-        return logits[:, :, : -(-H // self.stride), : -(-W // self.stride)]
+        stride = self.prior.vae.factor // 2  # pixels per position of the logits
+        return logits[:, :, : -(-H // stride), : -(-W // stride)]
 
     # ----------------------------------------------------------------------------------------
     # 4  Implicit posterior knowledge learning
@@ -507,14 +492,14 @@ class Diff(nn.Module):
     def from_pretrained(cls, path, prior, dtype=torch.float32):
         """A folder of `save_pretrained`, in eval. FileError if it was trained on another prior."""
         config, state, file = read_weights(path)
-        if config.get("architecture") != "Diff":
-            raise FileError(f"{file}: no DIFF segmenter with its config.json beside it")
-        if config.get("prior") != prior.hash:
-            raise FileError(f"{file}: trained on the features of prior {config.get('prior')}, not "
-                            f"of {prior.hash}: give the Stable Diffusion it was trained with")
         with reading(file), torch.device("meta"):
-            model = cls(configure(DiffConfig, config, state, file, lambda c: 1), prior)
-        return load_strict(model, state, file, dtype).eval()
+            if config.get("architecture") != "Diff":
+                raise FileError("no DIFF segmenter with its config.json beside it")
+            if config.get("prior") != prior.hash:
+                raise FileError(f"trained on the features of prior {config.get('prior')}, not of "
+                                f"{prior.hash}: give the Stable Diffusion it was trained with")
+            model = cls(configure(DiffConfig, config, state), prior)
+            return load_strict(model, state, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json, with the prior's hash, and model.safetensors, without the prior."""

@@ -25,7 +25,7 @@ import math
 import os
 import re
 from collections import Counter, OrderedDict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -59,9 +59,6 @@ class SegFormerConfig:
     def __post_init__(self):
         if self.head not in HEADS:
             raise ValueError(f"head {self.head!r} is not one of {', '.join(HEADS)}")
-        if {len(getattr(self, name)) for name in (
-                "hidden_sizes", "depths", "num_heads", "strides", "sr_ratios")} != {4}:
-            raise ValueError("an encoder has four stages")
         if any(d % n for d, n in zip(self.hidden_sizes, self.num_heads, strict=True)):
             raise ValueError(f"widths {self.hidden_sizes} do not split into heads {self.num_heads}")
 
@@ -343,18 +340,23 @@ class SegFormer(nn.Module):
         return fused, detail, (y, x, h, w), context
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, **overrides):
+    def from_pretrained(cls, path, dtype=torch.float32):
         """A folder (HF or `save_pretrained`) or one file of any kind named in the header, in eval.
 
-        `overrides` replace config fields that shapes do not tell: num_heads, mlp_ratio, norm_eps,
-        dropout, drop_path. FileError for anything but a whole segmenter.
+        Sizes are read off the weights. FileError for anything but a whole segmenter.
         """
         config, state, file = read_weights(path)
         with reading(file), torch.device("meta"):
-            found = describe(config, state, file) | overrides
-            model = cls(configure(SegFormerConfig, found, state, file, lambda c: sum(c.depths)))
+            hf = any(k.startswith("segformer.") for k in state)
             state = public_keys(state)
-        return load_strict(model, state, file, dtype).eval()
+            sizes = infer_config(state)
+            # heads as wide as stage 1, which is true of all published ones
+            heads = [D // sizes["hidden_sizes"][0] for D in sizes["hidden_sizes"]]
+            told = {"num_heads": config.get("num_attention_heads", heads),
+                    "norm_eps": 1e-5 if hf else None,  # what HF computes with, whatever it says
+                    **config}
+            model = cls(configure(SegFormerConfig, told | sizes, state))
+            return load_strict(model, state, dtype).eval()
 
     def load_backbone(self, path):
         """Load only the encoder: of nvidia/mit-b*, mit_b*.pth or a segmenter. The head stays.
@@ -363,10 +365,10 @@ class SegFormer(nn.Module):
         """
         _, state, file = read_weights(path)
         with reading(file):
-            state = public_keys(state)
-        encoder = {k[9:]: v for k, v in state.items() if k.startswith("backbone.")}
-        old = self.backbone.norm4.weight
-        load_strict(self.backbone, encoder, file, old.dtype).to(old.device)
+            encoder = {k.removeprefix("backbone."): v for k, v in public_keys(state).items()
+                       if k.startswith("backbone.")}
+            old = self.backbone.norm4.weight
+            load_strict(self.backbone, encoder, old.dtype).to(old.device)
         return self
 
     def save_pretrained(self, folder, dtype=None):
@@ -429,17 +431,13 @@ def slide_inference(model, images, crop, stride, batch=8):
 
 
 def confusion_matrix(prediction, label, num_classes, ignore=IGNORE):
-    """Two integer maps of one shape -> pixel counts (K, K) int64, rows = label.
+    """Two integer maps of one shape, classes 0..K-1 -> pixel counts (K, K) int64, rows = label.
 
-    Pixels labelled `ignore` are left out. ValueError for classes outside 0..K-1.
+    Pixels labelled `ignore` are left out.
     """
-    pairs = torch.stack([label.long(), prediction.long()])[:, label != ignore]
-    wrong = pairs[(pairs < 0) | (pairs >= num_classes)]
-    if len(wrong):
-        raise ValueError(f"class {wrong[0]} is not in 0..{num_classes - 1}: map such labels to "
-                         f"{ignore} (ignored) before counting")
-    cells = torch.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2)
-    return cells.view(num_classes, num_classes)
+    kept = label != ignore
+    cells = num_classes * label[kept].long() + prediction[kept].long()
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def mean_iou(confusion):
@@ -547,36 +545,22 @@ def public_keys(state):
     return out
 
 
-def describe(config, state, file):
-    """Config fields from config.json ({}: none) and shapes; FileError if either is foreign."""
-    if config.get("architecture") == "SegFormer":
-        return config
-    kind = config.get("architectures", config.get("_class_name"))
-    if config and kind != ["SegformerForSemanticSegmentation"]:
-        raise FileError(f"{file}: its config.json is of {kind}, no segmenter; an encoder alone "
-                        "goes to --pretrained (load_backbone)")
-    shape = {k: tuple(v.shape) for k, v in public_keys(state).items()}
-    head = [h for h, key in HEADS.items() if f"decode_head.{key}.weight" in shape]
+def infer_config(state):
+    """The fields of SegFormerConfig that tensors in NVlabs' keys tell by their shapes."""
+    shape = {k: tuple(v.shape) for k, v in state.items()}
+    head = next((h for h, key in HEADS.items() if f"decode_head.{key}.weight" in shape), None)
     convs = [f"backbone.patch_embed{k}.proj.weight" for k in "1234"]
     if not head or not shape.keys() >= set(convs):
-        if any(k.startswith("decode_head.") for k in shape):
-            raise FileError(f"{file}: a segmenter of another kind; what is read is MiT with the "
-                            "head of SegFormer, DAFormer or HRDA, in the names of their authors")
-        raise FileError(f"{file}: no whole segmenter; an encoder alone goes to --pretrained "
-                        "(load_backbone)")
-    classes, dim = shape[f"decode_head.{HEADS[head[0]]}.weight"][:2]
-    found = {"head": head[0], "num_classes": classes, "decoder_dim": dim}
-    widths = found["hidden_sizes"] = tuple(shape[k][0] for k in convs)
+        raise FileError("no MiT with the head of SegFormer, DAFormer or HRDA; an encoder alone "
+                        "goes to --pretrained (load_backbone)")
+    classes, dim = shape[f"decode_head.{HEADS[head]}.weight"][:2]
     blocks = Counter(k.split(".")[1] for k in shape if k.endswith(".attn.q.weight"))
-    found["depths"] = tuple(blocks[f"block{k}"] for k in "1234")
     srs = [f"backbone.block{k}.0.attn.sr.weight" for k in "1234"]
-    found["strides"] = tuple((shape[k][-1] + 1) // 2 for k in convs)  # kernel = 2 stride - 1
-    found["sr_ratios"] = tuple(shape.get(k, (1,))[-1] for k in srs)
-    equal = [D // widths[0] for D in widths]  # heads as wide as stage 1: true of all published ones
-    found["num_heads"] = config.get("num_attention_heads", equal)
-    if any(k.startswith("segformer.") for k in state):
-        found["norm_eps"] = 1e-5  # what HF computes with, whatever its config says
-    return found
+    return dict(head=head, num_classes=classes, decoder_dim=dim,
+                hidden_sizes=[shape[k][0] for k in convs],
+                depths=[blocks[f"block{k}"] for k in "1234"],
+                strides=[(shape[k][-1] + 1) // 2 for k in convs],  # kernel = 2 stride - 1
+                sr_ratios=[shape.get(k, (1,))[-1] for k in srs])
 
 
 # --------------------------------------------------------------------------------------------
@@ -593,63 +577,52 @@ def reading(file):
     """Within, whatever reading an outside file raises becomes one FileError that names it."""
     try:
         yield
-    except FileError:
-        raise
-    except Exception as error:
+    except FileError as error:
+        raise FileError(f"{file}: {error}") from None
+    except Exception as error:  # torch.load puts a page of advice around its reason
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        reason = f"{type(error).__name__}: {reason}"
-        fault = f"cannot be read ({reason}): check that it is whole and the right one"
-        if "Unsupported global" in reason:
-            fault = ("holds other objects than tensors; if you trust it, torch.load it with "
-                     "weights_only=False and write its tensors with safetensors.torch.save_file")
-        small = Path(file).is_file() and Path(file).stat().st_size < 1024
-        if small and Path(file).read_bytes().startswith(b"version https://git-lfs"):
-            fault = "is a Git-LFS pointer; run `git lfs pull` in its folder or download the file"
-        raise FileError(f"{file} {fault}") from error
+        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be the "
+                        "right one, whole, no Git-LFS pointer (git lfs pull) and, if a pickle, "
+                        "hold nothing but tensors") from error
 
 
 def read_weights(path):
-    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
+    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file).
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: they run no code.
     """
-    path, config = Path(path), {}
-    if path.is_dir():
+    file, config = Path(path), {}
+    if file.is_dir():
+        with reading(file / "config.json"):
+            config = dict(json.loads((file / "config.json").read_text("utf-8")))
         stems = ("diffusion_pytorch_model", "model", "pytorch_model")
         names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files or not (path / "config.json").is_file():
-            raise FileError(f"{path}: a model folder has config.json and a weight file")
-        with reading(path / "config.json"):
-            config = dict(json.loads((path / "config.json").read_text("utf-8")))
-        path = files[0]
-    elif not path.exists():
-        raise FileError(f"{path}: no such weight file or model folder")
-    with reading(path):
-        if path.suffix == ".safetensors":
-            state = load_file(path)
+        there = [file / name for name in names if (file / name).is_file()]
+        file = there[0] if there else file / "*.safetensors"
+    with reading(file):
+        if file.suffix == ".safetensors":
+            state = load_file(file)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
-        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, file
 
 
-def configure(cls, config, state, file, layers):
+def configure(cls, config, state, layers=None):
     """The entries of a config.json that a config class has -> an instance; null is the default.
 
-    FileError if layers(instance) exceeds the number of tensors: such a network is not even built.
+    FileError if the entry called `layers` exceeds the number of tensors: nothing so large is built.
     """
-    with reading(file):
-        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        instance = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
-        if layers(instance) > len(state):
-            raise ValueError("its config.json has more layers than the file has tensors")
-    return instance
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+             if k in cls.__dataclass_fields__ and v is not None}
+    if known.get(layers, 0) > len(state):
+        raise FileError(f"config.json has {layers} = {known[layers]}, more than there are tensors")
+    return cls(**known)
 
 
-def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors, floats in `dtype`; FileError names faults.
+def load_strict(model, state, dtype):
+    """Give a model built on meta exactly these tensors, floats in `dtype`; FileError names faults.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
@@ -657,11 +630,11 @@ def load_strict(model, state, file, dtype):
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:  # missing keys; unknown keys; the first tensor of another shape
         faults = "; ".join(line[:160].rstrip(" .") for line in str(error).split("\n\t")[1:4])
-        raise FileError(f"{file}: not the weights of a {type(model).__name__}: {faults}") from None
+        raise FileError(f"not the weights of a {type(model).__name__}: {faults}") from None
     for key, v in model.state_dict(keep_vars=True).items():
         v.data = v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
         if not v.isfinite().all():
-            raise FileError(f"{file}: {key} holds NaN or infinity in {dtype}; get it again")
+            raise FileError(f"{key} holds NaN or infinity in {dtype}; get the file again")
     return model
 
 

@@ -278,7 +278,7 @@ def test_weights_load_strictly(net, tmp_path):
             ("Unexpected key.*novel", {**good, "novel.weight": torch.ones(2)}, {}),
             (f"size mismatch for {key}", {**good, key: torch.ones(3, 3)}, {}),
             (f"{key} holds NaN", {**good, key: value.detach() * math.nan}, {}),
-            ("more layers than the file has tensors", good, {layers: 10**6})):
+            (f"{layers} = 1000000, more than there are tensors", good, {layers: 10**6})):
         save_file(state, file)
         edit(tmp_path / "config.json", **changes)
         with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*{words}"):
@@ -288,35 +288,31 @@ def test_weights_load_strictly(net, tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "a.ckpt",
                                   "vocab.json", "merges.txt", "tokenizer_config.json"])
 def test_git_lfs_pointers(name, tmp_path):
-    """A clone without LFS leaves pointers: the sentence says so and what to do."""
+    """A clone without LFS leaves pointers: the sentence says what to do."""
     models = tiny_models()
     models.unet.save_pretrained(tmp_path)
     models.tokenizer.save(tmp_path)
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid a:0\nsize 9\n")
-    with pytest.raises(ValueError, match=f"{name} is a Git-LFS pointer; run `git lfs pull`"):
+    with pytest.raises(ValueError, match=f"{name} cannot be read .*git lfs pull"):
         Tokenizer.from_pretrained(tmp_path)
         UNet.from_pretrained(tmp_path / name if name == "a.ckpt" else tmp_path)
 
 
 def test_foreign_weights_are_named(tmp_path):
-    """UNets with more channels in than out, SDXL, autoencoders that shift their latents and healthy
-    pickles of more than tensors are refused by what they are, in our words alone."""
+    """UNets with more channels in than out, SDXL and healthy pickles of more than tensors are
+    refused by what they are."""
     torch.save({"state_dict": {"a": torch.ones(1)}, "meta": np.float64(3)}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="a.ckpt holds other objects .*torch.save_file") as error:
+    with pytest.raises(ValueError, match="a.ckpt .*numpy.*nothing but tensors") as error:
         UNet.from_pretrained(tmp_path / "a.ckpt")
     assert "\033" not in str(error.value)
     models, file = tiny_models(), tmp_path / "diffusion_pytorch_model.safetensors"
     state = models.unet.state_dict()
     for words, more in (
-            ("inpainting .9 channels", {"conv_in.weight": torch.zeros(16, 9, 3, 3)}),
+            ("inpainting .*9 channels", {"conv_in.weight": torch.zeros(16, 9, 3, 3)}),
             ("SDXL", {"add_embedding.linear_1.bias": torch.zeros(1)})):
         save_file({**state, **more}, file)
         with pytest.raises(ValueError, match=f"{file}: .*{words}"):
             UNet.from_pretrained(file)
-    models.vae.save_pretrained(tmp_path)
-    edit(tmp_path / "config.json", latents_std=[1.0] * 4)
-    with pytest.raises(ValueError, match=f"{file}: .*latents_std"):
-        VAE.from_pretrained(tmp_path)
 
 
 # ---- clip_text.py --------------------------------------------------------------------------------
@@ -740,14 +736,11 @@ def test_segformer_errors_name_the_fault(tmp_path):
     for wrong, match in (
             ({k: v for k, v in state.items() if "block3.1.norm2" not in k}, "block3.1.norm2.bias"),
             ({**state, "backbone.norm2.bias": torch.full((32,), torch.nan)}, "holds NaN"),
-            ({**encoder, "decode_head.convs.0.conv.weight": torch.ones(1)}, "another kind.*MiT"),
-            (encoder, "no whole segmenter.*--pretrained")):
+            ({**encoder, "decode_head.convs.0.conv.weight": torch.ones(1)}, "no MiT with the head"),
+            (encoder, "no MiT with the head.*--pretrained")):
         save_file(wrong, file)
         with pytest.raises(segformer.FileError, match=match):
             SegFormer.from_pretrained(file)
-    put(tmp_path / "config.json", {"architectures": ["SegformerForImageClassification"]})
-    with pytest.raises(segformer.FileError, match="SegformerForImageClassification.*--pretrained"):
-        SegFormer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("batch", (1, 3, 100))

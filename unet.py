@@ -20,8 +20,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -48,12 +47,8 @@ class UNetConfig:
     norm_num_groups: int = 32
 
     def __post_init__(self):
-        if odd := set(self.down_block_types) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
-            raise ValueError(f"down_block_types {sorted(odd)} are not Stable Diffusion 1 or 2")
         if any(c % n for c, n in zip(self.block_out_channels, self.heads, strict=True)):
             raise ValueError(f"widths {self.block_out_channels} do not split into heads")
-        if len(self.window) != 2:
-            raise ValueError(f"sample_size {self.sample_size} is no height and width")
 
     @property
     def heads(self):
@@ -161,18 +156,6 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """(…,C) -> (…,C) with an inner width of 4C."""
-
-    def __init__(self, c):
-        super().__init__()
-        # net.1 is a dropout in the public files' code; it has no weights and p = 0
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward, each on a norm and with a residual."""
 
@@ -183,13 +166,15 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(c, eps=1e-5)
         self.attn2 = Attention(c, context_dim, heads)
         self.norm3 = nn.LayerNorm(c, eps=1e-5)
-        self.ff = FeedForward(c)
+        # net.1 is a dropout in the public files' code; it has no weights and p = 0
+        net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x, context):
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -219,38 +204,23 @@ class SpatialTransformer(nn.Module):
         return x + y
 
 
-class Downsample(nn.Module):
-    """(B,C,h,w) -> (B,C,h/2,w/2)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)  # both sides, unlike the VAE's
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """(B,C,h,w) -> (B,C,2h,2w)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
-    """Resnets of one resolution, each followed by a transformer where the level has attention."""
+    """Resnets of level i, each followed by a transformer where the level has attention."""
 
-    def __init__(self, widths_in, c, heads, cfg):
+    def __init__(self, cfg, i, widths_in):
         super().__init__()
+        c, heads = cfg.block_out_channels[i], cfg.heads[i]
         self.resnets = nn.ModuleList([ResnetBlock(c_in, c, cfg) for c_in in widths_in])
-        if heads:
+        if cfg.down_block_types[i] == "CrossAttnDownBlock2D":
             self.attentions = nn.ModuleList([SpatialTransformer(c, heads, cfg) for _ in widths_in])
 
-    def layer(self, i, x, emb, context):
+    def layer(self, i, x, emb, context, recompute=False):
+        """Resnet i and its transformer; `recompute`: once more in the backward pass.
+
+        Training then keeps only the arguments of each layer: memory for time.
+        """
+        if recompute:
+            return checkpoint(self.layer, i, x, emb, context, use_reentrant=False)
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, context) if hasattr(self, "attentions") else x
 
@@ -258,18 +228,20 @@ class Level(nn.Module):
 class DownBlock(Level):
     """-> (B,C',h/2,w/2) and the list of everything computed on the way (the skips)."""
 
-    def __init__(self, c_in, c, heads, last, cfg):
-        super().__init__([c_in] + [c] * (cfg.layers_per_block - 1), c, heads, cfg)
-        if not last:
-            self.downsamplers = nn.ModuleList([Downsample(c)])
+    def __init__(self, cfg, i):
+        width, n = cfg.block_out_channels, cfg.layers_per_block
+        super().__init__(cfg, i, [width[max(i - 1, 0)]] + [width[i]] * (n - 1))
+        if i < len(width) - 1:
+            conv = nn.Conv2d(width[i], width[i], 3, stride=2, padding=1)  # the VAE pads one side
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
 
-    def forward(self, x, emb, context, run):
+    def forward(self, x, emb, context, recompute):
         skips = []
         for i in range(len(self.resnets)):
-            x = run(self.layer, i, x, emb, context)
+            x = self.layer(i, x, emb, context, recompute)
             skips.append(x)
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+            x = self.downsamplers[0]["conv"](x)
             skips.append(x)
         return x, skips
 
@@ -291,26 +263,23 @@ class MidBlock(nn.Module):
 class UpBlock(Level):
     """Takes one skip per resnet -> (B,C',2h,2w)."""
 
-    def __init__(self, widths_in, c, heads, last, cfg):
-        super().__init__(widths_in, c, heads, cfg)
-        if not last:
-            self.upsamplers = nn.ModuleList([Upsample(c)])
+    def __init__(self, cfg, i):
+        width, n = cfg.block_out_channels, cfg.layers_per_block
+        # the skips in reverse: this level's n, then what came down from the level above
+        skips = [width[i]] * n + [width[max(i - 1, 0)]]
+        inputs = [width[min(i + 1, len(width) - 1)]] + [width[i]] * n
+        super().__init__(cfg, i, [a + b for a, b in zip(inputs, skips, strict=True)])
+        if i > 0:
+            conv = nn.Conv2d(width[i], width[i], 3, padding=1)
+            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
 
-    def forward(self, x, skips, emb, context, run):
+    def forward(self, x, skips, emb, context, recompute):
         for i, skip in enumerate(skips):
-            x = run(self.layer, i, torch.cat([x, skip], dim=1), emb, context)
-        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
-
-
-def runner(net):
-    """How a UNet or ControlNet calls its layers: run(layer, *arguments).
-
-    With `checkpointing` on, training keeps only the arguments and computes the layer again in the
-    backward pass: memory for time.
-    """
-    if net.checkpointing and net.training:
-        return partial(checkpoint, use_reentrant=False)
-    return lambda layer, *arguments: layer(*arguments)
+            x = self.layer(i, torch.cat([x, skip], dim=1), emb, context, recompute)
+        if hasattr(self, "upsamplers"):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = self.upsamplers[0]["conv"](x)
+        return x
 
 
 class UNet(nn.Module):
@@ -319,26 +288,15 @@ class UNet(nn.Module):
     def __init__(self, config=None):
         super().__init__()
         self.config = cfg = config or UNetConfig()
-        self.checkpointing = False
-        width, heads, n = cfg.block_out_channels, cfg.heads, cfg.layers_per_block
-        attention = [h if "CrossAttn" in kind else 0
-                     for h, kind in zip(heads, cfg.down_block_types, strict=True)]
-        last = len(width) - 1
+        self.checkpointing = False  # recompute activations in the backward pass of training
+        width = cfg.block_out_channels
+        levels = range(len(width))
 
         self.conv_in = nn.Conv2d(cfg.in_channels, width[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(width[0], 4 * width[0])
-        self.down_blocks = nn.ModuleList(
-            [DownBlock(width[max(i - 1, 0)], c, attention[i], i == last, cfg)
-             for i, c in enumerate(width)]
-        )
-        self.mid_block = MidBlock(width[-1], heads[-1], cfg)
-        self.up_blocks = nn.ModuleList()
-        for i in reversed(range(len(width))):
-            # the skips in reverse: this level's n, then what came down from the level above
-            skips = [width[i]] * n + [width[max(i - 1, 0)]]
-            inputs = [width[min(i + 1, last)]] + [width[i]] * n
-            widths_in = [a + b for a, b in zip(inputs, skips, strict=True)]
-            self.up_blocks.append(UpBlock(widths_in, width[i], attention[i], i == 0, cfg))
+        self.down_blocks = nn.ModuleList([DownBlock(cfg, i) for i in levels])
+        self.mid_block = MidBlock(width[-1], cfg.heads[-1], cfg)
+        self.up_blocks = nn.ModuleList([UpBlock(cfg, i) for i in reversed(levels)])
         self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, width[0], eps=1e-5)
         self.conv_out = nn.Conv2d(width[0], cfg.out_channels, 3, padding=1)
 
@@ -350,13 +308,13 @@ class UNet(nn.Module):
         """
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         assert x.shape[2] % factor == 0 and x.shape[3] % factor == 0, (tuple(x.shape), factor)
-        run = runner(self)
+        recompute = self.checkpointing and self.training
 
         emb = F.silu(self.time_embedding(t))
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, emb, context, run)
+            x, more = block(x, emb, context, recompute)
             skips += more
         x = self.mid_block(x, emb, context)
         if control is not None:
@@ -365,7 +323,7 @@ class UNet(nn.Module):
             x = x + middle
         for block in self.up_blocks:
             n = len(block.resnets)
-            x = block(x, skips[: -n - 1 : -1], emb, context, run)
+            x = block(x, skips[: -n - 1 : -1], emb, context, recompute)
             skips = skips[:-n]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
@@ -380,14 +338,12 @@ class UNet(nn.Module):
         with reading(file), torch.device("meta"):
             state = inside(state, "model.diffusion_model.")
             state = from_ldm(state) if "input_blocks.0.0.weight" in state else state
-            config = read_config(config, state, file)
+            config = read_config(config, state)
             inputs, outputs = state["conv_in.weight"].shape[1], state["conv_out.weight"].shape[0]
             if inputs != outputs:
-                kind = {5: "depth to image", 8: "pix2pix", 9: "inpainting"}.get(inputs, "others")
-                raise FileError(f"{file}: a UNet for {kind} ({inputs} channels in, {outputs} out); "
-                                "give one for text to image")
-            model = cls(config)
-        return load_strict(model, state, file, dtype).eval()
+                raise FileError(f"a UNet for inpainting or the like, with {inputs} channels in and "
+                                f"{outputs} out; give one for text to image")
+            return load_strict(cls(config), state, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
@@ -407,24 +363,21 @@ def inside(state, prefix):
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
 
 
-def read_config(config, state, file):
-    """config.json of diffusers -> UNetConfig; settings SD never uses are an error, not ignored.
+def read_config(config, state):
+    """config.json of diffusers -> UNetConfig; without one ({}) the sizes are read off the tensors.
 
-    Without one ({}) the sizes are read off the tensors.
+    FileError for SDXL and for settings that change the results but no tensor.
     """
     if any(k.startswith(("label_emb.", "add_embedding.")) for k in state):
-        raise FileError(f"{file}: a network of SDXL; give one of Stable Diffusion 1 or 2")
+        raise FileError("a network of SDXL; give one of Stable Diffusion 1 or 2")
     for key, value in (("act_fn", "silu"), ("flip_sin_to_cos", True), ("freq_shift", 0),
-                       ("class_embed_type", None), ("addition_embed_type", None),
                        ("resnet_time_scale_shift", "default"), ("mid_block_scale_factor", 1)):
         if config.get(key, value) != value:
-            raise FileError(f"{file}: its config.json says {key} = {str(config[key])[:60]}: not "
-                            "Stable Diffusion 1 or 2")
-    return configure(UNetConfig, config or infer_config(state, file), state, file,
-                     lambda c: c.layers_per_block * len(c.block_out_channels))
+            raise FileError(f"config.json has {key} = {config[key]}: not Stable Diffusion 1 or 2")
+    return configure(UNetConfig, config or infer_config(state), state, "layers_per_block")
 
 
-def infer_config(state, file):
+def infer_config(state):
     """The settings of a UNet or ControlNet without config.json, read off its tensors."""
     levels = range(len({k.split(".")[1] for k in state if k.startswith("down_blocks.")}))
     width = [state[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
@@ -432,8 +385,8 @@ def infer_config(state, file):
     attention = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in levels]
     linear = state["mid_block.attentions.0.proj_in.weight"].ndim == 2
     if linear and any(c % 64 for c in width):
-        raise FileError(f"{file}: widths {width} do not tell the number of attention heads; "
-                        "put the model's config.json beside the weights")
+        raise FileError(f"widths {width} do not tell the number of attention heads; put the "
+                        "model's config.json beside the weights")
     text = state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
     channels = state["conv_in.weight"].shape[1]
     return dict(in_channels=channels, out_channels=channels, block_out_channels=width,
@@ -492,63 +445,52 @@ def reading(file):
     """Within, whatever reading an outside file raises becomes one FileError that names it."""
     try:
         yield
-    except FileError:
-        raise
-    except Exception as error:
+    except FileError as error:
+        raise FileError(f"{file}: {error}") from None
+    except Exception as error:  # torch.load puts a page of advice around its reason
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        reason = f"{type(error).__name__}: {reason}"
-        fault = f"cannot be read ({reason}): check that it is whole and the right one"
-        if "Unsupported global" in reason:
-            fault = ("holds other objects than tensors; if you trust it, torch.load it with "
-                     "weights_only=False and write its tensors with safetensors.torch.save_file")
-        small = Path(file).is_file() and Path(file).stat().st_size < 1024
-        if small and Path(file).read_bytes().startswith(b"version https://git-lfs"):
-            fault = "is a Git-LFS pointer; run `git lfs pull` in its folder or download the file"
-        raise FileError(f"{file} {fault}") from error
+        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be the "
+                        "right one, whole, no Git-LFS pointer (git lfs pull) and, if a pickle, "
+                        "hold nothing but tensors") from error
 
 
 def read_weights(path):
-    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
+    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file).
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: they run no code.
     """
-    path, config = Path(path), {}
-    if path.is_dir():
+    file, config = Path(path), {}
+    if file.is_dir():
+        with reading(file / "config.json"):
+            config = dict(json.loads((file / "config.json").read_text("utf-8")))
         stems = ("diffusion_pytorch_model", "model", "pytorch_model")
         names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files or not (path / "config.json").is_file():
-            raise FileError(f"{path}: a model folder has config.json and a weight file")
-        with reading(path / "config.json"):
-            config = dict(json.loads((path / "config.json").read_text("utf-8")))
-        path = files[0]
-    elif not path.exists():
-        raise FileError(f"{path}: no such weight file or model folder")
-    with reading(path):
-        if path.suffix == ".safetensors":
-            state = load_file(path)
+        there = [file / name for name in names if (file / name).is_file()]
+        file = there[0] if there else file / "*.safetensors"
+    with reading(file):
+        if file.suffix == ".safetensors":
+            state = load_file(file)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
-        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, file
 
 
-def configure(cls, config, state, file, layers):
+def configure(cls, config, state, layers=None):
     """The entries of a config.json that a config class has -> an instance; null is the default.
 
-    FileError if layers(instance) exceeds the number of tensors: such a network is not even built.
+    FileError if the entry called `layers` exceeds the number of tensors: nothing so large is built.
     """
-    with reading(file):
-        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        instance = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
-        if layers(instance) > len(state):
-            raise ValueError("its config.json has more layers than the file has tensors")
-    return instance
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+             if k in cls.__dataclass_fields__ and v is not None}
+    if known.get(layers, 0) > len(state):
+        raise FileError(f"config.json has {layers} = {known[layers]}, more than there are tensors")
+    return cls(**known)
 
 
-def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors, floats in `dtype`; FileError names faults.
+def load_strict(model, state, dtype):
+    """Give a model built on meta exactly these tensors, floats in `dtype`; FileError names faults.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
@@ -556,11 +498,11 @@ def load_strict(model, state, file, dtype):
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:  # missing keys; unknown keys; the first tensor of another shape
         faults = "; ".join(line[:160].rstrip(" .") for line in str(error).split("\n\t")[1:4])
-        raise FileError(f"{file}: not the weights of a {type(model).__name__}: {faults}") from None
+        raise FileError(f"not the weights of a {type(model).__name__}: {faults}") from None
     for key, v in model.state_dict(keep_vars=True).items():
         v.data = v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
         if not v.isfinite().all():
-            raise FileError(f"{file}: {key} holds NaN or infinity in {dtype}; get it again")
+            raise FileError(f"{key} holds NaN or infinity in {dtype}; get the file again")
     return model
 
 

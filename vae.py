@@ -24,7 +24,7 @@ float32 matrices of 128² x 128² weights, 2 GiB, before those maps exist. A 12 
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -114,28 +114,6 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Downsample(nn.Module):
-    """(B,C,h,w) -> (B,C,h/2,w/2)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=0)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as LDM trained it
-
-
-class Upsample(nn.Module):
-    """(B,C,h,w) -> (B,C,2h,2w)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
     """The resnets of one resolution and, but for the last level, the step to the next."""
 
@@ -146,17 +124,21 @@ class Level(nn.Module):
             [ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)]
         )
         if down:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+            conv = nn.Conv2d(c_out, c_out, 3, stride=2, padding=0)
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
         if up:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+            conv = nn.Conv2d(c_out, c_out, 3, padding=1)
+            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
 
     def forward(self, x):
         for resnet in self.resnets:
             x = resnet(x)
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+            x = F.pad(x, (0, 1, 0, 1))  # right and bottom only, as LDM trained it
+            x = self.downsamplers[0]["conv"](x)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x)
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = self.upsamplers[0]["conv"](x)
         return x
 
 
@@ -225,9 +207,7 @@ class VAE(nn.Module):
 
     def posterior(self, images):
         """images (B,3,H,W) in [-1,1] -> mean, logvar (B,Z,h,w) of q(z|x), not scaled."""
-        H, W = images.shape[-2:]
-        if H % self.factor or W % self.factor:
-            raise ValueError(f"image size {H}x{W} is not a multiple of {self.factor}")
+        assert not any(n % self.factor for n in images.shape[2:]), (images.shape, self.factor)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -260,13 +240,8 @@ class VAE(nn.Module):
         config, state, file = read_weights(path)
         with reading(file), torch.device("meta"):
             state = public_keys(state)
-            if others := [k for k in ("latents_mean", "latents_std", "shift_factor")
-                          if config.get(k)]:
-                raise FileError(f"{file}: its config.json has {others[0]}, so it is no autoencoder "
-                                "of Stable Diffusion 1 or 2, which only scale their latents")
-            model = cls(configure(VAEConfig, config or infer_config(state), state, file,
-                                  lambda c: c.layers_per_block * len(c.block_out_channels)))
-        return load_strict(model, state, file, dtype).eval()
+            config = configure(VAEConfig, config or infer_config(state), state, "layers_per_block")
+            return load_strict(cls(config), state, dtype).eval()
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers does."""
@@ -324,63 +299,52 @@ def reading(file):
     """Within, whatever reading an outside file raises becomes one FileError that names it."""
     try:
         yield
-    except FileError:
-        raise
-    except Exception as error:
+    except FileError as error:
+        raise FileError(f"{file}: {error}") from None
+    except Exception as error:  # torch.load puts a page of advice around its reason
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:200]
-        reason = f"{type(error).__name__}: {reason}"
-        fault = f"cannot be read ({reason}): check that it is whole and the right one"
-        if "Unsupported global" in reason:
-            fault = ("holds other objects than tensors; if you trust it, torch.load it with "
-                     "weights_only=False and write its tensors with safetensors.torch.save_file")
-        small = Path(file).is_file() and Path(file).stat().st_size < 1024
-        if small and Path(file).read_bytes().startswith(b"version https://git-lfs"):
-            fault = "is a Git-LFS pointer; run `git lfs pull` in its folder or download the file"
-        raise FileError(f"{file} {fault}") from error
+        raise FileError(f"{file} cannot be read ({type(error).__name__}: {reason}): it must be the "
+                        "right one, whole, no Git-LFS pointer (git lfs pull) and, if a pickle, "
+                        "hold nothing but tensors") from error
 
 
 def read_weights(path):
-    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file name).
+    """Read a model folder or a single weight file -> (config dict, {key: CPU tensor}, file).
 
     A folder holds config.json and one weight file under its usual name (`.fp16` variants too); a
     single file has an empty config. Pickles go through `weights_only=True`: they run no code.
     """
-    path, config = Path(path), {}
-    if path.is_dir():
+    file, config = Path(path), {}
+    if file.is_dir():
+        with reading(file / "config.json"):
+            config = dict(json.loads((file / "config.json").read_text("utf-8")))
         stems = ("diffusion_pytorch_model", "model", "pytorch_model")
         names = [s + v + e for e in (".safetensors", ".bin") for v in ("", ".fp16") for s in stems]
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files or not (path / "config.json").is_file():
-            raise FileError(f"{path}: a model folder has config.json and a weight file")
-        with reading(path / "config.json"):
-            config = dict(json.loads((path / "config.json").read_text("utf-8")))
-        path = files[0]
-    elif not path.exists():
-        raise FileError(f"{path}: no such weight file or model folder")
-    with reading(path):
-        if path.suffix == ".safetensors":
-            state = load_file(path)
+        there = [file / name for name in names if (file / name).is_file()]
+        file = there[0] if there else file / "*.safetensors"
+    with reading(file):
+        if file.suffix == ".safetensors":
+            state = load_file(file)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)  # LDM and mmseg checkpoints wrap their tensors
-        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, str(path)
+        return config, {k: v for k, v in state.items() if torch.is_tensor(v)}, file
 
 
-def configure(cls, config, state, file, layers):
+def configure(cls, config, state, layers=None):
     """The entries of a config.json that a config class has -> an instance; null is the default.
 
-    FileError if layers(instance) exceeds the number of tensors: such a network is not even built.
+    FileError if the entry called `layers` exceeds the number of tensors: nothing so large is built.
     """
-    with reading(file):
-        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        instance = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
-        if layers(instance) > len(state):
-            raise ValueError("its config.json has more layers than the file has tensors")
-    return instance
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+             if k in cls.__dataclass_fields__ and v is not None}
+    if known.get(layers, 0) > len(state):
+        raise FileError(f"config.json has {layers} = {known[layers]}, more than there are tensors")
+    return cls(**known)
 
 
-def load_strict(model, state, file, dtype):
-    """Give a model built on meta exactly its tensors, floats in `dtype`; FileError names faults.
+def load_strict(model, state, dtype):
+    """Give a model built on meta exactly these tensors, floats in `dtype`; FileError names faults.
 
     Copies of them, since one tensor of a file mapped into memory keeps all of the file there.
     """
@@ -388,11 +352,11 @@ def load_strict(model, state, file, dtype):
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:  # missing keys; unknown keys; the first tensor of another shape
         faults = "; ".join(line[:160].rstrip(" .") for line in str(error).split("\n\t")[1:4])
-        raise FileError(f"{file}: not the weights of a {type(model).__name__}: {faults}") from None
+        raise FileError(f"not the weights of a {type(model).__name__}: {faults}") from None
     for key, v in model.state_dict(keep_vars=True).items():
         v.data = v.to(dtype if v.is_floating_point() else v.dtype, copy=True)
         if not v.isfinite().all():
-            raise FileError(f"{file}: {key} holds NaN or infinity in {dtype}; get it again")
+            raise FileError(f"{key} holds NaN or infinity in {dtype}; get the file again")
     return model
 
 
