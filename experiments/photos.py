@@ -120,7 +120,7 @@ def main(argv=None):
     vae, psnr, runs = VAE.from_pretrained(model / "vae"), {}, []
     for part in ("day-val", "dusk-photos"):
         some = [data.read_image(file) for file in sorted((photos / part).glob("images/*"))[::4]]
-        psnr[part] = round(measures.psnr(vae, some), 1)
+        psnr[part] = round(float(measures.psnr(vae, some)), 1)
     print(f"PSNR of the VAE in dB: {psnr}", flush=True)
     for seed in range(sizes["seeds"]):
         shared = [*classes, "--seed", seed, "--data", train]  # after which other sets may stand
