@@ -197,9 +197,9 @@ class Job:
     call: tuple  # (function, *arguments)
 
 
-def command(*argv):
-    """A command of dginstyle.py; RuntimeError where it failed."""
-    if dginstyle.main([str(word) for word in argv]):
+def command(*argv, main=dginstyle.main):
+    """A command of dginstyle.py, or of another main; RuntimeError where it failed."""
+    if main([str(word) for word in argv]):
         raise RuntimeError("failed: " + " ".join(map(str, argv)))
 
 

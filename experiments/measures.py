@@ -193,13 +193,15 @@ def style_classifier(steps, size=(64, 128)):
         return net, float((net(x).argmax(1) == y).float().mean())
 
 
-@torch.no_grad()
 def reconstruction(vae, n):
     """PSNR in dB of encoding and decoding n whole unseen streets, style by style."""
-    psnr = {}
-    for style in streets.STYLES:
-        scenes = streets.ToyStreets([style], n, "val")
-        x = dginstyle.from_uint8(np.stack([scenes.image(i) for i in range(n)]))
-        error = F.mse_loss(vae.decode(vae.encode(x)).clamp(-1, 1), x)
-        psnr[style] = 10 * np.log10(4 / error.item())
-    return psnr
+    scenes = {style: streets.ToyStreets([style], n, "val") for style in streets.STYLES}
+    return {style: psnr(vae, [s.image(i) for i in range(n)]) for style, s in scenes.items()}
+
+
+@torch.no_grad()
+def psnr(vae, images):
+    """PSNR in dB of encoding and decoding pictures, uint8 (H,W,3) of one size."""
+    x = dginstyle.from_uint8(np.stack(images))
+    error = F.mse_loss(vae.decode(vae.encode(x)).clamp(-1, 1), x)
+    return 10 * np.log10(4 / error.item())

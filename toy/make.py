@@ -5,7 +5,8 @@
 
 Both learn from procedural streets in all seven styles (toy/streets.py) with the flags of
 `dginstyle.py train` and the settings of toy/settings.json; README.md in this folder has the rest
-of the pack. A public Stable Diffusion model has both parts already.
+of the pack. A public Stable Diffusion model has both parts already. With --start FOLDER they go on
+from the weights there, as experiments/photos.py does.
 
 Shapes: B batch, H W pixels, Z latent channels. Images in [-1, 1].
 """
@@ -42,7 +43,8 @@ def train_vae(args, pairs, classes):
     At the end the latents are brought to mean 0 and standard deviation 1 channel by channel; the
     1x1 convolutions on both sides of the latents absorb that, so the format stays the public one.
     """
-    vae = VAE(VAEConfig(**vae_module.PRESETS["tiny"]))
+    vae = (VAE.from_pretrained(args.start / "vae") if args.start else
+           VAE(VAEConfig(**vae_module.PRESETS["tiny"])))
     draw = dginstyle.picture_draw(pairs, args.size or (64, 128), args)
 
     def loss(batch):
@@ -102,20 +104,25 @@ def train_tokenizer(texts: list[str], merges: int) -> Tokenizer:
     return Tokenizer({symbol: i for i, symbol in enumerate(symbols)}, learned)
 
 
+def new_models(classes):
+    """Random UNet and text encoder, a tokenizer of all styles' words; the VAE is missing."""
+    words = [data.weather_prompt(" ".join(classes.names), w) for w in STYLES]
+    tokenizer = train_tokenizer(words, merges=240)  # enough for one token a word
+    text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
+                                       "vocab_size": len(tokenizer.vocab)})
+    schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
+    return Models(UNet(UNetConfig(**unet.PRESETS["tiny"])), None, None, TextEncoder(text_config),
+                  tokenizer, schedule)
+
+
 def train_prior(args, pairs, classes):
     """The toy prior U^P with its text encoder, on captioned pictures of all styles.
 
     Captions: the weather sentence, the class names alone, the weather alone, or nothing, so that
     the prior answers to every form of prompt the generator uses, the empty one included.
     """
-    words = [data.weather_prompt(" ".join(classes.names), w) for w in STYLES]
-    tokenizer = train_tokenizer(words, merges=240)  # enough for one token a word
-    schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
-    text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
-                                       "vocab_size": len(tokenizer.vocab)})
-    models = Models(UNet(UNetConfig(**unet.PRESETS["tiny"])), None,
-                    VAE.from_pretrained(args.sd / "vae"), TextEncoder(text_config), tokenizer,
-                    schedule)
+    models = Models.from_pretrained(args.start) if args.start else new_models(classes)
+    models.vae = VAE.from_pretrained(args.sd / "vae")
     models.check()
 
     def draw(rng):
@@ -125,7 +132,7 @@ def train_prior(args, pairs, classes):
         names, weather, kind = data.caption(label, classes), streets.weather(i), rng.random()
         prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
                   else f"{weather} weather" if kind < 0.88 else "")
-        return dginstyle.from_uint8(crop[None])[0], tokenizer(prompt)[0], streets.name(i)
+        return dginstyle.from_uint8(crop[None])[0], models.tokenizer(prompt)[0], streets.name(i)
 
     def loss(batch):
         """[images or latents, tokens], batched -> a number."""
@@ -138,8 +145,8 @@ def train_prior(args, pairs, classes):
         out, dtype = args.out, DTYPES[args.save_dtype]
         nets["unet"].save_pretrained(out / "unet", dtype)
         nets["text_encoder"].save_pretrained(out / "text_encoder", dtype)
-        tokenizer.save(out / "tokenizer")
-        schedule.save_pretrained(out / "scheduler")
+        models.tokenizer.save(out / "tokenizer")
+        models.schedule.save_pretrained(out / "scheduler")
         dginstyle.sample_sheet(replace(models, **nets), dginstyle.sheet_prompts(args), None, args,
                                out / "samples" / "prior.png")
 
@@ -160,6 +167,7 @@ def main(argv=None):
         command="train",
         run=lambda args: dginstyle.train_stage(args.stage, STAGES[args.stage], args))
     parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--start", type=recipes.folder, help="go on from this folder's weights")
     recipes.add_flags(parser, "train")
     return dginstyle.run(parser, argv)
 
