@@ -862,13 +862,10 @@ class Schedule:
         return [*levels, 1.0 if self.set_alpha_to_one else levels[0]]
 
     def abar_at(self, t):
-        """abar of a timestep as a float; t < 0 is the level after the last step."""
+        """abar of a timestep, a float (t < 0: after the last step), or of t (B,) as (B,1,1,1)."""
+        if torch.is_tensor(t):  # 4 KB are sent, for which no GPU waits
+            return self.abar.to(t.device, non_blocking=True)[t].view(-1, 1, 1, 1)
         return self.levels[max(t, -1)]
-
-    def abar_of(self, t, x):
-        """abar of timesteps t (B,) as a factor of x (B,…), both on one device."""
-        table = self.abar.to(x.device, non_blocking=True)  # 4 KB, for which no GPU waits
-        return table[t].view(-1, *[1] * (x.ndim - 1)).to(x)
 
     def timesteps(self, steps):
         """[(t, t_prev), …] from noise to image; t_prev < 0 is the level after the last step."""
@@ -894,15 +891,15 @@ class Schedule:
         return self.add_noise(x0, eps, t_prev)
 
     def add_noise(self, x0, eps, t):
-        """x_t from x_0 (B,…); t a timestep or (B,)."""
-        abar = self.abar_of(t, x0) if torch.is_tensor(t) else self.abar_at(t)
+        """x_t from x_0 (B,C,h,w); t a timestep or (B,)."""
+        abar = self.abar_at(t)
         return abar**0.5 * x0 + (1 - abar) ** 0.5 * eps
 
     def target(self, x0, eps, t):
         """What the network is trained to put out for x_t: eps, or v = sqrt(abar) eps - … x_0."""
         if self.prediction_type == "epsilon":
             return eps
-        abar = self.abar_of(t, x0)
+        abar = self.abar_at(t)
         return abar.sqrt() * eps - (1 - abar).sqrt() * x0
 
 

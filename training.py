@@ -16,6 +16,7 @@ Use alone, beside data.py, with any nets and any loss:
 """
 
 import contextlib
+import copy
 import datetime
 import json
 import math
@@ -26,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import data
@@ -90,10 +90,9 @@ def optimise(stage, loss, nets, draw, args, save, groups=None):
         betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(args) == "fp16")
-    average = AveragedModel(objective.nets, use_buffers=True,
-                            multi_avg_fn=moving_average(args.ema)) if args.ema else None
+    average = copy.deepcopy(objective.nets) if args.ema else objective.nets
     states = {"nets": objective.nets, "optimizer": optimizer, "scaler": scaler}
-    states |= {"average": average} if average else {}
+    states |= {"average": average} if args.ema else {}
 
     with open_run(args, f"{stage}.json", RESUMABLE), stopping(world) as asked:
         first = resume(file, states)
@@ -110,8 +109,8 @@ def optimise(stage, loss, nets, draw, args, save, groups=None):
                 group["lr"] = rate * lr_factor(args, step)
             value = update(parallel, optimizer, scaler, batches, args)
             mean = value if mean is None else torch.lerp(value, mean, 0.98)
-            if average:
-                average.update_parameters(objective.nets)
+            if args.ema:
+                follow(average, objective.nets, args.ema, step)
 
             done, stop = step + 1, bool(asked)
             saves = done % args.save_every == 0 or done == args.steps
@@ -123,9 +122,8 @@ def optimise(stage, loss, nets, draw, args, save, groups=None):
                     row = {"stage": stage, "step": done, "loss": round(mean.item(), 6)}
                     log.write(json.dumps(row) + "\n")
             if rank == 0 and saves:
-                final = average.module if average else objective.nets
-                save(final.eval())
-                final.train()
+                save(average.eval())
+                average.train()
             if rank == 0 and (saves or stop):  # last, so that no final form is ever missing
                 write_checkpoint(file, done, states)
             if stop:
@@ -156,16 +154,15 @@ def update(parallel, optimizer, scaler, batches, args):
     return total
 
 
-def moving_average(ema):
-    """--ema: average <- ema average + (1 - ema) weights, with a short memory at the start."""
-    def average(averaged, weights, updates):
-        if weights[0].is_floating_point():
-            decay = min(ema, (int(updates) + 1) / (int(updates) + 10))
-            torch._foreach_lerp_(averaged, weights, 1 - decay)
+def follow(average, nets, ema, step):
+    """--ema: average <- decay average + (1 - decay) nets, with a short memory at the start."""
+    decay = min(ema, (step + 1) / (step + 10)) if step else 0
+    weights = zip(average.state_dict().values(), nets.state_dict().values(), strict=True)
+    for kept, new in weights:
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
         else:  # BatchNorm's number of batches
-            torch._foreach_copy_(averaged, weights)
-
-    return average
+            kept.copy_(new)
 
 
 def lr_factor(args, step):
