@@ -193,11 +193,11 @@ def overlay(image, label, classes=CITYSCAPES):
 
 
 @contextlib.contextmanager
-def replacing(path, keep=None):
+def replacing(path):
     """Yield a place to write to; what is written takes its name once it is whole and on the disk.
 
-    The file that was there takes the name `keep`. Makes the folder, but none above it: a run whose
-    folder was deleted shall not go on in an empty one.
+    Makes the folder, but none above it: a run whose folder was deleted shall not go on in an empty
+    one.
     """
     path = Path(path)
     path.parent.mkdir(exist_ok=True)
@@ -209,8 +209,6 @@ def replacing(path, keep=None):
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    if keep and path.is_file():
-        os.replace(path, keep)
     os.replace(part, path)
 
 
@@ -463,42 +461,34 @@ def open_set(spec, classes=CITYSCAPES, seed=0, split=None, labels_only=False):
 # Rare class sampling (RCS)
 
 
-def class_counts(data, skip=None):
+def class_counts(data):
     """Pixels per label file and class → (len(data), K) int64, ignore excluded.
 
     What is read of files is kept in ROOT/.class_counts.json: an entry holds while name, size and
     time of its file and the way it is read stay the same. Joined sets are counted one by one.
-    UserError for a label that cannot be read. With `skip`, a function that gets this error and may
-    raise it, the row of the label is 0.
+    UserError for a label that cannot be read.
     """
     if hasattr(data, "sets"):
-        return np.concatenate([class_counts(one, skip) for one in data.sets])
+        return np.concatenate([class_counts(one) for one in data.sets])
     K, kept = len(getattr(data, "classes", CITYSCAPES)), hasattr(data, "labels")
     file = Path(data.root, ".class_counts.json") if kept else None
     cache = read_json(file) if kept and file.is_file() else {}
     keys = [_key(data, i) if kept else i for i in range(len(data))]
-    todo, errors = [i for i, key in enumerate(keys) if key not in cache], []
+    todo = [i for i, key in enumerate(keys) if key not in cache]
 
     def count(i):
-        try:
-            cache[keys[i]] = np.bincount(data.label(i).ravel(), minlength=K)[:K].tolist()
-        except UserError as error:
-            errors.append(error)
+        cache[keys[i]] = np.bincount(data.label(i).ravel(), minlength=K)[:K].tolist()
 
     with ThreadPoolExecutor() as pool:
         list(tqdm(pool.map(count, todo), "class counts", len(todo), delay=1, leave=False))
-    if kept and len(todo) > len(errors):
+    if kept and todo:
         try:
             fresh = file.with_suffix(f".{os.getpid()}")
             fresh.write_text(json.dumps(cache))
             fresh.replace(file)  # at once: no other run reads half a file
         except OSError as error:  # a read-only data set is counted every time
             tqdm.write(f"{file.name} is not kept: {error}", file=sys.stderr)
-    for error in errors:
-        if not skip:
-            raise error
-        skip(error)
-    return np.array([cache.get(key, [0] * K) for key in keys], np.int64)
+    return np.array([cache[key] for key in keys], np.int64)
 
 
 def _key(data, i):

@@ -22,9 +22,11 @@ L text tokens, D text width. Images in [-1, 1], label maps trainIds with 255 = i
 """
 
 import argparse
-import ctypes
+import copy
 import json
 import math
+import os
+import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -47,9 +49,9 @@ import vae as vae_module
 from clip_text import TextEncoder, Tokenizer
 from controlnet import ControlNet
 from data import UserError
-from recipes import STAGES, add_flags, settle
+from recipes import RECIPES, STAGES, add_flags, listed, settle
 from toy.streets import open_toy
-from training import DTYPES, barrier, choose_precision, open_data, open_run, optimise, ranks, say
+from training import DTYPES, choose_precision, open_data, optimise, say
 from unet import UNet
 from vae import VAE
 
@@ -73,12 +75,11 @@ def style_swap(source, prior, ratio=1.0):
     shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (source, prior)]
     if shapes[0] != shapes[1] or source.config.heads != prior.config.heads:
         raise UserError("Style Swap needs two UNets of one architecture; these two differ")
-    weights = prior.state_dict()
-    mixed = {k: torch.lerp(v, weights[k], ratio) for k, v in source.state_dict().items()}
-    with torch.device("meta"):
-        model = UNet(source.config)
-    model.load_state_dict(mixed, assign=True)
-    return model.eval()
+    mixed = copy.deepcopy(prior)
+    with torch.no_grad():
+        for w, w_source in zip(mixed.parameters(), source.parameters(), strict=True):
+            w.copy_(torch.lerp(w_source, w, ratio))
+    return mixed
 
 
 # --------------------------------------------------------------------------------------------
@@ -192,16 +193,12 @@ def window_weights(kind, window):
 
 
 def windows_that_fit(models, window):
-    """Windows in a network call: what free GPU memory allows, on a CPU 2 GB, up to 32."""
-    free = 2e9
-    if models.device.type == "cuda":
-        unused = (torch.cuda.memory_reserved(models.device)  # torch's own
-                  - torch.cuda.memory_allocated(models.device))
-        free = 0.8 * (torch.cuda.mem_get_info(models.device)[0] + unused)
+    """Windows in a network call: those that fill half of a GPU, on a CPU 2 GB; 32 at most."""
     weight = models.unet.conv_in.weight
+    memory = torch.cuda.mem_get_info(weight.device)[1] / 2 if weight.is_cuda else 2e9
     # the widest maps at full size alive at once in both halves of the guidance, and room to spare
     need = 128 * weight.shape[0] * window[0] * window[1] * weight.element_size()
-    return max(1, min(32, int(free / need)))
+    return max(1, min(32, int(memory / need)))
 
 
 def match_tone(schedule, out, free, x, t, share):
@@ -220,17 +217,15 @@ def match_tone(schedule, out, free, x, t, share):
     return eps if schedule.prediction_type == "epsilon" else a * eps - sigma * x0
 
 
-def first_pass(models, size, text, hint, noise, *, window=None, **options):
+def first_pass(models, size, text, hint, noise, **options):
     """Plain sampling at the training resolution: (H, W) pixels -> latents (B,C,h,w).
 
-    A size above the window (default: the training window) is sampled in windows, half a window
-    apart.
+    A size above the training window is sampled in such windows, half a window apart.
     """
-    f, (wh, ww) = models.vae.factor, window or models.window
-    h, w = size[0] // f, size[1] // f
-    window = min(wh, h), min(ww, w)
-    stride = max(1, window[0] // 2), max(1, window[1] // 2)
-    x = noise((text.shape[1], models.unet.config.in_channels, h, w))
+    size = [n // models.vae.factor for n in size]
+    window = tuple(map(min, models.window, size))
+    stride = tuple(max(1, n // 2) for n in window)
+    x = noise((text.shape[1], models.unet.config.in_channels, *size))
     *_, latents = denoise(models, x, text, hint, window=window, stride=stride, **options)
     return latents
 
@@ -267,19 +262,18 @@ def ddim_inversion(unet, schedule, z, text, timesteps):
 STRIDES = {"quarter": 4, "half": 2}
 
 
-def second_pass(models, latents, mask, hint, text, noise, *, window=None, stride="quarter",
-                **options):
+def second_pass(models, latents, mask, hint, text, noise, *, stride="quarter", **options):
     """MRLF (section 3.3): sample again at twice the size, in windows, keeping large segments.
 
     latents (B,C,h,w) of the first pass; mask (B,1,H,W), 1 = belongs to a large segment and is
     taken from the first pass; hint (B,K+1,H,W); text (2,B,L,D); noise: see Noise, called for the
-    initial noise and then once per step. window defaults to the training window; stride: a pair,
-    or "quarter" (16 for SD, as in the released demo) or "half" of the window. Small segments get
-    the network's whole resolution, large ones keep the layout they had. -> latents (B,C,2h,2w)
+    initial noise and then once per step; stride: latents, a pair, or "quarter" (16 for SD, as in
+    the released demo) or "half" of the training window. Small segments get the network's whole
+    resolution, large ones keep the layout they had. -> latents (B,C,2h,2w)
     """
     z = enlarge(models.vae, latents)
     x = noise(z.shape)
-    window = tuple(min(a, b) for a, b in zip(window or models.window, z.shape[2:], strict=True))
+    window = tuple(map(min, models.window, z.shape[2:]))
     if stride in STRIDES:
         stride = tuple(max(1, n // STRIDES[stride]) for n in window)
     hint = F.interpolate(hint, scale_factor=2.0, mode="nearest")
@@ -338,19 +332,15 @@ class Condition:
     seed: int
     image: np.ndarray | None = None  # (H,W,3) uint8, the picture of the crop, for --restyle
 
-    def manifest_row(self, args):
-        """The line of manifest.jsonl: what was drawn for this image, and the run's settings."""
-        names = ("sampler", "steps", "guidance", "control_scale", "control_uncond", "prior_tone",
-                 "swap", "mrlf", "stride", "start", "window", "window_weights", "large_segment",
-                 "renoise", "negative", "precision", "restyle")
+    def manifest_row(self):
+        """The line of manifest.jsonl."""
         return json.dumps({
             "image": f"images/{self.name}.png", "label": f"labels/{self.name}_labelTrainIds.png",
             "prompt": self.prompt, "weather": self.weather, "class": self.rare_class,
-            "crop": self.crop, "seed": self.seed,
-            "settings": {n: getattr(args, n) for n in names}}) + "\n"
+            "crop": self.crop, "seed": self.seed}) + "\n"
 
 
-def draw_condition(k, pairs, sampler, size, args, classes):
+def draw_condition(k, pairs, sampler, size, args, classes, templates=None):
     """Label crop around a rare class (section 3.4), caption, and a weather sentence or none.
 
     The weathers take turns, so that each gets its share of however few images (paper: at random).
@@ -368,8 +358,8 @@ def draw_condition(k, pairs, sampler, size, args, classes):
     box = np.s_[top : top + size[0], left : left + size[1]]
     image, label = None if image is None else image[box], label[box].copy()
     prompt, weather = data.caption(label, classes), args.weather[k % len(args.weather)]
-    if args.prompts:
-        template = str(rng.choice(args.prompts))
+    if templates:
+        template = str(rng.choice(templates))
         weather = weather if "{weather}" in template else None
         prompt = data.fill_prompt(template, prompt, weather)
     elif rng.random() < args.weather_prob:
@@ -384,12 +374,12 @@ def draw_condition(k, pairs, sampler, size, args, classes):
 def sample(models, conditions, classes, args):
     """Conditions of one size -> latents of the last pass, (B,C,h,w) or with --mrlf (B,C,2h,2w)."""
     noise = Noise([c.seed for c in conditions])
-    text = models.encode_prompts([c.prompt for c in conditions], args.negative)
+    text = models.encode_prompts([c.prompt for c in conditions])
     hint = data.one_hot(np.stack([c.label for c in conditions]), len(classes))
     size = hint.shape[2:]
     options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
                    control_scale=args.control_scale, control_uncond=args.control_uncond,
-                   window=args.window, weights=args.window_weights, tile_batch=args.tile_batch,
+                   weights=args.window_weights, tile_batch=args.tile_batch,
                    prior_tone=args.prior_tone)
     if args.restyle:
         latents = restyle(models, conditions, classes, hint, text, args.restyle, options)
@@ -424,90 +414,89 @@ def restyle(models, conditions, classes, hint, text, share, options):
 
 
 def make_images(models, conditions, classes, args):
-    """Conditions of one size -> those that could be made, and their uint8 images (B,H,W,3)."""
-    latents, good = sample(models, conditions, classes, args), []
-    for k, c in enumerate(conditions):
-        if latents[k].isfinite().all():
-            good.append(k)
-        else:
-            training.skip(args, UserError(f"{c.name}, seed {c.seed}: NaN latents; "
-                                          "try --precision fp32"))
-    if not good:
-        return [], []
-    images = decode(models.vae, latents[good])
+    """Conditions of one size -> uint8 images (B,H,W,3) of the labels' size.
+
+    UserError for latents that are NaN.
+    """
+    latents = sample(models, conditions, classes, args)
+    for c, z in zip(conditions, latents, strict=True):
+        if not z.isfinite().all():
+            raise UserError(f"{c.name}, seed {c.seed}: NaN latents; go on with --precision fp32")
     size = conditions[0].label.shape[::-1]
-    images = [Image.fromarray(image).resize(size, Image.LANCZOS) for image in images]
-    return [conditions[k] for k in good], np.stack([np.asarray(image) for image in images])
+    images = [Image.fromarray(image).resize(size, Image.LANCZOS)
+              for image in decode(models.vae, latents)]
+    return np.stack([np.asarray(image) for image in images])
 
 
 # settings that may change between two runs of generate
-REPEATABLE = ("num", "batch", "tile_batch", "device", "compile", "preset", "on_error")
+REPEATABLE = ("num", "batch", "tile_batch", "device", "compile", "preset", "precision")
 
 
 def generate(args):
     """Make labelled images in --out: images/, labels/, vis/, manifest.jsonl, grid, gallery.
 
-    args: the settings of recipes.GENERATE, as `settings("generate", …)` gives them. A batch of
-    which a file is missing is computed again as a whole: the same batch, the same pixels. Under
-    torchrun every process makes its share of the batches.
+    args: the settings of recipes.GENERATE, as `settings("generate", …)` gives them. Image k is a
+    function of (seed, k). A row of the manifest is written after the files of its image, so an
+    image with a row is not made again. If one of a batch is missing, the whole batch is computed
+    again: the same batch, the same pixels. Under torchrun every process makes its share.
     """
-    if args.controlnet is None:
-        raise UserError("--controlnet is missing: name the ControlNet that goes with --sd")
     pairs, classes = open_data(args, labels_only=not args.restyle)
-    models = Models.from_pretrained(args.sd, args.controlnet, args.source_unet, args.swap,
-                                    args.device, DTYPES[choose_precision(args)])
-    if args.restyle:
-        models.source = UNet.from_pretrained(source_unet(args), models.dtype).to(args.device)
-    prompts = data.read_prompts(args.prompts) if args.prompts else None
-    args = argparse.Namespace(**{**vars(args), "prompts": prompts})  # in settings.json as they are
-    size = args.size or models.size
+    models = load(args)
+    size = image_size(args, models)
     check_options(models, size, classes, args)
-    if args.compile:  # one graph for any number of windows
-        models.unet.compile(dynamic=True)
-        models.controlnet.compile(dynamic=True)
-    sampler, (rank, world) = training.rare_class_sampler(pairs, args), ranks(args.device)
-    if args.on_error == "stop":  # what is wrong with the labels shows before anything is written
-        draw_condition(0, pairs, sampler, size, args, classes)
+    templates = data.read_prompts(args.prompts) if args.prompts else None
+    sampler = training.rare_class_sampler(pairs, args)
+    rank, world = training.ranks(args.device)
 
-    with open_run(args, "settings.json", REPEATABLE, fresh=True):
+    with training.open_run(args, "settings.json", REPEATABLE, fresh=True):
         manifest = args.out / "manifest.jsonl"
-        rows = tidy(manifest) if rank == 0 else []  # of a run that was stopped
-        barrier(world)
-        starts = range(rank * args.batch, args.num, world * args.batch)
-        with open(manifest, "a") as file:
-            for start in tqdm(starts, unit="batch", disable=rank > 0):
-                batch = []
-                for k in range(start, min(start + args.batch, args.num)):
-                    try:
-                        batch.append(draw_condition(k, pairs, sampler, size, args, classes))
-                    except UserError as error:
-                        training.skip(args, error)
-                if todo := {c.name for c in batch if not gallery.is_saved(args.out, c.name)}:
-                    batch, images = make_images(models, batch, classes, args)
-                    for c, image in zip(batch, images, strict=True):
-                        if c.name in todo:
-                            gallery.save_generated(args.out, c.name, image, c.label, classes)
-                for row in (c.manifest_row(args) for c in batch):
-                    if row not in rows:
-                        file.write(row)
-                file.flush()  # whenever the run is stopped, there is a row for every image
-        barrier(world)
+        done = {int(Path(row["image"]).stem.partition("_")[0]) for row in read_manifest(manifest)}
+        training.barrier(world)
+        for start in tqdm(range(rank * args.batch, args.num, world * args.batch), unit="batch",
+                          disable=rank > 0):
+            numbers = range(start, min(start + args.batch, args.num))
+            if done.issuperset(numbers):
+                continue
+            batch = [draw_condition(k, pairs, sampler, size, args, classes, templates)
+                     for k in numbers]
+            images = make_images(models, batch, classes, args)
+            for k, c, image in zip(numbers, batch, images, strict=True):
+                if k not in done:
+                    gallery.save_generated(args.out, c.name, image, c.label, classes)
+                    with open(manifest, "a") as rows:
+                        rows.write(c.manifest_row())
+        training.barrier(world)
         if rank == 0:
-            rows = [json.loads(row) for row in tidy(manifest)]
             gallery.write_grid(args.out)
-            gallery.write_gallery(args.out, rows, size)
+            gallery.write_gallery(args.out, read_manifest(manifest), size)
             print(f"{args.num} images with labels in {args.out}; look at "
                   f"{args.out / 'gallery.html'}")
 
 
-def tidy(manifest):
-    """Sort the rows of a manifest, each once -> the rows. Half a row, which a run that was killed
-    may leave, is dropped."""
-    lines = manifest.read_text().splitlines(keepends=True) if manifest.is_file() else []
-    rows = sorted({line for line in lines if line.endswith("\n")})
-    with data.replacing(manifest) as beside:
-        beside.write_text("".join(rows))
-    return rows
+def read_manifest(file):
+    """manifest.jsonl -> its rows, sorted by image; [] where there is none. Half a row at the end,
+    of a run that was killed, is cut off."""
+    with data.reading(file, "a manifest"):
+        text = file.read_bytes() if file.is_file() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            os.truncate(file, len(whole))
+        return sorted(map(json.loads, whole.splitlines()), key=lambda row: row["image"])
+
+
+def load(args):
+    """The networks of --sd and --controlnet, with Style Swap done: U^P in place of U^S."""
+    if args.controlnet is None:
+        raise UserError("--controlnet is missing: name the ControlNet that goes with --sd")
+    models = Models.from_pretrained(args.sd, args.controlnet, args.device,
+                                    DTYPES[choose_precision(args)])
+    if args.swap < 1 or args.restyle:
+        models.source = UNet.from_pretrained(source_unet(args), models.dtype).to(args.device)
+    models.unet = style_swap(models.source, models.unet, args.swap)
+    if args.compile:  # one graph for any number of windows
+        models.unet.compile(dynamic=True)
+        models.controlnet.compile(dynamic=True)
+    return models
 
 
 def check_options(models, size, classes, args):
@@ -515,19 +504,13 @@ def check_options(models, size, classes, args):
     if models.controlnet.hint_channels != len(classes) + 1:
         raise UserError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                         f"the data have {len(classes)} classes and ignore")
-    training_size(args, models, size)
     lowest = SAMPLERS[args.sampler](models.schedule, args.steps).timesteps[-1][0]
-    for name in ("start", "restyle"):
-        share = getattr(args, name)
-        if share is not None and share <= lowest / models.schedule.num_train_timesteps:
+    for name, share in (("--restyle", args.restyle), ("the second pass's start", args.start)):
+        if share and share <= lowest / models.schedule.num_train_timesteps:
             raise UserError(f"{name} {share}: no step of {args.steps} lies below it")
-    large = tuple(2 * n // models.vae.factor for n in size)
-    window = args.window or models.window
-    factor = models.multiple // models.vae.factor
-    if any(n % factor for n in window):
-        raise UserError(f"window {window[0]}x{window[1]}: both must be multiples of {factor}")
     if args.stride not in STRIDES:
-        tiles(large, tuple(min(a, b) for a, b in zip(window, large, strict=True)), args.stride)
+        large = [2 * n // models.vae.factor for n in size]
+        tiles(large, tuple(map(min, models.window, large)), args.stride)
 
 
 # --------------------------------------------------------------------------------------------
@@ -552,11 +535,11 @@ def train_dreambooth(args, pairs, classes):
     """
     models = Models.from_pretrained(args.sd, device=args.device)
     models.unet.checkpointing = args.checkpointing
-    draw = picture_draw(pairs, training_size(args, models, models.size), args)
+    draw = picture_draw(pairs, image_size(args, models), args)
     empty = models.encode_prompts([""])[1]
 
     def loss(batch):
-        """[images (B,3,h,w)] -> a scalar tensor."""
+        """[images or latents, batched] -> a scalar tensor."""
         images, = batch
         text = empty.expand(len(images), -1, -1)
         return diffusion_loss(models, encode_images(models.vae, images), text)
@@ -565,7 +548,7 @@ def train_dreambooth(args, pairs, classes):
         """U^S as it is now, and a sheet: every prompt should look like the source."""
         out = Path(args.out)
         nets["unet"].save_pretrained(out / "unet_source", DTYPES[args.save_dtype])
-        sample_sheet(replace(models, **nets), sheet_prompts(args), None, args,
+        sample_sheet(replace(models, **nets), sheet_prompts(args), args,
                      out / "samples" / "dreambooth.png")
 
     optimise("dreambooth", loss, {"unet": models.unet}, cached(draw, models.vae, args), args, save)
@@ -591,11 +574,11 @@ def train_controlnet(args, pairs, classes):
     for frozen in (prior, models.unet, models.text_encoder):
         frozen.requires_grad_(False).to(args.device, DTYPES[choose_precision(args)],
                                         memory_format=torch.channels_last)
-    size = training_size(args, models, models.size)
+    size = image_size(args, models)
     sampler = training.rare_class_sampler(pairs, args)
 
     def draw(rng):
-        """-> image (3,h,w), label (h,w) uint8, tokens (L,), name: a crop around a rare class."""
+        """-> image (3,h,w), label (h,w) uint8, tokens (L,): a crop around a rare class."""
         cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
         source, i = pairs.find(i)
         image, label = data.cover(*source.pair(i), size)
@@ -603,8 +586,7 @@ def train_controlnet(args, pairs, classes):
         box = np.s_[top : top + size[0], left : left + size[1]]
         tokens = models.tokenizer(data.caption(label[box], classes))[0]
         crop = data.relight(image[box], rng) if args.relight else image[box]
-        image, label = from_uint8(crop[None])[0], torch.from_numpy(label[box].copy())
-        return image, label, tokens, source.name(i)
+        return from_uint8(crop[None])[0], torch.from_numpy(label[box].copy()), tokens
 
     def loss(batch):
         """[images or latents, labels, tokens], batched -> a scalar tensor."""
@@ -614,8 +596,7 @@ def train_controlnet(args, pairs, classes):
         hint = data.one_hot(labels, len(classes))
         return diffusion_loss(models, encode_images(models.vae, images), text, hint)
 
-    fixed = [draw(np.random.default_rng([args.seed, 7, k]))[1] for k in range(8)]
-    hints = data.one_hot(torch.stack(fixed), len(classes))
+    labels = [draw(np.random.default_rng([args.seed, 7, k]))[1].numpy() for k in range(8)]
     prompts = [f"city street scene in {args.weather[k % len(args.weather)]} weather"
                for k in range(8)]
 
@@ -624,7 +605,7 @@ def train_controlnet(args, pairs, classes):
         out = Path(args.out)
         nets["controlnet"].save_pretrained(out / "controlnet", DTYPES[args.save_dtype])
         swapped = replace(models, unet=style_swap(models.unet, prior), **nets)
-        sample_sheet(swapped, prompts, hints, args, out / "samples" / "controlnet.png", classes)
+        sample_sheet(swapped, prompts, args, out / "samples" / "controlnet.png", labels, classes)
 
     optimise("controlnet", loss, {"controlnet": models.controlnet},
              cached(draw, models.vae, args), args, save)
@@ -640,21 +621,21 @@ def source_unet(args):
     return args.source_unet or left[0]
 
 
-def training_size(args, models, default):
-    """--size or the default, in pixels; UserError unless it is a multiple the nets can halve."""
-    size = args.size or default
+def image_size(args, models):
+    """--size or the training window (H, W); UserError unless the nets can halve it."""
+    size = args.size or models.size
     if any(n % models.multiple for n in size):
         raise UserError(f"--size {size[0]}x{size[1]}: both must be multiples of {models.multiple}")
     return size
 
 
 def picture_draw(pairs, size, args):
-    """-> draw(rng): a random crop (3,h,w) at a random scale, and its picture's name."""
+    """-> draw(rng): a random crop (3,h,w) at a random scale."""
     def draw(rng):
         source, i = pairs.find(int(rng.integers(len(pairs))))
         crop, _ = data.scaled_crop(source.image(i), None, size, rng, args.resize_ratios)
         crop = data.relight(crop, rng) if args.relight else crop
-        return from_uint8(crop[None])[0], source.name(i)
+        return from_uint8(crop[None])[0],
 
     return draw
 
@@ -686,37 +667,32 @@ def sheet_prompts(args):
     return [f"{w} weather" for w in args.weather for _ in range(3)] + [""] * 3
 
 
-def sample_sheet(models, prompts, hints, args, path, classes=None):
-    """First-pass samples for prompts (and one-hot label maps), as one picture."""
+def sample_sheet(models, prompts, args, path, labels=None, classes=None):
+    """First-pass samples for prompts, each under its label map (H,W) if there are, as one picture.
+    """
+    hint = None if labels is None else data.one_hot(np.stack(labels), len(classes))
+    size = models.size if labels is None else labels[0].shape
     precision = choose_precision(args)
     with torch.autocast(models.device.type, DTYPES[precision], precision != "fp32"):
-        text = models.encode_prompts(prompts)
-        size = models.size if hints is None else hints.shape[2:]
-        latents = first_pass(models, size, text, hints, Noise(range(len(prompts))),
-                             steps=args.sample_steps, guidance=args.guidance)
+        latents = first_pass(models, size, models.encode_prompts(prompts), hint,
+                             Noise(range(len(prompts))), steps=args.sample_steps,
+                             guidance=args.guidance)
     images = decode(models.vae, latents)
-    if hints is not None:
-        labels = hints.argmax(1).numpy().astype(np.uint8)
-        labels[labels == hints.shape[1] - 1] = data.IGNORE
+    if labels is not None:
         images = [np.concatenate([data.colourise(label, classes), image], axis=1)
                   for label, image in zip(labels, images, strict=True)]
     gallery.write_image(path, gallery.contact_sheet(list(images), columns=3, scale=2))
 
 
-def train(args):
-    """One stage, or both stages of the paper in order."""
-    stages = {"dreambooth": train_dreambooth, "controlnet": train_controlnet}
-    for stage in [args.stage] if args.stage else stages:
-        train_stage(stage, stages[stage], args)
-
-
-def train_stage(name, function, args):
-    """Settle what a stage needs, open its data, and train."""
-    args = settle(args, name)
-    pairs, classes = open_data(args)
-    torch.manual_seed(args.seed)  # the first weights of what is new
-    function(args, pairs, classes)
-    say(f"{name} is in {args.out}")
+def train(args, stages=None):
+    """One stage, or both stages of the paper in order; stages: {name: function}, if others."""
+    stages = stages or {"dreambooth": train_dreambooth, "controlnet": train_controlnet}
+    for name in [args.stage] if args.stage else stages:
+        own = settle(args, name)
+        pairs, classes = open_data(own)
+        torch.manual_seed(own.seed)  # the first weights of what is new
+        stages[name](own, pairs, classes)
+        say(f"{name} is in {own.out}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -736,25 +712,21 @@ class Models:
     source: UNet | None = None  # U^S, for `restyle`
 
     @classmethod
-    def from_pretrained(cls, sd, controlnet=None, source_unet=None, swap=1.0, device="cpu",
-                        dtype=torch.float32):
+    def from_pretrained(cls, sd, controlnet=None, device="cpu", dtype=torch.float32):
         """Load an SD folder or a single-file SD checkpoint, optionally with a ControlNet.
 
-        source_unet: U^S, needed when swap < 1. UserError where the parts do not fit together.
+        UserError where the parts do not fit together.
         """
         sd = Path(sd)
-        if not sd.exists():
-            raise UserError(f"--sd {sd}: no such Stable Diffusion folder or file")
-        folder = sd if sd.is_dir() else sd.parent  # a single file has no tokenizer in it
-        file = (lambda name: sd / name) if sd.is_dir() else (lambda name: sd)
-        source = source_unet or folder / "unet_source"
+        folder = sd.parent if sd.is_file() else sd  # a single file has no tokenizer in it
+        unet, vae, text_encoder = (sd if sd.is_file() else sd / part
+                                   for part in ("unet", "vae", "text_encoder"))
         self = cls(
-            unet=style_swap(UNet.from_pretrained(source, dtype) if swap < 1 else None,
-                            UNet.from_pretrained(file("unet"), dtype), swap),
+            unet=UNet.from_pretrained(unet, dtype),
             controlnet=ControlNet.from_pretrained(controlnet, dtype) if controlnet else None,
-            vae=VAE.from_pretrained(file("vae"),  # overflows in fp16
+            vae=VAE.from_pretrained(vae,  # overflows in fp16
                                     torch.float32 if dtype == torch.float16 else dtype),
-            text_encoder=TextEncoder.from_pretrained(file("text_encoder"), dtype),
+            text_encoder=TextEncoder.from_pretrained(text_encoder, dtype),
             tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
             schedule=Schedule.from_pretrained(folder / "scheduler"),
         )
@@ -772,20 +744,16 @@ class Models:
 
     def check(self):
         """UserError unless the networks were made for one another."""
-        u, text, c = self.unet.config, self.text_encoder.config, self.controlnet
-        pairs = [("VAE's latent channels", self.vae.config.latent_channels, u.in_channels),
-                 ("text encoder's width", text.hidden_size, u.cross_attention_dim),
-                 ("tokenizer within the text encoder's vocabulary",
-                  max(self.tokenizer.vocab.values()) < text.vocab_size, True)]
-        if c is not None:
-            pairs += [(f"ControlNet's {name}", getattr(c.config, name), getattr(u, name))
-                      for name in ("in_channels", "block_out_channels", "layers_per_block", "heads",
-                                   "down_block_types", "cross_attention_dim")]
-            pairs += [("ControlNet's factor", 2 ** (len(c.hint_widths) - 1), self.vae.factor)]
-        for what, has, needs in pairs:
-            if has != needs:
-                raise UserError(f"the {what} is {has}, not {needs}: it was made for another Stable "
-                                "Diffusion than the UNet")
+        u, c = self.unet.config, self.controlnet
+        alike = ("in_channels", "block_out_channels", "layers_per_block", "heads",
+                 "down_block_types", "cross_attention_dim")
+        fits = {"VAE": self.vae.config.latent_channels == u.in_channels,
+                "text encoder": self.text_encoder.config.hidden_size == u.cross_attention_dim,
+                "ControlNet": c is None or 2 ** (len(c.hint_widths) - 1) == self.vae.factor and all(
+                    getattr(c.config, name) == getattr(u, name) for name in alike)}
+        for part, fit in fits.items():
+            if not fit:
+                raise UserError(f"the {part} was made for another Stable Diffusion than the UNet")
 
     @property
     def device(self):
@@ -813,15 +781,12 @@ class Models:
     @torch.no_grad()
     def encode_prompts(self, prompts, negative=""):
         """B prompts -> text (2,B,L,D): the negative prompt's encoding, then the prompts'."""
-        different = list(dict.fromkeys([negative, *prompts]))
-        text = self.text_encoder(self.tokenizer(different).to(self.device))
-        rows = [[different.index(p) for p in side] for side in ([negative] * len(prompts), prompts)]
-        return text[torch.tensor(rows, device=text.device)]
+        tokens = self.tokenizer([negative] * len(prompts) + list(prompts)).to(self.device)
+        return self.text_encoder(tokens).unflatten(0, (2, len(prompts)))
 
     def encode_hint(self, hint):
         """One-hot maps (n,K+1,H,W) -> (n,C',h,w), for `predict`."""
-        weight = self.controlnet.conv_in.weight
-        return self.controlnet.encode_hint(hint.to(weight.device, weight.dtype))
+        return self.controlnet.encode_hint(hint.to(self.device, self.dtype))
 
     def predict(self, x, t, text, hint=None, guidance=7.5, control_scale=1.0, control_uncond=1.0):
         """Classifier-free guidance: out_u + guidance (out_c - out_u), float32.
@@ -866,28 +831,23 @@ class Schedule:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read `scheduler_config.json`, SD1.5's values without one. UserError for other methods."""
+        """Read `scheduler_config.json`, SD1.5's values without one; linspace, the spacing of other
+        samplers, is taken as leading. UserError for other noise levels."""
         file = Path(folder) / "scheduler_config.json"
         if not Path(folder).is_dir():
             return cls()
         config = data.read_json(file)
-        foreign = ("clip_sample", "rescale_betas_zero_snr", "thresholding", "trained_betas",
-                   *(name for name in config if name.startswith("use_")))
-        if odd := [name for name in foreign if config.get(name)]:
-            raise UserError(f"{file}: {', '.join(odd)} is not supported")
-        for name, choices in (("beta_schedule", ("scaled_linear", "linear")),
-                              ("prediction_type", ("epsilon", "v_prediction")),
-                              ("timestep_spacing", ("leading", "trailing", "linspace"))):
-            if config.get(name, choices[0]) not in choices:
-                raise UserError(f"{file}: {name} {config[name]!r} is none of {choices}")
         if config.get("timestep_spacing") == "linspace":
-            say(f"{file}: its timestep_spacing linspace is of another sampler; leading is used")
             config["timestep_spacing"] = "leading"
-        with data.reading(file):
+        with data.reading(file, "a scheduler of Stable Diffusion"):
+            for name in ("clip_sample", "rescale_betas_zero_snr", "thresholding", "trained_betas"):
+                if config.get(name):
+                    raise ValueError(f"{name} is not supported")
             self = cls(**{f.name: type(f.default)(config[f.name])
                           for f in fields(cls) if f.name in config})
-            if not 0 < self.beta_start <= self.beta_end < 1 or not 0 <= self.steps_offset < 100:
-                raise ValueError("betas are shares, the offset of the steps is small")
+            if self.beta_schedule not in ("scaled_linear", "linear") or (
+                    self.prediction_type not in ("epsilon", "v_prediction")):
+                raise ValueError(f"{self.beta_schedule} levels, {self.prediction_type} predicted")
         return self
 
     def save_pretrained(self, folder):
@@ -914,13 +874,10 @@ class Schedule:
         return [*levels, 1.0 if self.set_alpha_to_one else levels[0]]
 
     def abar_at(self, t):
-        """abar of a timestep as a float; t < 0 is the level after the last step."""
+        """abar of a timestep, a float (t < 0: after the last step), or of t (B,) as (B,1,1,1)."""
+        if torch.is_tensor(t):  # 4 KB are sent, for which no GPU waits
+            return self.abar.to(t.device, non_blocking=True)[t].view(-1, 1, 1, 1)
         return self.levels[max(t, -1)]
-
-    def abar_of(self, t, x):
-        """abar of timesteps t (B,) as a factor of x (B,…), both on one device."""
-        table = self.abar.to(x.device, non_blocking=True)  # 4 KB, for which no GPU waits
-        return table[t].view(-1, *[1] * (x.ndim - 1)).to(x)
 
     def timesteps(self, steps):
         """[(t, t_prev), …] from noise to image; t_prev < 0 is the level after the last step."""
@@ -946,15 +903,15 @@ class Schedule:
         return self.add_noise(x0, eps, t_prev)
 
     def add_noise(self, x0, eps, t):
-        """x_t from x_0 (B,…); t a timestep or (B,)."""
-        abar = self.abar_of(t, x0) if torch.is_tensor(t) else self.abar_at(t)
+        """x_t from x_0 (B,C,h,w); t a timestep or (B,)."""
+        abar = self.abar_at(t)
         return abar**0.5 * x0 + (1 - abar) ** 0.5 * eps
 
     def target(self, x0, eps, t):
         """What the network is trained to put out for x_t: eps, or v = sqrt(abar) eps - … x_0."""
         if self.prediction_type == "epsilon":
             return eps
-        abar = self.abar_of(t, x0)
+        abar = self.abar_at(t)
         return abar.sqrt() * eps - (1 - abar).sqrt() * x0
 
 
@@ -1028,24 +985,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def run_generate(args):
-    generate(settle(args))
-
-
-def run_segment(args):
-    segment.segment(segment.settle_segment(args), Models.from_pretrained)
-
-
 def build_parser():
     """The three commands; every flag shows its published default."""
     parser = Parser(
         prog="dginstyle.py", description="DGInStyle: make labelled street scenes with diffusion.",
         epilog="Without --sd (segment: --data) everything runs on the toy pack and toy streets, "
-               "with the settings of toy/settings.json.")
+               "with the settings of toy/settings.json. The published recipes are "
+               f"{listed(RECIPES)}.")
     commands = parser.add_subparsers(dest="command", required=True)
     runs = {"train": (train, "train U^S and its ControlNet, or one stage"),
-            "generate": (run_generate, "make labelled images"),
-            "segment": (run_segment, "train a segmenter and measure it; predict")}
+            "generate": (lambda args: generate(settle(args)), "make labelled images"),
+            "segment": (lambda args: segment.segment(segment.settle_segment(args),
+                                                     Models.from_pretrained),
+                        "train a segmenter and measure it; predict")}
     for command, (run, text) in runs.items():
         sub = commands.add_parser(command, help=text, description=text, epilog=parser.epilog)
         sub.set_defaults(run=run, stage=None)
@@ -1063,45 +1015,27 @@ def settings(*words):
     return segment.settle_segment(args) if args.command == "segment" else settle(args, args.stage)
 
 
-def tune_cpu():
-    """Two settings of the process that change no result and save time on a CPU.
-
-    Numbers below 1e-38 are slow: they become 0. And glibc returns large blocks to the kernel and
-    asks for them again, a page fault for every 4 KiB: the process keeps them instead, which saves
-    3 % of a UNet call's time.
-    """
-    torch.set_flush_denormal(True)
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "mallopt"):
-        library.mallopt(-3, 2**28)  # M_MMAP_THRESHOLD: blocks below 256 MiB come from the heap,
-        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
-
-
 def run(parser, argv=None):
     """Run one command; errors of the user become one sentence on stderr and exit code 2.
 
     After Ctrl-C or SIGTERM a sentence too, and 130 or 143.
     """
-    tune_cpu()
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on CPUs: they become 0
     args = parser.parse_args(argv)
-    name = parser.prog.removesuffix(".py")
+    signal.signal(signal.SIGTERM, training.interrupt)
     try:
-        with training.signals(training.interrupt):
-            args.run(args)
-    except training.Interrupted as stop:
-        number, text = stop.args
-        print(f"{name}: {text}; rerun the command to resume it", file=sys.stderr)
-        return 128 + number
+        args.run(args)
+        return 0
+    except KeyboardInterrupt as stop:
+        code = 128 + (stop.args or [signal.SIGINT])[0]
+        said = "stopped; rerun the command to resume it"
     except (UserError, clip_text.FileError, segformer.FileError, unet_module.FileError,
             vae_module.FileError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is None:
-            raise  # not the system's word on a file, but a fault in the program
-        said = str(error).strip().replace("\n", " ")
+        code, said = 2, str(error).strip().replace("\n", " ")
         if "Original Traceback" in said:  # as a data loader's process hands it on
             said = said.rpartition("UserError: ")[2]
-        print(f"{name}: {said}", file=sys.stderr)
-        return 2
-    return 0
+    print(f"{parser.prog.removesuffix('.py')}: {said}", file=sys.stderr)
+    return code
 
 
 def main(argv=None):

@@ -35,13 +35,6 @@ def save_generated(out, name, image, label, classes):
     write_image(out / "vis" / f"{name}.png", np.concatenate(strip, axis=1))
 
 
-def is_saved(out, name):
-    """Whether all three files of a generated image exist and end as a whole PNG does."""
-    files = (out / "images" / f"{name}.png", out / "labels" / f"{name}_labelTrainIds.png",
-             out / "vis" / f"{name}.png")
-    return all(file.is_file() and file.read_bytes()[-8:-4] == b"IEND" for file in files)
-
-
 def save_prediction(stem, label, image, classes):
     """STEM_labelTrainIds.png, STEM_colour.png and STEM_overlay.png."""
     stem.parent.mkdir(parents=True, exist_ok=True)

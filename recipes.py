@@ -1,6 +1,6 @@
 """The flags of the three commands, their published defaults, and which value applies.
 
-Every setting has one published default; a stage of training may have its own (RECIPES), and
+Every setting has one published default; stages of training have their own (RECIPES), and
 `--preset` of generate names several. A folder of weights may carry what suits it in settings.json,
 as toy/ does. Settings that no user of the paper's method needs to change have no flag: `key` marks
 them, and only a settings.json changes them.
@@ -31,29 +31,23 @@ def number(kind, low=0, high=math.inf):
     return read
 
 
-def size(low, high):
-    """-> a type for argparse: '512' or '512x1024' (height x width) -> (512, 1024)."""
-    def read(word):
-        h, x, w = word.partition("x")
-        try:
-            pair = int(h), int(w if x else h)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{word!r} is no size like 512 or 512x1024") from None
-        if not all(low <= n <= high for n in pair):
-            raise argparse.ArgumentTypeError(f"{word}: sides must be from {low} to {high}")
-        return pair
-
-    return read
+def size(word):
+    """'512' or '512x1024' (height x width) -> (512, 1024)."""
+    h, x, w = word.partition("x")
+    pair = int(h), int(w if x else h)
+    if min(pair) < 1:
+        raise argparse.ArgumentTypeError(f"{word}: sides must be 1 or more")
+    return pair
 
 
 def stride(word):
     """quarter, half (of the window) or a size in latent pixels."""
-    return word if word in ("quarter", "half") else size(1, 1024)(word)
+    return word if word in ("quarter", "half") else size(word)
 
 
 def fit(word):
     """A size, or none -> (): pictures are left as they are."""
-    return () if word == "none" else size(8, 8192)(word)
+    return () if word == "none" else size(word)
 
 
 def folder(word):
@@ -83,9 +77,6 @@ COMMON = {
     "classes": flag(None, "JSON with names, colours, ids; default: Cityscapes' 19"),
     "seed": flag(0, "seed of everything random", number(int, 0, 2**40)),
     "device": flag("auto", "auto, cpu, cuda, cuda:1, mps"),
-    "on_error": flag("stop", "what to do about a file that cannot be read, or an image that fails: "
-                     "stop, or skip it and list it in OUT/skipped.jsonl",
-                     choices=("stop", "skip")),
 }
 MODELS = {
     "sd": flag(TOY, "Stable Diffusion folder or single file; a settings.json in a folder holds "
@@ -113,18 +104,31 @@ PRESETS = {  # what --preset of generate sets: the published sampling, and cheap
     "turbo": dict(sampler="ddim", steps=6, stride="half", window_weights="cosine", start=0.3,
                   control_uncond=0.4),
 }
-PRESET_HELP = "; ".join(
-    f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items())
-    for name, preset in PRESETS.items())
+# the published settings of single stages. The authors give no number of steps for the ControlNet;
+# 312,100 are the 100 epochs that are their script's default.
+RECIPES = {
+    "dreambooth": dict(steps=30_000, lr=2e-6, batch=1, accumulate=2),
+    "controlnet": dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
+    "segment": dict(steps=40_000, lr=6e-5, batch=2, accumulate=1, warmup=1500,
+                    lr_schedule="poly", clip=0.0),
+    "diff": dict(batch=1, clip=5.0),  # segment --backbone diff, the rest as above
+}
+
+
+def listed(tables):
+    """What PRESETS or RECIPES set, for --help."""
+    return "; ".join(f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in table.items())
+                     for name, table in tables.items())
+
+
 GENERATE = {
     **COMMON, **MODELS, **RCS, **WEATHER, **SPEED,
-    "preset": flag("paper", PRESET_HELP, choices=tuple(PRESETS)),
+    "preset": flag("paper", listed(PRESETS), choices=tuple(PRESETS)),
     "controlnet": flag(None, "ControlNet folder or file", Path),
     "out": flag(Path("runs/generate"), "output folder; finished images in it are kept", folder),
     "num": flag(16, "number of images", count),
     "batch": flag(1, "images sampled together", number(int, 1, 4096)),
-    "size": flag(None, "label crop and image, HxW pixels; default: the training window",
-                 size(8, 4096)),
+    "size": flag(None, "label crop and image, HxW pixels; default: the training window", size),
     "steps": flag(None, "steps of each pass; default: the preset's", count),
     "guidance": flag(7.5, "classifier-free guidance", number(float, 0, 1000)),
     "control_scale": flag(1.0, "weight of the ControlNet's residuals", number(float, 0, 1000)),
@@ -147,17 +151,15 @@ GENERATE = {
     "weather_prob": flag(0.5, "share of prompts with a weather sentence", share),
     "sampler": key("ddim", str, ("ddim", "dpm++")),  # dpm++ (DPM-Solver++ 2M) needs fewer steps
     "start": key(1.0, share),  # the second pass starts from the first, noised to this share
-    "window": key(None, size(1, 1024)),  # latent pixels; None: the training window
     "window_weights": key("uniform", str, ("uniform", "cosine")),
     "tile_batch": key(None, count),  # windows in a network call; None: what memory allows
-    "negative": key("", str),  # negative prompt
 }
 LOOP = {
     **SPEED,
-    "steps": flag(0, "updates", count),
-    "lr": flag(0.0, "learning rate of AdamW", number(float, 1e-12, 10)),
-    "batch": flag(1, "samples a network call", number(int, 1, 4096)),
-    "accumulate": flag(1, "calls an update", number(int, 1, 4096)),
+    "steps": flag(None, "updates; these four by default as published, see below", count),
+    "lr": flag(None, "learning rate of AdamW", number(float, 1e-12, 10)),
+    "batch": flag(None, "samples a network call", number(int, 1, 4096)),
+    "accumulate": flag(None, "calls an update", number(int, 1, 4096)),
     "save_every": flag(1000, "steps between checkpoints and sample sheets", count),
     "workers": flag(None, "processes that load data; default: one for every core, at most 8",
                     number(int, 0, 256)),
@@ -173,7 +175,7 @@ TRAIN = {
     "controlnet": flag(None, "controlnet: go on from this one; its hint encoder is new where "
                        "the classes differ", Path),
     "out": flag(Path("runs/train"), "output folder", folder),
-    "size": flag(None, "crop, HxW pixels; default: the training window", size(8, 4096)),
+    "size": flag(None, "crop, HxW pixels; default: the training window", size),
     "checkpointing": flag(True, "recompute activations in the backward pass"),
     "relight": flag(False, "change light and colours of every picture at random, so that the "
                     "control learns layout and leaves both to the prior; not in the paper"),
@@ -203,20 +205,11 @@ SEGMENT = {
     "fd": flag(0.005, "weight of the feature distance to the --pretrained backbone; only with "
                "Cityscapes' classes", number(float, 0, 1000)),
     "crop": flag(None, "training crop and sliding window, HxW pixels; default: 512x512, hrda "
-                 "1024x1024", size(1, 4096)),
-    "augment": key(True, bool),  # photometric distortion of the training crops
+                 "1024x1024", size),
 }
 TABLES = {"train": TRAIN, "generate": GENERATE, "segment": SEGMENT}
 STAGES = {"train": ("dreambooth", "controlnet"), "generate": (),
           "segment": ("train", "eval", "predict")}
-# the published defaults of single stages. The authors give no number of steps for the ControlNet;
-# 312,100 are the 100 epochs that are their script's default.
-RECIPES = {
-    "dreambooth": dict(steps=30_000, lr=2e-6, accumulate=2),
-    "controlnet": dict(steps=312_100, lr=1e-5, batch=2, accumulate=4),
-    "segment": dict(steps=40_000, lr=6e-5, batch=2, warmup=1500, lr_schedule="poly", clip=0.0),
-    "diff": dict(batch=1, clip=5.0),  # segment --backbone diff, the rest as above
-}
 # sections of a settings.json: the commands, and stages of theirs
 SECTIONS = TABLES | dict.fromkeys((*STAGES["train"], "vae", "prior"), TRAIN) | {"diff": SEGMENT}
 
@@ -230,28 +223,20 @@ def pack_settings(folder):
     if not Path(folder).exists():
         raise UserError(f"--sd {folder}: no such Stable Diffusion folder or file")
     file = Path(folder) / "settings.json"
-    settings = data.read_json(file) if file.is_file() else {}
-    with data.reading(file):
-        for section, values in settings.items():
-            if unknown := [name for name in values if name not in SECTIONS.get(section, ())]:
-                raise UserError(f"{file}: {section} has no setting {unknown[0]!r}")
-            for name, value in values.items():
-                values[name] = read_value(SECTIONS[section][name], value, Path(folder))
-    return settings
+    packed = data.read_json(file) if file.is_file() else {}
+    with data.reading(file, "settings"):
+        return {section: {name: read_value(SECTIONS[section][name], value, Path(folder))
+                          for name, value in values.items()}
+                for section, values in packed.items()}
 
 
 def read_value(setting, value, folder):
     """A value of a JSON file, checked as the word of a flag would be."""
-    if isinstance(setting["default"], bool):
-        if not isinstance(value, bool):
-            raise ValueError(f"{value!r} is neither true nor false")
-        return value
     if setting["many"]:
         return [read_value({**setting, "many": False}, item, folder) for item in value]
-    try:
-        value = setting["type"](str(value))
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(str(error)) from None
+    if isinstance(setting["default"], bool) != isinstance(value, bool):
+        raise ValueError(f"{value!r} where {setting['default']!r} stands by default")
+    value = value if isinstance(value, bool) else setting["type"](str(value))
     if setting["choices"] and value not in setting["choices"]:
         raise ValueError(f"{value!r} is none of {', '.join(setting['choices'])}")
     return folder / value if isinstance(value, Path) else value
@@ -280,27 +265,13 @@ def add_flags(parser, command):
     """Every flag of a command, with its help and published default. Flags that are not given leave
     no trace in the parsed namespace: `settle` fills it."""
     for name, setting in TABLES[command].items():
+        default = "toy" if setting["default"] == TOY else setting["default"]
         if setting["help"] is None:
             continue
         options = dict(type=setting["type"], choices=setting["choices"],
                        nargs="+" if setting["many"] else None)
-        if setting["choices"]:
-            options["metavar"] = "{" + ",".join(setting["choices"]) + "}"
-        if isinstance(setting["default"], bool):
+        if isinstance(default, bool):
             options = dict(action=argparse.BooleanOptionalAction)
-        text = f"{setting['help']} {published(command, name)}".replace("%", "%%").strip()
-        parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS,
-                            **options)
-
-
-def published(command, name):
-    """The published defaults of a setting, for --help."""
-    def show(value):
-        value = "toy" if value == TOY else value
-        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-    default = RECIPES.get(command, {}).get(name, TABLES[command][name]["default"])
-    stages = ("diff",) if command == "segment" else STAGES[command]
-    own = [f"{stage} {show(RECIPES[stage][name])}" for stage in stages if name in RECIPES[stage]]
-    shown = own if own and len(own) == len(STAGES[command]) else [show(default), *own]
-    return "" if default is None and not own else f"(default: {', '.join(shown)})"
+        text = setting["help"] + ("" if default is None else f" (default: {default})")
+        parser.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"),
+                            default=argparse.SUPPRESS, **options)

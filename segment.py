@@ -113,7 +113,7 @@ def crop_size(args, head):
 
 
 def segmenter_draw(pairs, args):
-    """-> draw(rng): one training crop, image uint8 (3,h,w), label int64 (h,w), and its name.
+    """-> draw(rng): one training crop, image uint8 (3,h,w) and label int64 (h,w).
 
     Any picture of the data.Joined `pairs` is as likely as any other. Generated ones are scaled to
     cover the crop; the others to fit within --fit, and then enlarged if they are smaller than the
@@ -145,12 +145,11 @@ def segmenter_draw(pairs, args):
             if cls is None or np.count_nonzero(label[box] == cls) > enough:
                 break
         image, label, flip = image[box], label[box], rng.random() < 0.5
-        if args.augment:
-            image = photometric_distortion(image, rng)
+        image = photometric_distortion(image, rng)
         if flip:
             image, label = image[:, ::-1], label[:, ::-1]
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return image, torch.from_numpy(label.astype(np.int64)), source.name(i)
+        return image, torch.from_numpy(label.astype(np.int64))
 
     return draw
 
@@ -342,11 +341,7 @@ def evaluate(args, sets, classes, load_models):
         if fit and isinstance(model, Diff):  # DIFF's release measures pictures whole
             window = fit
         for i in tqdm(range(len(pairs)), desc=spec, unit="image"):
-            try:
-                image, label = pairs.pair(i)
-            except UserError as error:
-                training.skip(args, error)
-                continue
+            image, label = pairs.pair(i)
             prediction = predict_label(model, image, window, fit).to(args.device)
             label = torch.from_numpy(label).to(args.device)
             one = segformer.confusion_matrix(prediction, label, K)
@@ -364,15 +359,13 @@ def evaluate(args, sets, classes, load_models):
 def predict_pictures(args, classes, load_models):
     """Label PNG, colour PNG and overlay for picture files or folders of any size.
 
-    Below OUT/predictions they lie as below the folder named. Pictures that cannot be read are named
-    and left out; UserError if no picture can, or two would be written to one file.
+    Below OUT/predictions they lie as below the folder named. UserError for a picture that cannot be
+    read, or if two would be written to one file.
     """
-    out, jobs, broken = Path(args.out) / "predictions", {}, []
+    out, jobs = Path(args.out) / "predictions", {}
     for path in map(Path, args.images):
-        if not path.exists():
-            raise UserError(f"{path}: no such picture or folder")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.suffix.lower() not in (".png", ".jpg", ".jpeg") or out in file.parents:
+            if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
                 continue
             stem = out / file.relative_to(path if path.is_dir() else path.parent).with_suffix("")
             if jobs.setdefault(stem, file) != file:
@@ -384,17 +377,10 @@ def predict_pictures(args, classes, load_models):
     model = load_segmenter(args, classes, load_models)
     window = crop_size(args, model.config.head)
     for stem, file in tqdm(jobs.items(), unit="image"):
-        try:
-            image = data.read_image(file)
-        except UserError as error:
-            broken.append(error)
-            continue
+        image = data.read_image(file)
         label = predict_label(model, image, window, args.eval_fit).cpu().numpy()
         gallery.save_prediction(stem, label, image, classes)
-    if len(broken) == len(jobs):
-        raise UserError(f"none of {len(jobs)} pictures can be read: {broken[0]}")
-    print(*(f"left out: {error}" for error in broken),
-          f"{len(jobs) - len(broken)} predictions in {out}", sep="\n")
+    print(f"{len(jobs)} predictions in {out}")
 
 
 def segmenter_path(args):

@@ -11,24 +11,22 @@ written beside and renamed, so a run that was killed and started again ends with
 Use alone, beside data.py, with any nets and any loss:
     net = torch.nn.Linear(2, 1)
     loss = lambda batch: net(batch[0]).square().mean()
-    draw = lambda rng: (torch.from_numpy(rng.normal(size=2)).float(), "a name")
+    draw = lambda rng: (torch.from_numpy(rng.normal(size=2)).float(),)
     optimise("line", loss, {"net": net}, draw, args, save)     # args: recipes.LOOP's
 """
 
 import contextlib
+import copy
 import datetime
 import json
 import math
 import os
 import signal
 import sys
-import threading
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import data
@@ -40,7 +38,7 @@ if os.name == "posix":  # elsewhere nothing keeps two runs out of one folder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # settings that may change between two runs of one training
 RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "eval_fit",
-             "weights", "images", "sample_steps", "guidance", "compile", "on_error")
+             "weights", "images", "sample_steps", "guidance", "compile")
 
 
 # --------------------------------------------------------------------------------------------
@@ -48,22 +46,13 @@ RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "
 
 
 class Samples(torch.utils.data.Dataset):
-    """Sample i of a run is a function of (seed, i) alone: in any order, worker or restart.
+    """Sample i of a run is a function of (seed, i) alone: in any order, worker or restart."""
 
-    --on-error skip: another one is drawn, up to 10 times, for a sample that cannot be read.
-    """
-
-    def __init__(self, draw, args):
-        self.draw, self.args = draw, args
+    def __init__(self, draw, seed):
+        self.draw, self.seed = draw, seed
 
     def __getitem__(self, i):
-        for k in range(10):
-            try:
-                again = [k] if k else []
-                return self.draw(np.random.default_rng([self.args.seed, i, *again]))
-            except UserError as error:
-                skip(self.args, error)
-        raise UserError("ten samples in a row cannot be read: see skipped.jsonl in --out")
+        return self.draw(np.random.default_rng([self.seed, i]))
 
 
 class Objective(torch.nn.Module):
@@ -83,15 +72,14 @@ def optimise(stage, loss, nets, draw, args, save, groups=None):
     loss    function of a batch, the list of what draw's tensors collate to, on the device; it
             returns a scalar tensor
     nets    {name: Module}, the networks that are trained; what is frozen stays outside
-    draw    function of a numpy Generator: one sample (tensor, …, name), where the name tells which
-            picture it comes from
+    draw    function of a numpy Generator: one sample, a tuple of tensors
     save    function of a dict like `nets`, in eval mode: writes them in their final form; with
             --ema it gets the averaged ones
     groups  the optimiser's parameter groups, each with its own lr; None: all weights alike
 
     Rerunning resumes from the last checkpoint in OUT/checkpoints. Under torchrun every process
-    brings a batch of its own to each update. UserError when the loss or a weight is NaN;
-    Interrupted after Ctrl-C or SIGTERM, when the step is done and a checkpoint written.
+    brings a batch of its own to each update. UserError when the loss or a weight is NaN.
+    After Ctrl-C or SIGTERM the step is ended, a checkpoint written and KeyboardInterrupt raised.
     """
     rank, world = ranks(args.device)
     device, file = torch.device(args.device), Path(args.out, "checkpoints", f"{stage}.pt")
@@ -102,10 +90,9 @@ def optimise(stage, loss, nets, draw, args, save, groups=None):
         betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(args) == "fp16")
-    average = AveragedModel(objective.nets, use_buffers=True,
-                            multi_avg_fn=moving_average(args.ema)) if args.ema else None
+    average = copy.deepcopy(objective.nets) if args.ema else objective.nets
     states = {"nets": objective.nets, "optimizer": optimizer, "scaler": scaler}
-    states |= {"average": average} if average else {}
+    states |= {"average": average} if args.ema else {}
 
     with open_run(args, f"{stage}.json", RESUMABLE), stopping(world) as asked:
         first = resume(file, states)
@@ -113,58 +100,49 @@ def optimise(stage, loss, nets, draw, args, save, groups=None):
             objective.compile()
         parallel = objective if world == 1 else torch.nn.parallel.DistributedDataParallel(
             objective, gradient_as_bucket_view=True)  # no second copy of the gradients
-        batches, recent, mean = iter(loader(draw, args, first)), [], None
+        batches, mean = iter(loader(draw, args, first)), None
         bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=stage,
                    disable=rank > 0, mininterval=1)
         for step in bar:
             torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # noise, t, dropout
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * lr_factor(args, step)
-            value, names = update(parallel, optimizer, scaler, batches, args)
-            recent.append((step, value, names))
+            value = update(parallel, optimizer, scaler, batches, args)
             mean = value if mean is None else torch.lerp(value, mean, 0.98)
-            if average:
-                average.update_parameters(objective.nets)
+            if args.ema:
+                follow(average, objective.nets, args.ema, step)
 
-            done, last, stop = step + 1, step + 1 == args.steps, bool(asked)
-            saves = done % args.save_every == 0 or last
+            done, stop = step + 1, bool(asked)
+            saves = done % args.save_every == 0 or done == args.steps
             if saves or stop or done % 10 == 0:  # only now does the program wait for the device
-                check_losses(stage, recent)
-                recent.clear()
+                check_finite(stage, done, mean, objective.nets if saves or stop else None)
                 bar.set_postfix(loss=f"{mean.item():.4f}", refresh=False)
-            if rank == 0 and (done % 50 == 0 or last):
+            if rank == 0 and (saves or done % 50 == 0):
                 with open(Path(args.out, "log.jsonl"), "a") as log:
                     row = {"stage": stage, "step": done, "loss": round(mean.item(), 6)}
                     log.write(json.dumps(row) + "\n")
-            if rank == 0 and (saves or stop):
-                check_weights(stage, done, objective.nets)
             if rank == 0 and saves:
-                final = average.module if average else objective.nets
-                save(final.eval())
-                final.train()
+                save(average.eval())
+                average.train()
             if rank == 0 and (saves or stop):  # last, so that no final form is ever missing
                 write_checkpoint(file, done, states)
-            if stop and not last:
-                raise Interrupted(asked[0], f"{stage}: stopped after step {done}")
+            if stop:
+                raise KeyboardInterrupt(*asked)
         barrier(world)  # the next stage reads what the first process wrote
 
 
 def update(parallel, optimizer, scaler, batches, args):
-    """One optimiser step over --accumulate batches -> (mean loss, tensor on the device; names).
+    """One optimiser step over --accumulate batches -> mean loss, a tensor on the device.
 
-    parallel: the Objective, or DDP around it; batches: iterator over [tensor (B,…), …, names].
+    parallel: the Objective, or DDP around it; batches: iterator over [tensor (B,…), …].
     """
     device, precision = torch.device(args.device), choose_precision(args)
-    total, names = torch.zeros((), device=device), []
-    for k in range(args.accumulate):
-        *tensors, named = next(batches)
-        names += named
-        batch = [tensor.to(device, non_blocking=True) for tensor in tensors]
-        waits = k < args.accumulate - 1 and hasattr(parallel, "no_sync")  # DDP adds up once
-        with parallel.no_sync() if waits else contextlib.nullcontext():
-            with torch.autocast(device.type, DTYPES[precision], precision != "fp32"):
-                loss = parallel(batch) / args.accumulate
-            scaler.scale(loss).backward()
+    total = torch.zeros((), device=device)
+    for _ in range(args.accumulate):
+        batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
+        with torch.autocast(device.type, DTYPES[precision], precision != "fp32"):
+            loss = parallel(batch) / args.accumulate
+        scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
     if args.clip:
@@ -173,19 +151,18 @@ def update(parallel, optimizer, scaler, batches, args):
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total, names
+    return total
 
 
-def moving_average(ema):
-    """--ema: average <- ema average + (1 - ema) weights, with a short memory at the start."""
-    def average(averaged, weights, updates):
-        if weights[0].is_floating_point():
-            decay = min(ema, (int(updates) + 1) / (int(updates) + 10))
-            torch._foreach_lerp_(averaged, weights, 1 - decay)
+def follow(average, nets, ema, step):
+    """--ema: average <- decay average + (1 - decay) nets, with a short memory at the start."""
+    decay = min(ema, (step + 1) / (step + 10)) if step else 0
+    weights = zip(average.state_dict().values(), nets.state_dict().values(), strict=True)
+    for kept, new in weights:
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
         else:  # BatchNorm's number of batches
-            torch._foreach_copy_(averaged, weights)
-
-    return average
+            kept.copy_(new)
 
 
 def lr_factor(args, step):
@@ -220,135 +197,76 @@ def loader(draw, args, first):
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, cores)
     return torch.utils.data.DataLoader(
-        Samples(draw, args), args.batch, num_workers=workers,
+        Samples(draw, args.seed), args.batch, num_workers=workers,
         sampler=range(first * per_step + rank, args.steps * per_step, world),
-        multiprocessing_context="fork" if workers else None, worker_init_fn=let_the_parent_stop,
+        multiprocessing_context="fork" if workers else None,
         pin_memory=args.device.startswith("cuda"))
 
 
-def let_the_parent_stop(worker):
-    """Ctrl-C reaches every process of a terminal; data workers leave it to the one that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def check_losses(stage, recent):
-    """UserError with the step and its pictures if a loss of [(step, loss, names), …] is NaN.
-
-    The weights on disk are those of a step before it: a checkpoint is written after this check.
-    """
-    finite = torch.stack([loss for _, loss, _ in recent]).isfinite().tolist()
-    if not all(finite):
-        step, loss, names = recent[finite.index(False)]
-        raise UserError(f"{stage}: the loss is {loss.item()} at step {step + 1} (pictures: "
-                        f"{', '.join(dict.fromkeys(names))}); the last checkpoint is kept; lower "
-                        "--lr or try --precision fp32")
-
-
-def check_weights(stage, step, nets):
-    """UserError if a weight is NaN: it is never saved."""
-    if not all(p.isfinite().all() for p in nets.state_dict().values()):
-        raise UserError(f"{stage}: a weight is NaN after step {step}; the last checkpoint is kept; "
-                        "lower --lr or try --precision fp32")
+def check_finite(stage, step, loss, nets=None):
+    """UserError if the running mean of the loss or a weight is NaN: neither is ever saved."""
+    values = [loss, *(nets.state_dict().values() if nets else ())]
+    if not all(value.isfinite().all() for value in values):
+        raise UserError(f"{stage}: the loss or a weight is NaN by step {step}; the last checkpoint "
+                        "is kept; lower --lr or try --precision fp32")
 
 
 def write_checkpoint(file, step, states):
-    """All that `resume` needs; the checkpoint that was there stays beside it as NAME.before.pt.
-
-    UserError when the disk is full.
-    """
+    """All that `resume` needs, in place of the checkpoint before it."""
     saved = {name: state.state_dict() for name, state in states.items()}
-    with data.replacing(file, keep=file.with_suffix(".before.pt")) as beside:
-        try:
-            torch.save({"step": step, **saved}, beside)
-        except RuntimeError as error:  # what torch makes of a full disk
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{file} cannot be written, is the disk full? {reason}") from None
+    with data.replacing(file) as beside, open(beside, "wb") as whole:
+        torch.save({"step": step, **saved}, whole)
 
 
 def resume(file, states):
-    """Read the newest checkpoint that is whole, if there is one -> the step to go on from.
-
-    UserError when there are checkpoints and none can be read.
-    """
-    files = [f for f in (file, file.with_suffix(".before.pt")) if f.is_file()]
-    for path in files:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            for name, state in states.items():
-                state.load_state_dict(saved[name])
-            say(f"{file.stem}: resumes from step {saved['step']}")
-            return int(saved["step"])
-        except Exception as error:  # a damaged file raises whatever it likes
-            reason = str(error).split("\n")[0]
-            say(f"{path} is no whole checkpoint of this run: {reason}")
-    if files:
-        raise UserError(f"no checkpoint in {file.parent} is whole; to begin anew, delete it")
-    return 0
+    """Read the checkpoint, if there is one -> the step to go on from."""
+    if not file.is_file():
+        return 0
+    with data.reading(file, "a checkpoint of this run (to begin anew, delete it)"):
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        for name, state in states.items():
+            state.load_state_dict(saved[name])
+    say(f"{file.stem}: resumes from step {saved['step']}")
+    return saved["step"]
 
 
 # --------------------------------------------------------------------------------------------
 # A run's folder
 
 
-@contextlib.contextmanager
 def open_run(args, name, free, fresh=False):
-    """Make --out, or take it up again if it holds a run with the same settings, and lock it.
+    """Make --out, or take it up again if it holds a run with the same settings -> its lock file.
 
-    name: the file of the settings; free: those that may differ between the runs that share a
-    folder; fresh: a first run needs an empty folder. The first of several processes does it all.
-    UserError for another run's folder.
+    The run is alone in the folder until the file is closed: a context manager. name: the file of
+    the settings; free: those that may differ between the runs that share a folder; fresh: a first
+    run needs an empty folder. The first of several processes does it all. UserError for another
+    run's folder, or while another run is at work there.
     """
     rank, world = ranks(args.device)
+    if rank > 0:
+        barrier(world)  # until the first process is through
+        return contextlib.nullcontext()
     out, file = Path(args.out), Path(args.out, name)
-    with contextlib.ExitStack() as stack:
-        if rank == 0:
-            if out.is_file():
-                raise UserError(f"--out {out} is a file: name a folder")
-            others = set(os.listdir(out)) - {".lock", "skipped.jsonl"} if out.is_dir() else ()
-            if fresh and others and not file.is_file():
-                raise UserError(f"--out {out} is not empty and holds no run of this command")
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out))
-            settings = {key: str(value) for key, value in sorted(vars(args).items())
-                        if key not in (*free, "out", "run", "command")}
-            old = data.read_json(file) if file.is_file() else settings
-            if differ := [key for key in settings if old.get(key) != settings[key]]:
-                raise UserError(f"--out {out} holds a run with other settings "
-                                f"({', '.join(differ)}); choose another folder")
-            with data.replacing(file) as beside:
-                beside.write_text(json.dumps(settings, indent=2) + "\n")
-        barrier(world)
-        yield
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold FOLDER/.lock for a while; UserError when another run has it.
-
-    A lock of the process (POSIX): the system frees it when the process is killed.
-    """
-    with open(folder / ".lock", "w") as file:
-        if os.name == "posix":
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise UserError(f"another run is at work in {folder}; wait for it, or choose "
-                                "another --out") from None
-        yield
-
-
-def skip(args, error):
-    """--on-error stop: raise it; skip: a line in OUT/skipped.jsonl, once for each reason."""
-    if args.on_error == "stop":
-        raise error
-    file = Path(args.out, "skipped.jsonl")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"reason": str(error)}) + "\n"
-    if not file.is_file() or line not in file.read_text():
-        say(f"skipped: {error}")
-        with open(file, "a") as lines:
-            lines.write(line)
+    if fresh and out.is_dir() and set(os.listdir(out)) - {".lock"} and not file.is_file():
+        raise UserError(f"--out {out} is not empty and holds no run of this command")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
+    try:
+        if os.name == "posix":  # a lock of the process: the system frees it when it is killed
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another run is at work in {out}; wait for it, or choose another "
+                        "--out") from None
+    settings = {key: str(value) for key, value in sorted(vars(args).items())
+                if key not in ("out", "run", "command")}
+    old = data.read_json(file) if file.is_file() else settings
+    if differ := [key for key in settings if key not in free and old.get(key) != settings[key]]:
+        raise UserError(f"--out {out} holds a run with other settings ({', '.join(differ)}); "
+                        "choose another folder")
+    with data.replacing(file) as beside:
+        beside.write_text(json.dumps(settings, indent=2) + "\n")
+    barrier(world)
+    return lock
 
 
 # --------------------------------------------------------------------------------------------
@@ -368,28 +286,18 @@ def open_sets(specs, args, split, labels_only=False):
 
 
 def open_data(args, labels_only=False):
-    """All sets of --data -> (data.Joined, its Classes). UserError if --out lies in one of them."""
+    """All sets of --data -> (data.Joined, its Classes)."""
     if not args.data:
         raise UserError("--data is missing: name one or more data set folders")
-    sets, out = open_sets(args.data, args, "train", labels_only), Path(args.out).resolve()
-    for opened in sets:
-        if hasattr(opened, "root") and opened.root.resolve() in (out, *out.parents):
-            raise UserError(f"--out {args.out} lies in the data set {opened.root}")
-    return data.Joined(sets), read_classes(args)
+    return data.Joined(open_sets(args.data, args, "train", labels_only)), read_classes(args)
 
 
 def rare_class_sampler(pairs, args):
-    """RCS over label files (section 3.4), or None with --no-rcs.
-
-    Counting reads every label: under torchrun the first process does it and tells the others.
-    """
+    """RCS over label files (section 3.4), or None with --no-rcs."""
     if not args.rcs:
         return None
-    rank, world = ranks(args.device)
-    box = [data.class_counts(pairs, skip=partial(skip, args)) if rank == 0 else None]
-    if world > 1:
-        torch.distributed.broadcast_object_list(box)
-    return data.RareClassSampler(box[0], args.rcs_temperature, args.rcs_min_pixels)
+    return data.RareClassSampler(data.class_counts(pairs), args.rcs_temperature,
+                                 args.rcs_min_pixels)
 
 
 # --------------------------------------------------------------------------------------------
@@ -434,25 +342,9 @@ def say(*lines, **how):
         print(*lines, **how)
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM: (number of the signal, what was done about it)."""
-
-
 def interrupt(number, frame):
-    raise Interrupted(number, "stopped")
-
-
-@contextlib.contextmanager
-def signals(handler):
-    """Ctrl-C and SIGTERM call handler(number, frame) for a while; other threads hear none."""
-    hears = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler)
-              for number in ((signal.SIGINT, signal.SIGTERM) if hears else ())}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    """The handler of SIGTERM: the program ends as after Ctrl-C."""
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
@@ -469,5 +361,9 @@ def stopping(world):
             interrupt(number, frame)
         asked.append(number)
 
-    with signals(ask):
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -44,11 +44,6 @@ def options(*flags):
     return dginstyle.settings("generate", "--preset", "fast", *flags)
 
 
-def load(args):
-    return dginstyle.Models.from_pretrained(
-        args.sd, args.controlnet, args.source_unet, args.swap, args.device)
-
-
 def street_label(seed):
     """The label map of a validation street, (128,256)."""
     return streets.toy_street(streets.ToyStreets.SPLITS["val"] + seed)[1]
@@ -61,9 +56,9 @@ def condition(label, weather, seed=0):
 
 def paint(labels, weathers, args):
     """One image for every label (H,W) and weather word -> uint8 (B,H,W,3)."""
-    models = load(args)
+    models = dginstyle.load(args)
     jobs = [condition(*pair) for pair in zip(labels, weathers, strict=True)]
-    return np.concatenate([dginstyle.make_images(models, [job], CLASSES, args)[1] for job in jobs])
+    return np.concatenate([dginstyle.make_images(models, [job], CLASSES, args) for job in jobs])
 
 
 @torch.no_grad()
@@ -73,7 +68,7 @@ def steps_of_method(seed, weather, at=6):
     at: the step of the second pass that is shown.
     """
     args = options()
-    models, label = load(args), street_label(seed)
+    models, label = dginstyle.load(args), street_label(seed)
     noise, prompt = dginstyle.Noise([0]), condition(label, weather).prompt
     text, hint = models.encode_prompts([prompt]), data.one_hot(label[None], len(CLASSES))
     how = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
@@ -343,7 +338,7 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES))
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     args = parser.parse_args(argv)
-    dginstyle.tune_cpu()
+    torch.set_flush_denormal(True)
     for name in args.only:
         PICTURES[name]().save(args.out / f"{name}.png", optimize=True)
         print(args.out / f"{name}.png")

@@ -37,7 +37,7 @@ def diffusers_loop_nets(nets):
 def literal_pass(models, predict, condition, noise, args, latents=None):
     """The first pass -> latents (1,C,h,w), one window; given these, the second -> (1,C,2h,2w)."""
     schedule, f, (h, w) = models.schedule, models.vae.factor, models.window
-    text = models.encode_prompts([condition.prompt], args.negative)[:, 0]
+    text = models.encode_prompts([condition.prompt])[:, 0]
     hint = data.one_hot(condition.label[None], len(CLASSES)).to(models.device)
     if latents is None:
         shape = 1, models.unet.config.in_channels, *(n // f for n in condition.label.shape)

@@ -126,13 +126,13 @@ def train_prior(args, pairs, classes):
     models.check()
 
     def draw(rng):
-        """-> image (3,h,w), tokens (L,) of its caption, its name."""
+        """-> image (3,h,w), tokens (L,) of its caption."""
         streets, i = pairs.find(int(rng.integers(len(pairs))))
         crop, label = data.scaled_crop(*streets.pair(i), models.size, rng, args.resize_ratios)
         names, weather, kind = data.caption(label, classes), streets.weather(i), rng.random()
         prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
                   else f"{weather} weather" if kind < 0.88 else "")
-        return dginstyle.from_uint8(crop[None])[0], models.tokenizer(prompt)[0], streets.name(i)
+        return dginstyle.from_uint8(crop[None])[0], models.tokenizer(prompt)[0]
 
     def loss(batch):
         """[images or latents, tokens], batched -> a number."""
@@ -147,7 +147,7 @@ def train_prior(args, pairs, classes):
         nets["text_encoder"].save_pretrained(out / "text_encoder", dtype)
         models.tokenizer.save(out / "tokenizer")
         models.schedule.save_pretrained(out / "scheduler")
-        dginstyle.sample_sheet(replace(models, **nets), dginstyle.sheet_prompts(args), None, args,
+        dginstyle.sample_sheet(replace(models, **nets), dginstyle.sheet_prompts(args), args,
                                out / "samples" / "prior.png")
 
     models.vae.to(args.device)
@@ -163,9 +163,7 @@ def main(argv=None):
     """python -m toy.make vae|prior -> exit code, 2 for errors of the user."""
     parser = dginstyle.Parser(prog="toy.make", description=__doc__.split("\n")[0],
                               epilog="The toy pack's own settings: toy/settings.json.")
-    parser.set_defaults(
-        command="train",
-        run=lambda args: dginstyle.train_stage(args.stage, STAGES[args.stage], args))
+    parser.set_defaults(command="train", run=lambda args: dginstyle.train(args, STAGES))
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--start", type=recipes.folder, help="go on from this folder's weights")
     recipes.add_flags(parser, "train")
