@@ -300,16 +300,12 @@ def fidelity_job(x):
 
 
 def strong_distortion(image, rng):
-    """uint8 (H,W,3) → the same kind: gamma, tint, contrast, saturation, haze, blur and noise.
+    """uint8 (H,W,3) → the same kind: another light, haze, blur and noise.
 
     How far augmentation alone carries, as the baseline that generated images have to beat; wide
     enough to turn a sunny street into something as dark as night or as pale as fog.
     """
-    x = (image.astype(np.float32) / 255) ** np.exp(rng.uniform(-0.8, 1.1))
-    x = x * np.exp(rng.normal(0, 0.2, 3))
-    grey = x.mean(-1, keepdims=True)
-    x = grey + (x - grey) * rng.uniform(0, 1.3)
-    x = x.mean() + (x - x.mean()) * rng.uniform(0.3, 1.4) + rng.uniform(-0.25, 0.25)
+    x = data.relight(image, rng).astype(np.float32) / 255
     if rng.random() < 0.3:  # haze
         x = x + rng.uniform(0.2, 0.8) * (rng.uniform(0.5, 0.9) - x)
     if rng.random() < 0.3:
