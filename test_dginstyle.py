@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -2206,6 +2207,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     assert main([*flags, "1"]) == 0
     cut(tmp_path / "run/checkpoints/segformer.pt")
     refuses(capsys, [*flags, "2"], "checkpoints/segformer.pt", "delete")
+
+
+def test_no_room_for_a_checkpoint(tmp_path, capsys):
+    """A sentence names it, and nothing half is left."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, most))  # the weights fit, a checkpoint not
+    try:
+        refuses(capsys, [*TINY_RUN, "--steps", "1", "--out", str(tmp_path)], "segformer.pt", "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_one_run_a_folder(tmp_path, capsys):

@@ -212,10 +212,13 @@ def check_finite(stage, step, loss, nets=None):
 
 
 def write_checkpoint(file, step, states):
-    """All that `resume` needs, in place of the checkpoint before it."""
+    """All that `resume` needs, in place of the checkpoint before it. UserError on a full disk."""
     saved = {name: state.state_dict() for name, state in states.items()}
-    with data.replacing(file) as beside, open(beside, "wb") as whole:
-        torch.save({"step": step, **saved}, whole)
+    with data.replacing(file) as beside:
+        try:
+            torch.save({"step": step, **saved}, beside)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise UserError(f"{file} cannot be written, is the disk full? {error}") from None
 
 
 def resume(file, states):
