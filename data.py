@@ -679,7 +679,7 @@ def resize_to_fit(image, label, size):
     """
     H, W = image.shape[:2]
     scale = min(max(size) / max(H, W), min(size) / min(H, W))
-    to = [int(H * scale + 0.5), int(W * scale + 0.5)]
+    to = [max(1, int(n * scale + 0.5)) for n in (H, W)]
     image = TF.resize(torch.tensor(image).permute(2, 0, 1), to, antialias=False)
     if label is not None:
         label = TF.resize(torch.tensor(label)[None], to, InterpolationMode.NEAREST)[0].numpy()

@@ -437,8 +437,8 @@ def generate(args):
 
     args: the settings of recipes.GENERATE, as `settings("generate", …)` gives them. Image k is a
     function of (seed, k). A row of the manifest is written after the files of its image, so an
-    image with a row is not made again. If one of a batch is missing, the whole batch is computed
-    again: the same batch, the same pixels. Under torchrun every process makes its share.
+    image with a row and files is not made again. If one of a batch is missing, the whole batch is
+    computed again: the same batch, the same pixels. Under torchrun every process makes its share.
     """
     pairs, classes = open_data(args, labels_only=not args.restyle)
     models = load(args)
@@ -467,21 +467,26 @@ def generate(args):
                         rows.write(c.manifest_row())
         training.barrier(world)
         if rank == 0:
+            rows = read_manifest(manifest)
+            with data.replacing(manifest) as beside:  # sorted, one row an image
+                beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
             gallery.write_grid(args.out)
-            gallery.write_gallery(args.out, read_manifest(manifest), size)
-            print(f"{args.num} images with labels in {args.out}; look at "
+            gallery.write_gallery(args.out, rows, size)
+            print(f"{len(rows)} images with labels in {args.out}; look at "
                   f"{args.out / 'gallery.html'}")
 
 
 def read_manifest(file):
-    """manifest.jsonl -> its rows, sorted by image; [] where there is none. Half a row at the end,
-    of a run that was killed, is cut off."""
+    """manifest.jsonl -> the rows of images that are still there, in their order; [] where there is
+    none. Half a row at the end, of a run that was killed, is cut off."""
     with data.reading(file, "a manifest"):
         text = file.read_bytes() if file.is_file() else b""
         whole = text[: text.rfind(b"\n") + 1]
         if len(whole) < len(text):
             os.truncate(file, len(whole))
-        return sorted(map(json.loads, whole.splitlines()), key=lambda row: row["image"])
+        rows = {row["image"]: row for row in map(json.loads, whole.splitlines())
+                if all((file.parent / row[key]).is_file() for key in ("image", "label"))}
+        return [rows[image] for image in sorted(rows)]
 
 
 def load(args):
@@ -505,9 +510,11 @@ def check_options(models, size, classes, args):
         raise UserError(f"the ControlNet reads {models.controlnet.hint_channels} channels, but "
                         f"the data have {len(classes)} classes and ignore")
     lowest = SAMPLERS[args.sampler](models.schedule, args.steps).timesteps[-1][0]
-    for name, share in (("--restyle", args.restyle), ("the second pass's start", args.start)):
+    for name, share in (("--restyle", args.restyle),
+                        ("the second pass's start", args.mrlf and args.start)):
         if share and share <= lowest / models.schedule.num_train_timesteps:
-            raise UserError(f"{name} {share}: no step of {args.steps} lies below it")
+            raise UserError(f"{name} {share}: no step of {args.steps} lies below it; take more "
+                            "--steps")
     if args.stride not in STRIDES:
         large = [2 * n // models.vae.factor for n in size]
         tiles(large, tuple(map(min, models.window, large)), args.stride)
@@ -596,7 +603,7 @@ def train_controlnet(args, pairs, classes):
         hint = data.one_hot(labels, len(classes))
         return diffusion_loss(models, encode_images(models.vae, images), text, hint)
 
-    labels = [draw(np.random.default_rng([args.seed, 7, k]))[1].numpy() for k in range(8)]
+    fixed = [draw(np.random.default_rng([args.seed, 7, k]))[1] for k in range(8)]
     prompts = [f"city street scene in {args.weather[k % len(args.weather)]} weather"
                for k in range(8)]
 
@@ -605,7 +612,8 @@ def train_controlnet(args, pairs, classes):
         out = Path(args.out)
         nets["controlnet"].save_pretrained(out / "controlnet", DTYPES[args.save_dtype])
         swapped = replace(models, unet=style_swap(models.unet, prior), **nets)
-        sample_sheet(swapped, prompts, args, out / "samples" / "controlnet.png", labels, classes)
+        sample_sheet(swapped, prompts, args, out / "samples" / "controlnet.png",
+                     [label.numpy() for label in fixed], classes)
 
     optimise("controlnet", loss, {"controlnet": models.controlnet},
              cached(draw, models.vae, args), args, save)
@@ -749,6 +757,8 @@ class Models:
                  "down_block_types", "cross_attention_dim")
         fits = {"VAE": self.vae.config.latent_channels == u.in_channels,
                 "text encoder": self.text_encoder.config.hidden_size == u.cross_attention_dim,
+                "tokenizer": max(self.tokenizer.vocab.values())
+                             < self.text_encoder.config.vocab_size,
                 "ControlNet": c is None or 2 ** (len(c.hint_widths) - 1) == self.vae.factor and all(
                     getattr(c.config, name) == getattr(u, name) for name in alike)}
         for part, fit in fits.items():

@@ -59,7 +59,8 @@ def write_grid(out):
         if strip.shape != strips[0].shape:
             raise data.UserError(f"{file} and {files[0]} differ in size: delete the one that this "
                                  "run did not make")
-    write_image(out / "grid.png", contact_sheet(strips))
+    if strips:
+        write_image(out / "grid.png", contact_sheet(strips))
 
 
 PAGE = """<!doctype html>

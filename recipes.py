@@ -150,7 +150,8 @@ GENERATE = {
                     "latents get this share of the noise", share),
     "weather_prob": flag(0.5, "share of prompts with a weather sentence", share),
     "sampler": key("ddim", str, ("ddim", "dpm++")),  # dpm++ (DPM-Solver++ 2M) needs fewer steps
-    "start": key(1.0, share),  # the second pass starts from the first, noised to this share
+    # the second pass starts from the first, noised to this share
+    "start": key(1.0, number(float, 1e-3, 1)),
     "window_weights": key("uniform", str, ("uniform", "cosine")),
     "tile_batch": key(None, count),  # windows in a network call; None: what memory allows
 }
@@ -225,6 +226,9 @@ def pack_settings(folder):
     file = Path(folder) / "settings.json"
     packed = data.read_json(file) if file.is_file() else {}
     with data.reading(file, "settings"):
+        if odd := [name for section in packed for name in packed[section]
+                   if name not in SECTIONS.get(section, ())]:
+            raise ValueError(f"there is no setting {odd[0]!r}")
         return {section: {name: read_value(SECTIONS[section][name], value, Path(folder))
                           for name, value in values.items()}
                 for section, values in packed.items()}

@@ -296,7 +296,7 @@ def predict(model, image, window, fit=None):
     x = torch.tensor(image, device=device).permute(2, 0, 1)[None].float()
     if fit:
         scale = min(max(fit) / max(H, W), min(fit) / min(H, W))
-        x = resize(x, (int(H * scale + 0.5), int(W * scale + 0.5))).round()  # to 8 bits, as files
+        x = resize(x, [max(1, int(n * scale + 0.5)) for n in (H, W)]).round()  # to 8 bits, as files
     h, w = x.shape[2:]
     padding = [max(64, 8 * math.ceil(n / 8)) - n for n in (h, w)]  # what the smallest net can take
     x = F.pad(x / 255, (0, padding[1], 0, padding[0]), mode="replicate")
@@ -364,9 +364,9 @@ def predict_pictures(args, classes, load_models):
     """
     out, jobs = Path(args.out) / "predictions", {}
     for path in map(Path, args.images):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-                continue
+        found = [file for file in sorted(path.rglob("*"))
+                 if file.suffix.lower() in (".png", ".jpg", ".jpeg") and out not in file.parents]
+        for file in found if path.is_dir() else [path]:
             stem = out / file.relative_to(path if path.is_dir() else path.parent).with_suffix("")
             if jobs.setdefault(stem, file) != file:
                 raise UserError(f"{file} and {jobs[stem]} would both be written to {stem}: predict "

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -1074,9 +1075,6 @@ def test_data_counts_and_cache(tmp_path, monkeypatch):
     data_png(pairs.labels[7], np.full((3, 4), 99, np.uint8))
     with pytest.raises(data.UserError, match=r"s07_labelTrainIds.png holds \[99\]"):
         data.class_counts(pairs)
-    want[7], said = 0, []
-    assert np.array_equal(data.class_counts(pairs, skip=said.append), want)
-    assert len(said) == 1 and "s07_labelTrainIds.png" in str(said[0])
 
 
 def test_data_rcs():
@@ -1832,13 +1830,14 @@ def test_generate_writes_all_it_promises(generated):
 
 
 def test_generate_again_makes_what_is_missing(generated, tmp_path):
-    """The same command makes an image that has no row in the manifest, and no other."""
+    """The same command makes an image that was deleted, and no other; half a row is cut off."""
     out = tmp_path / "run"
     shutil.copytree(generated, out)
     before, images = files(out), sorted((out / "images").iterdir())
     stamp = images[0].stat().st_mtime_ns
     images[1].unlink()
-    (out / "manifest.jsonl").write_text((out / "manifest.jsonl").read_text().split("\n")[0] + "\n")
+    with open(out / "manifest.jsonl", "a") as rows:
+        rows.write('{"image": "ima')
     assert main(["generate", *QUICK, "--out", str(out)]) == 0
     assert files(out) == before and images[0].stat().st_mtime_ns == stamp
 
@@ -1867,7 +1866,8 @@ def test_a_killed_generate_makes_the_images_of_a_whole_run(tmp_path):
 @pytest.mark.parametrize("flags, data_set, made", [
     (["--size", "80x144"], (256, 512), (144, 80)),
     (["--size", "64x128", "--no-mrlf", "--swap", "0.5", "--no-rcs"], (40, 100), (128, 64)),
-    (["--renoise", "official", "--stride", "4x8", "--labels-alone"], (256, 512), (256, 128))])
+    (["--size", "64x128", "--renoise", "official", "--stride", "4x8", "--labels-alone"],
+     (256, 512), (128, 64))])
 def test_generate_takes_label_maps_of_any_kind(flags, data_set, made, tmp_path):
     """Pairs or label maps alone, larger and smaller than the window, in another size than it,
     without MRLF and with a mixed swap."""
@@ -2210,6 +2210,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     refuses(capsys, [*flags, "2"], "checkpoints/segformer.pt", "delete")
 
 
+def test_no_room_for_a_checkpoint(tmp_path, capsys):
+    """A sentence names it, and nothing half is left."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, most))  # the weights fit, a checkpoint not
+    try:
+        refuses(capsys, [*TINY_RUN, "--steps", "1", "--out", str(tmp_path)], "segformer.pt", "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_one_run_a_folder(tmp_path, capsys):
     """A second process is told so; the lock of a killed process is free."""
     (tmp_path / ".lock").touch()
@@ -2521,8 +2532,8 @@ def test_claim_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
     titles = (claim.SOURCE, "the same through the VAE", claim.NO_IPKL)
     rows = [replace(r, main=True) for r in claim.ROWS if r.title in titles]
     tiny = claim.Scale(source=4, images=2, seeds=1, pretrain=1, steps=1, test=1, classifier=2)
-    for name, value in (("ROWS", rows), ("QUICK", tiny), ("SAMPLING", ["--steps", "1"]),
-                        ("BRIEF", tiny), ("ProcessPoolExecutor", Here)):
+    for name, value in (("ROWS", rows), ("QUICK", tiny), ("BRIEF", tiny),
+                        ("SAMPLING", ["--no-mrlf", "--steps", "1"]), ("ProcessPoolExecutor", Here)):
         monkeypatch.setattr(claim, name, value)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     for words, some in ((["--quick"], titles[:2]), (["--diff"], titles[::2])):

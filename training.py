@@ -212,10 +212,13 @@ def check_finite(stage, step, loss, nets=None):
 
 
 def write_checkpoint(file, step, states):
-    """All that `resume` needs, in place of the checkpoint before it."""
+    """All that `resume` needs, in place of the checkpoint before it. UserError on a full disk."""
     saved = {name: state.state_dict() for name, state in states.items()}
-    with data.replacing(file) as beside, open(beside, "wb") as whole:
-        torch.save({"step": step, **saved}, whole)
+    with data.replacing(file) as beside:
+        try:
+            torch.save({"step": step, **saved}, beside)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise UserError(f"{file} cannot be written, is the disk full? {error}") from None
 
 
 def resume(file, states):
@@ -286,10 +289,14 @@ def open_sets(specs, args, split, labels_only=False):
 
 
 def open_data(args, labels_only=False):
-    """All sets of --data -> (data.Joined, its Classes)."""
+    """All sets of --data -> (data.Joined, its Classes). UserError if --out lies in one of them."""
     if not args.data:
         raise UserError("--data is missing: name one or more data set folders")
-    return data.Joined(open_sets(args.data, args, "train", labels_only)), read_classes(args)
+    sets, out = open_sets(args.data, args, "train", labels_only), Path(args.out).resolve()
+    for opened in sets:
+        if hasattr(opened, "root") and opened.root.resolve() in (out, *out.parents):
+            raise UserError(f"--out {args.out} lies in the data set {opened.root}")
+    return data.Joined(sets), read_classes(args)
 
 
 def rare_class_sampler(pairs, args):

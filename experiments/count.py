@@ -158,17 +158,9 @@ def memory(stage):
             with alive:
                 loss.backward()
                 del loss
-                result["backward"] = alive.most / gib
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 result["update"] = alive.most / gib
-        result["between updates"] = alive.now / gib
-        if control:  # eight samples with guidance
-            alive.most = 0
-            with alive, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                x, c = torch.empty(16, 4, 64, 64), torch.empty(16, 77, 768)
-                prior(x, t, c, net(x, t, c, torch.empty(16, 20, 512, 512)))
-            result["sample sheet"] = alive.most / gib
     return result
 
 
@@ -191,11 +183,8 @@ def generation(windows=8):
             models.predict(torch.empty(windows, 4, 64, 64), torch.zeros(1), text, hint)
             result[f"{windows} windows"] = alive.most / gib
             alive.most = 0
-            image = vae.decode(z)
+            vae.decode(z)
             result["decoding"] = alive.most / gib
-            alive.most = 0
-            vae.encode(image)
-            result["encoding"] = alive.most / gib
         torch.set_default_dtype(torch.float32)
     return result
 
