@@ -237,6 +237,8 @@ def pack_settings(folder):
 def read_value(setting, value, folder):
     """A value of a JSON file, checked as the word of a flag would be."""
     if setting["many"]:
+        if not value:
+            raise ValueError("an empty list")
         return [read_value({**setting, "many": False}, item, folder) for item in value]
     if isinstance(setting["default"], bool) != isinstance(value, bool):
         raise ValueError(f"{value!r} where {setting['default']!r} stands by default")
