@@ -750,7 +750,7 @@ def main(argv=None):
         parser.error("rcs-subset takes ROOT OUT, stats ROOT; --seed is not negative")
     try:
         classes = Classes.from_json(args.classes) if args.classes else CITYSCAPES
-        data = open_set(args.root, classes, split=args.split)
+        data = open_set(args.root, classes, split=args.split, labels_only=args.command == "stats")
         print(data.report())
         if args.command == "rcs-subset":
             write_rcs_subset(data, args.out, args.num, args.seed)
