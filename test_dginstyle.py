@@ -1215,6 +1215,18 @@ def test_data_rcs_subset_command(tmp_path, capsys):
     assert rows["road"][:2] == ["24", "27.273%"] and rows["train"] == ["0", "0.000%", "0.0000", "0"]
 
 
+def test_another_light_draws_nothing_new():
+    """relight gives pixels of one colour one colour again, hardly ever the old one, and repeats for
+    a seed."""
+    image, _ = streets.toy_street(1)
+    for seed in range(5):
+        lit = data.relight(image, np.random.default_rng(seed))
+        assert np.array_equal(lit, data.relight(image, np.random.default_rng(seed)))
+        pairs = np.unique(np.concatenate([image, lit], axis=-1).reshape(-1, 6), axis=0)
+        assert len(pairs) == len(np.unique(image.reshape(-1, 3), axis=0))
+        assert (lit != image).any(-1).mean() > 0.9
+
+
 def test_scaled_crop_keeps_image_and_label_together():
     """A picture painted from its label is still that after any crop at any ratio."""
     label = streets.toy_street(1)[1]
