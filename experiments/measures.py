@@ -1,5 +1,5 @@
-"""What the claim experiment measures beyond class means: objects by size, domains by features,
-weather by a classifier, and what the VAE loses.
+"""What the claim experiment measures beyond class means: objects by size, weather by a
+classifier, and what the VAE loses.
 
 Maps are (H, W) arrays of trainIds, 255 = ignore.
 """
@@ -66,99 +66,6 @@ def iou_by_size(counts):
     labelled, found, false = np.moveaxis(counts.astype(float), -1, 0)
     with np.errstate(invalid="ignore"):
         return found / (labelled + false)
-
-
-@torch.no_grad()
-def class_features(judge, images, labels, least=64):
-    """Mean features of every class in every picture, (n, K, D), nan where a picture has none of it.
-
-    judge: a SegFormer; images (n, H, W, 3) uint8; labels (n, H, W) trainIds. D: the channels of all
-    four stages, each averaged over the positions of the class by its share in them; a picture
-    shows a class from `least` pixels on.
-    """
-    K = judge.config.num_classes
-    means = []
-    for image, label in zip(images, labels, strict=True):
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        planes = torch.from_numpy(np.array(label) == np.arange(K)[:, None, None])[None].float()
-        stages = []
-        for features in judge.features(x):
-            share = F.adaptive_avg_pool2d(planes, features.shape[2:])[0].flatten(1)  # (K, h w)
-            stages.append(share @ features[0].flatten(1).T / share.sum(1, keepdim=True))
-        few = planes[0].sum((1, 2)) < least
-        means.append(torch.cat(stages, dim=1).masked_fill(few[:, None], np.nan))
-    return torch.stack(means)
-
-
-def spread_within(features):
-    """(n, K, D) -> variance within a class: squared distance to the class's mean, averaged over
-    the pictures (without bias: n - 1), then over the classes that two pictures or more show.
-
-    The smaller, the more consistent a class looks: the idea of ICV, arXiv 2405.15961.
-    """
-    n = (~features[..., 0].isnan()).sum(0)
-    squares = (features - features.nanmean(0)).square().sum(-1).nansum(0)
-    return (squares[n > 1] / (n[n > 1] - 1)).mean().item()
-
-
-def domain_distance(a, b):
-    """(n, K, D), (m, K, D) -> squared distance between the means of a class, over the classes that
-    both show in two pictures or more: the idea of IDD, arXiv 2405.15961.
-
-    Without bias: what the means of two draws from one domain differ by is taken off, so that equal
-    domains have 0 on average, and single values may be below it.
-    """
-    distance = (a.nanmean(0) - b.nanmean(0)).square().sum(-1)
-    for x in (a, b):
-        n = (~x[..., 0].isnan()).sum(0)
-        squares = (x - x.nanmean(0)).square().sum(-1).nansum(0)
-        distance = distance - squares / (n * (n - 1))  # nan with fewer than two pictures
-    return distance.nanmean().item()
-
-
-def standardised(features, reference):
-    """Features in units of the reference's standard deviation, channel by channel."""
-    rows = reference.flatten(0, 1)
-    rows = rows[~rows[:, 0].isnan()]
-    return (features - rows.mean(0)) / rows.std(0).clamp(min=1e-6)
-
-
-def quarters(maps, size):
-    """(n, H, W, …) -> tiles of size (h, w) that divides them, (n · tiles, h, w, …)."""
-    maps, (h, w) = np.asarray(maps), size
-    n, H, W = maps.shape[:3]
-    cut = maps.reshape(n, H // h, h, W // w, w, *maps.shape[3:])
-    return np.moveaxis(cut, 3, 2).reshape(-1, h, w, *maps.shape[3:])
-
-
-def domains(sets, judge, source):
-    """{source, style or set: variance within a class and distance to the source and to each unseen
-    style, squared, both as a share of the source's variance}; a set is the mean of its seeds.
-
-    sets: {name: [folder of every seed]}. Real pictures: `source` sunny ones, and as many of every
-    unseen style, of validation scenes; all cut to the size of the generated ones.
-    """
-    def features(pairs, first=0, step=1):
-        maps = zip(*[pairs.pair(i) for i in range(first, len(pairs), step)], strict=True)
-        return class_features(judge, *(quarters(m, (64, 128)) for m in maps))
-
-    unseen = [s for s in streets.STYLES if s != "sunny"]
-    val = streets.ToyStreets(unseen, len(unseen) * source, "val")
-    unit = features(streets.ToyStreets(("sunny",), source, "train"))
-    real = {"source": standardised(unit, unit)}
-    for k, style in enumerate(unseen):
-        real[style] = standardised(features(val, k, len(unseen)), unit)
-    own = spread_within(real["source"])
-
-    def row(f):
-        return {"within": spread_within(f) / own,
-                **{to: 0.0 if f is g else domain_distance(f, g) / own for to, g in real.items()}}
-
-    found = {name: row(f) for name, f in real.items()}
-    for name, folders in sets.items():
-        rows = [row(standardised(features(data.open_set(str(f))), unit)) for f in folders]
-        found[name] = {key: float(np.mean([r[key] for r in rows])) for key in rows[0]}
-    return found
 
 
 def style_classifier(steps, size=(64, 128)):
