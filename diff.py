@@ -233,6 +233,7 @@ def decoder_maps(unet):
     hooks = []
 
     def watch(block):
+        """Hook a level of the decoder -> its two lists, maps (B,C',h',w') in calling order."""
         resnets, transformers = [], []
 
         def keep_tokens(module, args, out):  # (B,N,C), of the height and width of the last resnet

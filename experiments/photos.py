@@ -1,6 +1,6 @@
 """The whole paper on photographs, at toy size: CamVid, from day to dusk.
 
-    python -m experiments.photos FOLDER            # an hour and a half on two cores
+    python -m experiments.photos FOLDER            # hours on two cores
     python -m experiments.photos FOLDER --quick    # to see that everything runs: a few minutes
 
 FOLDER holds day-train, day-val and dusk-test (images/NAME.jpg, labels/NAME.png), dusk-photos (of
@@ -36,7 +36,8 @@ FULL = {"vae": 1500, "prior": 5000, "dreambooth": 800, "controlnet": 2400, "cach
         "images": 240, "seeds": 3, "encoder": 500, "segment": 1000}
 QUICK = {"vae": 20, "prior": 20, "dreambooth": 10, "controlnet": 20, "cache": 64,
          "images": 8, "seeds": 2, "encoder": 10, "segment": 10}
-SAMPLING = ["--preset", "turbo", "--batch", 8, "--weather", "dusk", "dusk", "dusk", "day"]
+SAMPLING = ["--preset", "turbo", "--size", "96x192", "--batch", 8,
+            "--weather", "dusk", "dusk", "dusk", "day"]
 SETS = {"full": [], "no-swap": ["--swap", 0], "restyled": ["--restyle", 0.9]}
 ROWS = {  # how the segmenter is trained, and the generated pictures beside day's
     "source": (command, []), "source-strong": (strongly, []), "full": (command, ["full"]),
