@@ -180,14 +180,14 @@ class MixTransformer(nn.Module):
 
 
 class Project(nn.Module):
-    """Linear at every pixel, then bilinear to the finest map: (B, D, h, w) -> (B, E, H/4, W/4)."""
+    """Linear at every pixel, (B, D, h, w) -> (B, E, h, w)."""
 
     def __init__(self, width, dim):
         super().__init__()
         self.proj = nn.Linear(width, dim)
 
-    def forward(self, x, size):
-        return resize(self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), size)
+    def forward(self, x):
+        return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvBN(nn.Module):
@@ -215,10 +215,13 @@ class SegFormerHead(nn.Module):
         self.linear_pred = nn.Conv2d(c.decoder_dim, c.num_classes, 1)
 
     def forward(self, maps):
-        size = maps[0].shape[2:]  # (H/4, W/4)
-        x = [getattr(self, f"linear_c{k}")(maps[k - 1], size) for k in (4, 3, 2, 1)]  # coarse first
-        x = torch.cat(x, dim=1)  #                                       (B, 4E, H/4, W/4)
-        return self.linear_pred(self.dropout(self.linear_fuse(x)))
+        # a 1x1 convolution over the enlarged maps together = the sum of each map's, enlarged after
+        weights, x = self.linear_fuse.conv.weight.chunk(4, dim=1), 0  # (E, E, 1, 1), coarse first
+        for k, weight in zip((4, 3, 2, 1), weights, strict=True):
+            v = F.conv2d(getattr(self, f"linear_c{k}")(maps[k - 1]), weight)
+            x = x + resize(v, maps[0].shape[2:])  #                      (B, E, H/4, W/4)
+        x = F.relu(self.linear_fuse.bn(x))
+        return self.linear_pred(self.dropout(x))
 
 
 class SeparableASPP(nn.Module):
@@ -249,8 +252,8 @@ class DAFormerHead(nn.Module):
 
     def forward(self, maps):
         size = maps[0].shape[2:]  # (H/4, W/4)
-        x = [embed(v, size) for embed, v in zip(self.embed_layers, maps, strict=True)]  # fine first
-        x = torch.cat(x, dim=1)  #                                       (B, 4E, H/4, W/4)
+        x = [embed(v) for embed, v in zip(self.embed_layers, maps, strict=True)]  # fine first
+        x = torch.cat([resize(v, size) for v in x], dim=1)  #            (B, 4E, H/4, W/4)
         return self.conv_seg(self.dropout(self.fuse_layer(x)))
 
 
