@@ -89,8 +89,7 @@ def style_swap(source, prior, ratio=1.0):
 @torch.no_grad()
 def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.5,
             control_scale=1.0, control_uncond=1.0, window=None, stride=None, weights="uniform",
-            keep=None, noise=None, start=1.0, source=None, official_renoise=False, tile_batch=None,
-            prior_tone=0.0):
+            keep=None, noise=None, start=1.0, source=None, official_renoise=False, tile_batch=None):
     """Yield the latents (B,C,h,w) after every step of a sampler, in overlapping windows.
 
     x       (B,C,h,w) initial noise
@@ -102,7 +101,6 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
             the new noise level (section 3.3); needs `noise`, which is called once per step
     start   below 1 only the steps below this share of the timesteps are made, from the latents
             source (B,C,h,w) noised with x
-    prior_tone   see `match_tone`; 0: the tone that the control brings
 
     The windows' outputs are averaged, sum_i w_i out_i / sum_i w_i at every latent, as in
     MultiDiffusion (arXiv 2302.08113). The released code averages after the step, which is the same:
@@ -133,9 +131,6 @@ def denoise(models, x, text, hint=None, *, sampler="ddim", steps=20, guidance=7.
         for boxes, texts, hints in batches:
             x_win = torch.cat([x[box] for box in boxes])
             out = models.predict(x_win, t, texts, hints, guidance, control_scale, control_uncond)
-            if prior_tone and hints is not None:
-                free = models.predict(x_win, t, texts, None, guidance)
-                out = match_tone(models.schedule, out, free, x_win, t, prior_tone)
             for box, o in zip(boxes, (weight * out).split(1), strict=True):
                 total[box] += o
         x = solver.step(total / coverage, x, t, t_prev)
@@ -199,22 +194,6 @@ def windows_that_fit(models, window):
     # the widest maps at full size alive at once in both halves of the guidance, and room to spare
     need = 128 * weight.shape[0] * window[0] * window[1] * weight.element_size()
     return max(1, min(32, int(memory / need)))
-
-
-def match_tone(schedule, out, free, x, t, share):
-    """An output for x_t (n,C,h,w) whose x_0 takes the tone of `free`'s, an output without control.
-
-    A ControlNet of sunny pictures brings their light into the night, in the channel means of x_0;
-    fog is in their deviations. Both go this share of the way, 0 to 1, the deviations on a
-    logarithmic scale. Beyond the paper.
-    """
-    (x0, _), (wanted, _) = (schedule.split(o, x, t) for o in (out, free))
-    (s, m), (s1, m1) = (torch.std_mean(maps, (2, 3), keepdim=True) for maps in (x0, wanted))
-    x0 = (x0 - m) * (s1 / s) ** share + torch.lerp(m, m1, share)
-    abar = schedule.abar_at(t)
-    a, sigma = abar**0.5, (1 - abar) ** 0.5
-    eps = (x - a * x0) / sigma
-    return eps if schedule.prediction_type == "epsilon" else a * eps - sigma * x0
 
 
 def first_pass(models, size, text, hint, noise, **options):
@@ -379,8 +358,7 @@ def sample(models, conditions, classes, args):
     size = hint.shape[2:]
     options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
                    control_scale=args.control_scale, control_uncond=args.control_uncond,
-                   weights=args.window_weights, tile_batch=args.tile_batch,
-                   prior_tone=args.prior_tone)
+                   weights=args.window_weights, tile_batch=args.tile_batch)
     if args.restyle:
         latents = restyle(models, conditions, classes, hint, text, args.restyle, options)
     else:

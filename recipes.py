@@ -133,8 +133,6 @@ GENERATE = {
     "guidance": flag(7.5, "classifier-free guidance", number(float, 0, 1000)),
     "control_scale": flag(1.0, "weight of the ControlNet's residuals", number(float, 0, 1000)),
     "control_uncond": flag(1.0, "share of the control that the unguided half gets", share),
-    "prior_tone": flag(0.0, "share of brightness, tint and contrast that the prior gives as "
-                       "without the control, so that night is dark; half as slow again", share),
     "swap": flag(1.0, "Style Swap: 1 samples with the prior, 0 with U^S, between: mixed", share),
     "mrlf": flag(True, "second pass at double resolution"),
     "stride": flag(None, "second pass: step between windows, HxW latent pixels, or quarter or half "

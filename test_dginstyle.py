@@ -1650,24 +1650,6 @@ def test_guidance(guidance, share):
             assert relative(have, u + guidance * (c - u)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_tone_of_the_prior(kind):
-    """The channel means of x_0 and the logarithms of its deviations go the share of the way to the
-    other's; the rest of it stays. An output in its own tone stays as it is."""
-    schedule, g = dginstyle.Schedule(prediction_type=kind), torch.Generator().manual_seed(1)
-    x, out, free = torch.randn(3, 2, 4, 8, 16, generator=g)
-    free = 0.5 * free + 1
-    x0, wanted = (schedule.split(v, x, 700)[0] for v in (out, free))
-    for share in (0.0, 0.5, 1.0):
-        have = schedule.split(dginstyle.match_tone(schedule, out, free, x, 700, share), x, 700)[0]
-        (s, m), (s0, m0), (s1, m1) = (torch.std_mean(v, (2, 3), keepdim=True)
-                                      for v in (have, x0, wanted))
-        assert relative(m, (1 - share) * m0 + share * m1) < 1e-4
-        assert relative(s, s0 ** (1 - share) * s1**share) < 1e-4
-        assert relative((have - m) / s, (x0 - m0) / s0) < 1e-3
-    assert relative(dginstyle.match_tone(schedule, out, out, x, 700, 1.0), out) < 1e-4
-
-
 @pytest.mark.parametrize("weights", ["uniform", "cosine"])
 def test_window_weights_are_a_partition(weights, monkeypatch):
     """Windows that agree give what one of them says, whatever their weights."""
@@ -2589,7 +2571,7 @@ def test_both_passes_on_a_gpu():
         models, noise = on_pretended(torch.bfloat16), Noise([0, 1])
         text, hint = models.encode_prompts(["road", "sky"], "fog"), torch.zeros(2, 20, 32, 64)
         options = dict(sampler="dpm++", steps=2, weights="cosine", control_uncond=0.4,
-                       tile_batch=16, prior_tone=0.5)
+                       tile_batch=16)
         latents = dginstyle.first_pass(models, (32, 64), text, hint, noise, **options)
         latents = dginstyle.second_pass(models, latents, torch.zeros(2, 1, 32, 64), hint, text,
                                         noise, stride="half", **options)

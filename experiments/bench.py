@@ -66,7 +66,7 @@ from vae import VAE, VAEConfig
 HERE = Path(__file__).resolve().parent
 CLASSES = data.CITYSCAPES
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PLAIN = dict(control_scale=1.0, control_uncond=1.0, prior_tone=0.0)  # as the released loop has it
+PLAIN = dict(control_scale=1.0, control_uncond=1.0)  # as the released loop has it
 TIMES = ["", "ours, seconds", "of peak", "others' time / ours"]  # heads of most tables
 
 

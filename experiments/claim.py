@@ -1,7 +1,7 @@
 """The paper's claim in miniature: what does each part of DGInStyle do for unseen styles?
 
     python -m experiments.claim --quick    # main rows, shorter, with fewer images: under 25 minutes
-    python -m experiments.claim --main     # main rows, 5 seeds: an hour and a half on two cores
+    python -m experiments.claim --main     # main rows, five seeds
     python -m experiments.claim            # the other rows too, some with twice the steps
     python -m experiments.claim --diff     # the second system, DIFF, beside two of them
 
@@ -70,11 +70,11 @@ class Scale:
     classifier: int = 400  # steps of the style classifier
 
 
-FULL = Scale(source=100, images=100, seeds=5, pretrain=700, steps=1500, test=24)
+FULL = Scale(source=100, images=400, seeds=5, pretrain=700, steps=1500, test=24)
 BRIEF = replace(FULL, seeds=3, steps=350)  # of DIFF's table
 QUICK = Scale(source=100, images=32, seeds=2, pretrain=300, steps=250, test=20)
 # how the toy images are made, in every set; chosen on validation scenes
-SAMPLING = ["--preset", "fast", "--size", "64x128"]
+SAMPLING = ["--preset", "turbo", "--control-uncond", "0.75", "--size", "64x128", "--batch", "8"]
 # how DIFF is trained, in every row of it
 DIFF_FLAGS = ["--backbone", "diff", "--diff-steps", "1", "--batch", "4"]
 # set of generated images: flags of `generate` on top of the full method
@@ -84,7 +84,6 @@ SETS = {
     "no fusion": ["--no-mrlf"],
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
-    "control's tone": ["--prior-tone", "0"],
     "restyled": ["--restyle", "0.9"],
 }
 # sets made from the full method's: with real pictures in place of the images, as a perfect
@@ -121,7 +120,6 @@ ROWS = [
     Row(NO_MRLF, ("no fusion",), main=True),
     Row("without rare-class crops", ("no rare classes",)),
     Row("without weather prompts", ("no weather",)),
-    Row("without the tone of the prior", ("control's tone",)),
     Row("source + restyled pictures", ("restyled",)),
     Row("real pictures in place of the generated", (TWINS,)),
     Row("the same through the VAE", (DECODED,)),
@@ -274,8 +272,8 @@ def row_jobs(x):
         result = path / "eval.json"  # which grows set by set: a stopped one is made again
         if result.exists() and len(json.loads(result.read_text())) < len(streets.STYLES):
             result.unlink()
-        real = (f"toy:all:{x.scale.source + x.scale.images}" if row.source == "all" else
-                f"toy:sunny:{x.scale.source}")
+        real = (f"toy:all:{x.scale.source + x.scale.images // 4}" if row.source == "all" else
+                f"toy:sunny:{x.scale.source}")  # an image shows a quarter of a street
         flags = ["--steps", row.times * x.scale.steps]
         if row.diff is None:
             flags += ["--pretrained", x.run_path("encoder", seed) / "segformer", "--fd", 0]

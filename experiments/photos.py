@@ -36,7 +36,7 @@ FULL = {"vae": 1500, "prior": 5000, "dreambooth": 800, "controlnet": 2400, "cach
         "images": 240, "seeds": 3, "encoder": 500, "segment": 1000}
 QUICK = {"vae": 20, "prior": 20, "dreambooth": 10, "controlnet": 20, "cache": 64,
          "images": 8, "seeds": 2, "encoder": 10, "segment": 10}
-SAMPLING = ["--preset", "turbo", "--size", "96x192", "--batch", 8,
+SAMPLING = ["--preset", "turbo", "--control-uncond", 0.75, "--size", "96x192", "--batch", 8,
             "--weather", "dusk", "dusk", "dusk", "day"]
 SETS = {"full": [], "no-swap": ["--swap", 0], "restyled": ["--restyle", 0.9]}
 ROWS = {  # how the segmenter is trained, and the generated pictures beside day's
@@ -115,6 +115,8 @@ def main(argv=None):
     for name in ("vae", "prior", "dreambooth", "controlnet"):
         call = ([partial(command, main=make.main), name, "--start", recipes.TOY, "--data", *both]
                 if name in make.STAGES else [command, "train", name, "--data", train])
+        if name == "controlnet":
+            call += ["--controlnet", recipes.TOY / "controlnet"]
         run_all([job(model / name, *call, *classes, "--steps", sizes[name], "--cache",
                      sizes["cache"], "--weather", "day", "dusk", "--sd", model, "--out", model)],
                 out, 1)

@@ -73,7 +73,7 @@ def steps_of_method(seed, weather, at=6):
     text, hint = models.encode_prompts([prompt]), data.one_hot(label[None], len(CLASSES))
     how = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance,
                control_scale=args.control_scale, control_uncond=args.control_uncond,
-               weights=args.window_weights, prior_tone=args.prior_tone)
+               weights=args.window_weights)
     latents = dginstyle.first_pass(models, label.shape, text, hint, noise, **how)
     mask = data.large_segments(label, args.large_segment * label.size / 512**2)
     shown = {"label": data.colourise(label, CLASSES),
@@ -256,7 +256,7 @@ def draw_swap(sheet, shown, left, right):
             sheet.text(x + 165, y + 30, words, 32, anchor="m", bold=True)
             sheet.text(x + 165, y + 66, function, 27, CODE, anchor="m", bold=True)
     sheet.paste(left + 350, top + 2, shown["without"], frame=True)
-    for k, line in enumerate(("without the swap,", "dusk looks like day")):
+    for k, line in enumerate(("the same street", "without the swap")):
         sheet.text(left + 350 + 128, top + 156 + 34 * k, line, 26, DIM, "m")
     middle = top + high / 2
     sheet.arrow((left + 640, middle), (right - 20, middle), width=10)

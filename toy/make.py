@@ -110,9 +110,12 @@ def new_models(classes):
     tokenizer = train_tokenizer(words, merges=240)  # enough for one token a word
     text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
                                        "vocab_size": len(tokenizer.vocab)})
+    text_encoder = TextEncoder(text_config)
+    # words far apart from the start: at CLIP's 0.02 snowy and overcast, alike in light, became one
+    torch.nn.init.normal_(text_encoder.text_model.embeddings.token_embedding.weight, std=0.1)
     schedule = Schedule(prediction_type="v_prediction", timestep_spacing="trailing")
-    return Models(UNet(UNetConfig(**unet.PRESETS["tiny"])), None, None, TextEncoder(text_config),
-                  tokenizer, schedule)
+    return Models(UNet(UNetConfig(**unet.PRESETS["tiny"])), None, None, text_encoder, tokenizer,
+                  schedule)
 
 
 def train_prior(args, pairs, classes):

@@ -1,10 +1,12 @@
 """Toy streets: procedural perspective streets with exact labels, in seven styles.
 
-One clean source style, sunny, and six others that play the unseen weathers. A scene is a list of
-flat shapes drawn back to front into an *index buffer*: every pixel holds the number of the shape
-that is seen there, so class, colour, depth, light and snow cover are table look-ups, the label is
-exact by construction, and one scene can be lit in every style. The buffer has SUB x SUB samples a
-pixel: colours are their mean, the label is that of one.
+One clean source style, sunny, plays the game; six others play photographs of unseen weathers, where
+every object is made of a material of its own: a colour of its class's palette, a texture, and the
+shadow it casts. No change of a whole picture's colours turns the one into the others. A scene is a
+list of flat shapes drawn back to front into an *index buffer*: every pixel holds the number of the
+shape that is seen there, so class, colour, place, light and snow cover are table look-ups, the
+label is exact by construction, and one scene can be lit in every style. The buffer has SUB x SUB
+samples a pixel: colours are their mean, label and place are those of one.
 
 Shapes: H W pixels. Images (H,W,3) uint8 RGB, labels (H,W) uint8: Cityscapes' trainIds 0..18 and
 255 = ignore.
@@ -23,7 +25,28 @@ from PIL import Image, ImageDraw, ImageFilter
 IGNORE = 255
 STYLES = ("sunny", "night", "foggy", "rainy", "snowy", "dusk", "overcast")  # sunny = the source
 SUB = 2
+GROUND, FACE, SIDE = range(3)  # how a shape stands: flat, towards the camera, along the street
 WARM, WHITE, RED = (255, 214, 130), (255, 250, 225), (255, 40, 30)  # what shines in the dark
+
+# Colours that things have on photographs, by trainId: road, sidewalk, building, wall, fence, pole,
+# traffic light, vegetation, terrain, person, rider, car, truck, bus, train, motorcycle, bicycle
+CLOTHES = ("1c1c22", "2b3a5c", "6f7a86", "8a7a5c", "dcd8d0", "a8322e", "5c4a7a", "3e5c44", "c8a83c")
+PAINTS = ("d8d8d8", "1e1e22", "7c8088", "8c1c20", "24406c", "c8b890", "44584c", "b86a2c", "e4c434")
+PALETTES = {
+    0: ("46464a", "5c5a58", "74706a", "8c8882", "6e5e54", "545c68"),
+    1: ("a8a49c", "c4beb0", "96604e", "6a6866", "bca680", "848c94"),
+    2: ("e6e2d8", "c8a468", "b8705a", "7a4034", "5c5650", "8c9484", "9caab8", "d8b0a0", "3c4450",
+        "a89c88", "6c7c8c"),
+    3: ("a8a296", "8a4c3c", "6c6a64", "c8b896", "4c5444"),
+    4: ("6c4c34", "d0ccc4", "3a3c40", "7c4a30", "4a6450", "9c8a70"),
+    5: ("8c9094", "3c4c44", "1e2022", "c0c0bc", "7c5c44"),
+    6: ("1e2022", "c8a42c", "2c4434", "6c6e70"),
+    8: ("2c4a24", "5c7434", "8c8c3c", "b08c34", "a85c2c", "6c3c2c", "24382c", "7c7460"),
+    9: ("4c6c34", "a4985c", "6c5440", "34502c", "8c8478"),
+    11: CLOTHES, 12: CLOTHES, 13: PAINTS, 14: PAINTS, 15: PAINTS, 16: PAINTS, 17: PAINTS,
+    18: PAINTS,
+}
+PALETTES = {c: np.array([list(bytes.fromhex(p)) for p in v]) for c, v in PALETTES.items()}
 
 
 class Street:
@@ -38,38 +61,42 @@ class Street:
         self.eye = rng.uniform(1.4, 2.2)  # camera height
         self.buffer = Image.new("I", (SUB * self.w, SUB * self.h), 0)
         self.pen = ImageDraw.Draw(self.buffer)
-        self.shapes = [(10, (110, 165, 225), 1e3, (0, 0, 0), 0.0)]  # shape 0: the sky
+        # class, colour, (how it stands, depth or place), light, snow cover, fixed colour, thing
+        self.shapes = [(10, (110, 165, 225), (FACE, 1e3), (0, 0, 0), 0.0, True, 0)]  # 0: the sky
+        self.shadows = []  # what casts one: ends (x, z) of its foot and its height
+        self.thing = 0  # the shapes of one thing are of one material
         self.draw()
 
     def point(self, x, y, z):
         return SUB * (self.x0 + self.f * x / z), SUB * (self.y0 + self.f * (self.eye - y) / z)
 
-    def shape(self, cls, colour, z, glow=(0, 0, 0), snow=0.0):
-        """Enter a shape (class, RGB, depth in m or 0 = lies on the ground, light, snow cover)."""
-        self.shapes.append((cls, tuple(colour), z, glow, snow))
+    def shape(self, cls, colour, place, glow=(0, 0, 0), snow=0.0, fixed=False):
+        """Enter a shape: trainId, RGB, (GROUND, FACE or SIDE; its depth, or a SIDE's lateral place,
+        in m), light, snow cover, whether its colour is the same on photographs."""
+        fixed = fixed or any(glow) or cls == 7
+        self.shapes.append((cls, tuple(colour), place, glow, snow, fixed, self.thing))
         return len(self.shapes) - 1
 
-    def face(self, x, y, z, cls, colour, glow=(0, 0, 0), snow=0.0):
+    def face(self, x, y, z, cls, colour, **more):
         """Rectangle that faces the camera at depth z; x = (left, right), y = (bottom, top)."""
         (a, b), (c, d) = self.point(x[0], y[1], z), self.point(x[1], y[0], z)
-        self.pen.rectangle(
-            (min(a, c), b, max(a, c), d), fill=self.shape(cls, colour, z, glow, snow)
-        )
+        box = (min(a, c), b, max(a, c), d)
+        self.pen.rectangle(box, fill=self.shape(cls, colour, (FACE, z), **more))
 
-    def side(self, x, y, z, cls, colour, glow=(0, 0, 0), snow=0.0):
+    def side(self, x, y, z, cls, colour, **more):
         """Rectangle along the street at lateral position x; y = (bottom, top), z = (near, far)."""
         corners = [self.point(x, y[i], z[j]) for i, j in ((0, 0), (1, 0), (1, 1), (0, 1))]
-        self.pen.polygon(corners, fill=self.shape(cls, colour, sum(z) / 2, glow, snow))
+        self.pen.polygon(corners, fill=self.shape(cls, colour, (SIDE, x), **more))
 
-    def ground(self, x, z, cls, colour, snow=0.0):
+    def ground(self, x, z, cls, colour, **more):
         """Rectangle on the ground; x = (left, right), z = (near, far)."""
         corners = [self.point(x[i], 0, z[j]) for i, j in ((0, 0), (0, 1), (1, 1), (1, 0))]
-        self.pen.polygon(corners, fill=self.shape(cls, colour, 0, snow=snow))
+        self.pen.polygon(corners, fill=self.shape(cls, colour, (GROUND, 0), **more))
 
-    def disc(self, x, y, z, rx, ry, cls, colour, glow=(0, 0, 0), snow=0.0):
+    def disc(self, x, y, z, rx, ry, cls, colour, **more):
         """Ellipse that faces the camera, centre (x, y, z), radii in metres."""
         (a, b), (c, d) = self.point(x - rx, y + ry, z), self.point(x + rx, y - ry, z)
-        self.pen.ellipse((a, b, c, d), fill=self.shape(cls, colour, z, glow, snow))
+        self.pen.ellipse((a, b, c, d), fill=self.shape(cls, colour, (FACE, z), **more))
 
     def box(self, x, y, z, cls, colour, snow=0.0):
         """Box with a face to the camera and the one flank that can be seen."""
@@ -81,7 +108,7 @@ class Street:
 
     def label(self):
         """uint8 (H,W) trainIds."""
-        return np.array([cls for cls, *_ in self.shapes], np.uint8)[self.samples()[0]]
+        return np.array([s[0] for s in self.shapes], np.uint8)[self.samples()[0]]
 
     def samples(self):
         """The shapes seen in every pixel, (SUB*SUB,H,W)."""
@@ -103,16 +130,18 @@ class Street:
             self.ground((-half - walk, half + walk), (near, 400), 1, (176, 170, 162), snow=0.8)
         self.ground((-half, half), (near, 400), 0, asphalt, snow=0.35)
         for z in np.arange(near, 70, 5.0) + rng.uniform(0, 2):
-            self.ground((-0.09, 0.09), (z, z + 2.2), 0, (225, 225, 220), snow=0.2)
+            self.ground((-0.09, 0.09), (z, z + 2.2), 0, (225, 225, 220), snow=0.2, fixed=True)
         for s in (-1, 1):
-            self.ground((s * half - 0.12, s * half + 0.12), (near, 90), 0, (205, 205, 200))
+            self.ground((s * half - 0.12, s * half + 0.12), (near, 90), 0, (205, 205, 200),
+                        fixed=True)
             things += self.row_of_houses(s, half + walk, near)
             things += self.street_furniture(s, half, walk, near)
         things += self.traffic(half, walk, near)
         for _, draw in sorted(things, key=lambda thing: -thing[0]):
+            self.thing += 1
             draw()
         if rng.random() < 0.3:  # the hood of our own car: ignored, as in Cityscapes
-            (w, h), hood = self.buffer.size, self.shape(IGNORE, (40, 42, 48), near)
+            (w, h), hood = self.buffer.size, self.shape(IGNORE, (40, 42, 48), (FACE, near))
             y = h * rng.uniform(0.93, 0.97)
             self.pen.ellipse((w * 0.1, y, w * 0.9, y + h * 0.3), fill=hood)
 
@@ -145,20 +174,23 @@ class Street:
         colour = np.array(walls[rng.integers(len(walls))]) + rng.integers(-14, 15)
         floors, storey = rng.integers(2, 8), rng.uniform(2.8, 3.4)
         top, deep = floors * storey + 0.8, s * rng.uniform(8, 16)
+        self.shadows.append(((x, a), (x, b), top))
         self.face(sorted((x, x + deep)), (0, top), a, 2, colour * 0.8, snow=0.03)
         self.side(x, (0, top), (a, b), 2, colour, snow=0.03)
         self.side(x, (top - 0.5, top), (a, b), 2, colour * 0.6, snow=1.0)
         if rng.random() < 0.5:  # shop front
-            self.side(x, (0.2, 2.6), (a + 0.5, b - 0.5), 2, rng.integers(40, 110, 3), WARM)
+            self.side(x, (0.2, 2.6), (a + 0.5, b - 0.5), 2, rng.integers(40, 110, 3),
+                      glow=WARM)
         glass, bays = rng.integers(50, 100) + np.array((0, 12, 30)), int((b - a) / 2.6)
         if b > 75:  # too far for single windows
             for i in range(1, floors):
-                self.side(x, (i * storey + 0.9, i * storey + 2.1), (a + 1, b - 1), 2, glass)
+                self.side(x, (i * storey + 0.9, i * storey + 2.1), (a + 1, b - 1), 2, glass,
+                          fixed=True)
             return
         for i, j in np.ndindex(floors - 1, bays):
             z, y = a + (j + 0.25) * (b - a) / bays, (i + 1) * storey + 0.8
             lit = WARM if rng.random() < 0.35 else (0, 0, 0)
-            self.side(x, (y, y + 1.5), (z, z + 1.3), 2, glass, lit)
+            self.side(x, (y, y + 1.5), (z, z + 1.3), 2, glass, glow=lit, fixed=True)
 
     def fence(self, x, a, b):
         """A fence along the street, its slats drawn while they are near enough to see."""
@@ -175,7 +207,8 @@ class Street:
             self.disc(x, 0.5, z, rng.uniform(0.6, 1.3), 0.8, 8, green, snow=0.5)
             return
         tall, r = rng.uniform(3.5, 6.5), rng.uniform(1.1, 2.2)
-        self.face((x - 0.15, x + 0.15), (0, tall), z, 8, (92, 70, 50))
+        self.shadows.append(((x - 0.7 * r, z), (x + 0.7 * r, z), tall))
+        self.face((x - 0.15, x + 0.15), (0, tall), z, 8, (92, 70, 50), fixed=True)
         for _ in range(4):
             dx, dy = rng.normal(0, 0.5 * r, 2)
             tint = green * rng.uniform(0.8, 1.15)
@@ -195,9 +228,11 @@ class Street:
     def lamp(self, x, z):
         """A lamp post: pole (5) with an arm over the street."""
         tall, s = self.rng.uniform(5, 8), -np.sign(x)
+        self.shadows.append(((x - 0.12, z), (x + 0.12, z), tall))
         self.face((x - 0.1, x + 0.1), (0, tall), z, 5, (108, 112, 116))
         self.face(sorted((x, x + s * 1.6)), (tall - 0.15, tall), z, 5, (108, 112, 116), snow=0.5)
-        self.face(sorted((x + s, x + s * 1.7)), (tall - 0.4, tall - 0.15), z, 5, WHITE, WARM)
+        self.face(sorted((x + s, x + s * 1.7)), (tall - 0.4, tall - 0.15), z, 5, WHITE,
+                  glow=WARM)
 
     def light(self, x, z):
         """A traffic light (6) on a pole (5), one of its three lamps on."""
@@ -207,7 +242,7 @@ class Street:
         for k, colour in enumerate(((60, 220, 110), (250, 200, 40), (250, 50, 40))):
             on = colour if k == lamp else (0, 0, 0)
             dim = colour if k == lamp else [c // 4 for c in colour]
-            self.disc(x, low + 0.28 + 0.52 * k, z, 0.2, 0.2, 6, dim, on)
+            self.disc(x, low + 0.28 + 0.52 * k, z, 0.2, 0.2, 6, dim, glow=on, fixed=True)
 
     def sign(self, x, z):
         """A traffic sign (7) on a pole (5): round, square or triangular."""
@@ -225,7 +260,7 @@ class Street:
                 low = y - r * k * 0.8
                 corners = [(x - r * k, low), (x + r * k, low), (x, y + r * k)]
                 self.pen.polygon(
-                    [self.point(*c, z) for c in corners], fill=self.shape(7, colour, z)
+                    [self.point(*c, z) for c in corners], fill=self.shape(7, colour, (FACE, z))
                 )
 
     def bin(self, x, z):
@@ -237,9 +272,10 @@ class Street:
         rng = self.rng
         coat, legs = rng.integers(30, 225, 3), rng.integers(25, 90, 3)
         tall, w = rng.uniform(1.55, 1.9), rng.uniform(0.24, 0.3)
+        self.shadows.append(((x - w, z), (x + w, z), tall))
         self.face((x - w * 0.75, x + w * 0.75), (lift, lift + tall * 0.5), z, cls, legs)
         self.face((x - w, x + w), (lift + tall * 0.42, lift + tall * 0.84), z, cls, coat)
-        self.disc(x, lift + tall * 0.92, z, 0.15, 0.17, cls, (205, 160, 130))
+        self.disc(x, lift + tall * 0.92, z, 0.15, 0.17, cls, (205, 160, 130), fixed=True)
 
     def bike(self, x, z, rider=False):
         """A bicycle (18) or motorcycle (17), with a rider (12) when `rider`."""
@@ -248,10 +284,10 @@ class Street:
         cls, r = (17, 0.36) if motor else (18, 0.38)
         colour = rng.integers(60, 230, 3) if motor else rng.integers(20, 120, 3)
         for dx in (-0.6, 0.6):
-            self.disc(x + dx, r, z, r, r, cls, (26, 26, 28))
+            self.disc(x + dx, r, z, r, r, cls, (26, 26, 28), fixed=True)
         if motor:
             self.face((x - 0.6, x + 0.5), (0.45, 0.95), z, cls, colour)
-            self.disc(x + 0.62, 0.85, z, 0.14, 0.14, cls, WHITE, WHITE)
+            self.disc(x + 0.62, 0.85, z, 0.14, 0.14, cls, WHITE, glow=WHITE)
         else:
             self.face((x - 0.6, x + 0.6), (0.5, 0.68), z, cls, colour)
             self.face((x + 0.38, x + 0.5), (0.5, 1.1), z, cls, colour)
@@ -275,7 +311,9 @@ class Street:
         return things
 
     def shadow(self, x, z, w):
-        self.ground((x - w, x + w), (z - 0.35, z + 1.5), 0, (48, 49, 52))
+        """What is dark below a vehicle in every light, and where its own shadow starts."""
+        self.shadows.append(((x - w, z), (x + w, z), 1.6))
+        self.ground((x - w, x + w), (z - 0.35, z + 1.5), 0, (48, 49, 52), fixed=True)
 
     def car(self, x, z):
         """Cabin, body, wheels, plate; red lamps when it drives away, white when it comes."""
@@ -287,12 +325,15 @@ class Street:
         self.box((x - w * 0.82, x + w * 0.82), (0.7, tall), (z + 0.6, z + deep * 0.75), 13,
                  paint * 0.85, snow=0.25)
         self.box((x - w, x + w), (0.28, 0.95), (z, z + deep), 13, paint, snow=0.1)
-        self.face((x - w * 0.7, x + w * 0.7), (0.98, tall - 0.12), z + 0.5, 13, (48, 62, 78))
+        self.face((x - w * 0.7, x + w * 0.7), (0.98, tall - 0.12), z + 0.5, 13, (48, 62, 78),
+                  fixed=True)
         for s in (-1, 1):
-            self.face(sorted((x + s * w * 0.55, x + s * w * 0.9)), (0, 0.3), z, 13, (22, 22, 24))
+            self.face(sorted((x + s * w * 0.55, x + s * w * 0.9)), (0, 0.3), z, 13, (22, 22, 24),
+                      fixed=True)
             lamp = RED if away else WHITE
-            self.face(sorted((x + s * w * 0.6, x + s * w * 0.92)), (0.62, 0.8), z, 13, lamp, lamp)
-        self.face((x - 0.24, x + 0.24), (0.42, 0.56), z, 13, (235, 235, 225))
+            self.face(sorted((x + s * w * 0.6, x + s * w * 0.92)), (0.62, 0.8), z, 13, lamp,
+                      glow=lamp)
+        self.face((x - 0.24, x + 0.24), (0.42, 0.56), z, 13, (235, 235, 225), fixed=True)
 
     def truck(self, x, z):
         """A tall cargo box seen from behind."""
@@ -304,8 +345,9 @@ class Street:
         self.face((x - w * 0.95, x + w * 0.95), (0.5, 0.9), z, 14, (52, 54, 58))
         self.face((x - 0.04, x + 0.04), (0.95, 3.1), z, 14, cargo * 0.6)
         for s in (-1, 1):
-            self.face(sorted((x + s * 0.65, x + s * 1.15)), (0, 0.55), z, 14, (22, 22, 24))
-            self.face(sorted((x + s * 0.85, x + s * 1.2)), (0.62, 0.8), z, 14, RED, RED)
+            self.face(sorted((x + s * 0.65, x + s * 1.15)), (0, 0.55), z, 14, (22, 22, 24),
+                      fixed=True)
+            self.face(sorted((x + s * 0.85, x + s * 1.2)), (0.62, 0.8), z, 14, RED, glow=RED)
 
     def coach(self, x, z, cls, paint, deep, tall):
         """The common body of bus and tram: a box with a row of lit windows."""
@@ -314,16 +356,19 @@ class Street:
         self.box((x - w, x + w), (0.35, tall), (z, z + deep), cls, paint, snow=0.08)
         if abs(x) > w:
             for t in np.arange(z + 0.6, z + deep - 1, 1.6):
-                self.side(flank, (1.5, 2.5), (t, t + 1.25), cls, (62, 80, 98), WARM)
-        self.face((x - 1.1, x + 1.1), (1.45, tall - 0.6), z, cls, (58, 76, 96), WARM)
-        self.face((x - 0.7, x + 0.7), (tall - 0.45, tall - 0.15), z, cls, (250, 180, 40), WARM)
+                self.side(flank, (1.5, 2.5), (t, t + 1.25), cls, (62, 80, 98),
+                          glow=WARM)
+        self.face((x - 1.1, x + 1.1), (1.45, tall - 0.6), z, cls, (58, 76, 96), glow=WARM)
+        self.face((x - 0.7, x + 0.7), (tall - 0.45, tall - 0.15), z, cls, (250, 180, 40),
+                  glow=WARM)
 
     def bus(self, x, z):
         paint = ((205, 34, 36), (240, 200, 60), (236, 236, 240))[self.rng.integers(3)]
         self.coach(x, z, 15, np.array(paint), self.rng.uniform(8, 11), 3.0)
         for s in (-1, 1):
-            self.face(sorted((x + s * 0.7, x + s * 1.15)), (0, 0.5), z, 15, (22, 22, 24))
-            self.face(sorted((x + s * 0.85, x + s * 1.2)), (0.7, 0.95), z, 15, RED, RED)
+            self.face(sorted((x + s * 0.7, x + s * 1.15)), (0, 0.5), z, 15, (22, 22, 24),
+                      fixed=True)
+            self.face(sorted((x + s * 0.85, x + s * 1.2)), (0.7, 0.95), z, 15, RED, glow=RED)
 
     def tram(self, x, z):
         for s in (-0.7, 0.7):
@@ -357,33 +402,111 @@ def snowfall(rng, size):
     return np.asarray(picture, np.float32)[..., None] / 255
 
 
-def look(street):
+def look(street, colours=None):
     """What every pixel of a scene shows before it is lit, arrays of (H,W) or (H,W,n) float32.
 
-    label (uint8) and z (m) are those of one sample; image (RGB), glow (RGB of what shines), snow
-    (cover, 0..1) and sky (share, 0..1) the mean of all; up is 0 at the horizon, 1 at the top.
+    colours: RGB of every shape, in place of the scene's own. label (uint8), shape, u, v and z are
+    those of one sample: z is its depth, (u, v) its place on the surface, all in m. image (RGB),
+    glow (RGB of what shines), snow (cover, 0..1) and sky (share, 0..1) are the mean of all; up is 0
+    at the horizon, 1 at the top.
     """
     samples, label = street.samples(), street.label()
-    columns = zip(*street.shapes, strict=True)
-    _, rgb, depth, glow, snow = (np.array(c, np.float32) for c in columns)
+    columns = zip(*[s[1:5] for s in street.shapes], strict=True)
+    rgb, places, glow, snow = (np.array(c, np.float32) for c in columns)
+    rgb = np.array(rgb if colours is None else colours, np.float32)
     rgb[0] = 0
+    table = np.column_stack([rgb, glow, snow, np.arange(len(rgb)) == 0]).astype(np.float32)
+    image, glow, snow, sky = np.split(
+        sum(np.take(table, s, axis=0) for s in samples) / len(samples), (3, 6, 7), axis=-1)
+    image = image / np.maximum(1 - sky, 1 / SUB**2)
+    shape = samples[0]
+    stands, at = places[shape, 0], places[shape, 1]
+    right = np.arange(street.w, dtype=np.float32) + 0.25 - street.x0  # pixels from the vanishing
+    down = np.arange(street.h, dtype=np.float32)[:, None] + 0.25 - street.y0  # point
+    plane = street.f * street.eye / np.maximum(down, 0.5)  # depth of the ground, per row
+    along = street.f * at / np.where(abs(right) < 0.5, 0.5, right)  # depth of a SIDE
+    z = np.where(stands == GROUND, plane, np.where(stands == SIDE, np.clip(along, 1, 400), at))
+    u = np.where(stands == SIDE, z, right * z / street.f)
+    v = np.where(stands == GROUND, z, street.eye - down * z / street.f)
+    up = np.clip(-down / street.y0, 0, 1)[..., None]
+    return SimpleNamespace(label=label, shape=shape, image=image, glow=glow, snow=snow[..., 0],
+                           sky=sky, stands=stands, z=z, u=u, v=v, up=up)
 
-    def mean(table):
-        return sum(table[s] for s in samples) / len(samples)
 
-    sky = mean(np.eye(1, len(rgb), dtype=np.float32)[0])[..., None]
-    image = mean(rgb) / np.maximum(1 - sky, 1 / SUB**2)
-    rows = np.arange(street.h, dtype=np.float32)[:, None] - street.y0
-    plane = street.f * street.eye / np.maximum(rows, 0.5)  # depth of the ground, per row
-    z = np.where(depth[samples[0]] == 0, plane, depth[samples[0]])
-    up = np.clip(-rows / street.y0, 0, 1)[..., None]
-    return SimpleNamespace(label=label, image=image, glow=mean(glow), snow=mean(snow), sky=sky, z=z,
-                           up=up)
+def materials(street, sun, rng):
+    """A scene as photographs show it, each thing made of a material of its own -> its `look`.
+
+    A thing takes a colour of its class's palette, its parts lighter and darker ones of it; people
+    take one for every garment. Then the surface: courses of stone, paving, worn and mended asphalt,
+    leaves, cloth, shine and dirt. sun: how strong the shadows are, 0..1.
+    """
+    classes, rgb, _, _, _, fixed, thing = (
+        np.array(c, np.float32) for c in zip(*street.shapes, strict=True))
+    light, things = rgb.mean(-1), thing.astype(np.int32)
+    part = np.where(np.isin(classes, (11, 12)), np.arange(len(classes)), 1000 * things + classes)
+    _, first, paint = np.unique(part, return_index=True, return_inverse=True)
+    chosen = rng.random(len(first))
+    palette = np.array([PALETTES[c][int(p * len(PALETTES[c]))] if c in PALETTES else (0, 0, 0)
+                        for c, p in zip(classes[first].astype(int), chosen, strict=True)])
+    palette = palette * rng.uniform(0.85, 1.15, (len(first), 1)) + rng.normal(0, 4, palette.shape)
+    shade = np.clip(light / np.maximum(light[first][paint], 30), 0.4, 3)[:, None]
+    own = (fixed > 0) | ~np.isin(classes, [*PALETTES])
+    s = look(street, np.where(own[:, None], rgb, np.clip(palette[paint] * shade, 8, 235)))
+
+    size = street.h, street.w
+    half = smooth_noise(rng, (128, 128), 5)  # four times, mirrored: no seams
+    tile = np.block([[half, half[:, ::-1]], [half[::-1], half[::-1, ::-1]]])
+    turned = 37 * things[s.shape]
+
+    def stain(cell, stretch=1):
+        """Smooth noise that lies on the surfaces, blots of `cell` metres."""
+        i = (s.u * (5 / cell)).astype(np.int32) + turned
+        j = (s.v * (5 / cell / stretch)).astype(np.int32)
+        return np.take(tile, (i & 255) * 256 + (j & 255))
+
+    def joints(high, wide, fade):
+        """1 in the joints between stones of high x wide metres, laid in courses."""
+        row = np.floor(s.v / high)
+        joint = (s.v / high - row < 0.2) | ((s.u / wide + 0.5 * (row % 2)) % 1 < 0.12)
+        return joint * np.clip(1.5 - 3 * fine / high, 0, 1) * fade
+
+    def of(*classes):
+        return np.isin(s.label, classes)
+
+    fine = s.z / street.f  # metres a pixel
+    block, contrast = rng.uniform((0.35, -0.3), (0.9, 0.2), (things.max() + 1, 2)).T
+    block, contrast = block.astype(np.float32), contrast.astype(np.float32)
+    stone, worn = block[things[s.shape]], contrast[things[s.shape]]
+    tone = 1 + 0.09 * (stain(0.5) + stain(3))
+    tone += of(2, 3) * joints(stone, 2 * stone, worn)
+    tone += of(1) * joints(stone * 1.6, stone * 1.6, -0.25)
+    lanes, mended = rng.uniform(0.02, 0.14), stain(2.5, 3) > 0.45
+    tone += of(0) * (lanes * np.cos(s.u * 3.7) + 0.08 * stain(0.3, 6) - 0.16 * mended)
+    leaves = 0.22 * (smooth_noise(rng, size, 2) + smooth_noise(rng, size, 5))
+    tone += of(8, 9) * leaves
+    tone += of(11, 12) * 0.25 * np.sin(s.v * 40) * (worn < -0.1)  # striped cloth
+    tone += of(13, 14, 15, 16) * (0.25 * np.clip(s.v - 1, -1, 1) + 0.1 * stain(1))  # shine and dirt
+    side = np.sign(rng.uniform(-1, 1)) * 0.25 * sun  # one side of the street faces the sun
+    tone += (s.stands == SIDE) * side * np.sign(np.arange(street.w) - street.x0)
+
+    cast = Image.new("L", size[::-1])
+    pen = ImageDraw.Draw(cast)
+    lean = rng.uniform((-1.6, -0.3), (1.6, 0.8))  # metres right and away, a metre of height
+    for *foot, tall in street.shadows:
+        top = [np.add(p, np.minimum(tall, 5) * lean) for p in foot[::-1]]
+        corners = [street.point(x, 0, max(z, 1)) for x, z in (*foot, *top)]
+        pen.polygon([(x / SUB, y / SUB) for x, y in corners], fill=255)
+    cast = np.asarray(cast.filter(ImageFilter.BoxBlur(1)), np.float32) / 255
+    tone *= 1 - 0.6 * sun * cast * (s.stands == GROUND)
+    s.image, s.patches = s.image * tone[..., None], stain(1.5, 3)
+    return s
 
 
 def light_street(street, style, rng):
     """Light a scene in one of STYLES -> image uint8 (H,W,3), label uint8 (H,W)."""
-    s, size, f32 = look(street), (street.h, street.w), np.float32
+    size, f32 = (street.h, street.w), np.float32
+    sun = {"sunny": 1, "dusk": 0.9, "overcast": 0.5, "snowy": 0.5, "rainy": 0.3}.get(style, 0)
+    s = look(street) if style == "sunny" else materials(street, sun, rng)
 
     def haze(picture, colour, reach):
         seen = np.exp(-s.z / reach)[..., None]
@@ -398,38 +521,34 @@ def light_street(street, style, rng):
         image = under_sky(s.image, (205, 226, 245), (88, 150, 228), 0)
         return np.clip(image, 0, 255).astype(np.uint8), s.label
 
-    texture = smooth_noise(rng, size, 4) * 0.6 + smooth_noise(rng, size, 11)
-    grey = s.image.mean(-1, keepdims=True)
-    dull = grey + (s.image - grey) * rng.uniform(0.45, 0.65)
-    dull = dull * (1 + 0.09 * texture[..., None])
-    dim = rng.uniform(0.9, 1.1)  # every picture has its own exposure
+    dim = rng.uniform(0.85, 1.15)  # every picture has its own exposure
     if style == "overcast":
-        image = dull * 0.74 * dim
-        image = under_sky(image, (178, 180, 184), (142, 146, 152), 22)
+        image = s.image * 0.85 * dim
+        image = under_sky(image, (196, 198, 202), (152, 157, 165), 24)
     elif style == "foggy":
         tone = np.array((188, 193, 198), f32) * dim
-        image = haze(dull * 0.8, tone, rng.uniform(14, 30))
+        image = haze(s.image * 0.8, tone, rng.uniform(14, 30))
     elif style == "rainy":
-        wet = 1 + 0.2 * smooth_noise(rng, size, 9)[..., None] * (s.label == 0)[..., None]
-        image = dull * np.array((0.46, 0.5, 0.56), f32) * wet * dim + s.glow * 0.25
-        image = haze(image, (96, 102, 110), 90)
-        image = under_sky(image, (96, 102, 110), (66, 70, 80), 18)
+        wet = 1 + 0.3 * (s.patches * (s.stands == GROUND))[..., None]
+        image = s.image * np.array((0.56, 0.6, 0.66), f32) * wet * dim + s.glow * 0.25
+        image = haze(image, (112, 118, 126), 90)
+        image = under_sky(image, (112, 118, 126), (78, 83, 94), 18)
         image = image + rain(rng, size)
     elif style == "snowy":
-        lies = s.snow + 0.3 * texture * (s.snow > 0.15)
-        lies = np.clip(lies * 1.5 - 0.2, 0, 1)[..., None]
-        image = (dull * 0.8 * (1 - lies) + np.array((232, 236, 242), f32) * lies) * dim
+        blown = 0.5 * s.patches * (s.snow > 0.15)
+        lies = np.clip((s.snow + blown) * 1.5 - 0.2, 0, 1)[..., None]
+        image = (s.image * 0.85 * (1 - lies) + np.array((232, 236, 242), f32) * lies) * dim
         image = haze(image, (212, 215, 220), 80)
         image = under_sky(image, (214, 217, 222), (190, 194, 202), 8)
         fall = snowfall(rng, size)
         image = image * (1 - fall) + 250 * fall
     elif style == "dusk":
-        tint = np.array((0.78, 0.5, 0.5), f32) * dim
-        image = haze(dull * tint + s.glow * 0.35, (190, 112, 90), 150)
+        tint = np.array((0.86, 0.58, 0.5), f32) * dim
+        image = haze(s.image * tint + s.glow * 0.35, (190, 112, 90), 150)
         image = under_sky(image, (250, 150, 70), (96, 62, 112), 20)
     else:  # night
-        pool = np.exp(-s.z / 14)[..., None] * (s.label <= 1)[..., None]  # our own headlights
-        image = dull * (np.array((0.15, 0.16, 0.23), f32) + 0.3 * pool) * dim
+        pool = np.exp(-s.z / 16)[..., None] * (s.stands == GROUND)[..., None]  # our own headlights
+        image = s.image * (np.array((0.17, 0.18, 0.26), f32) + 0.35 * pool) * dim
         image = under_sky(image, (26, 28, 44), (8, 9, 20), 4)
     image = halo(image, s.glow, style) + rng.normal(0, 2.0, size + (1,)).astype(f32)  # sensor
     return np.clip(image, 0, 255).astype(np.uint8), s.label
