@@ -54,10 +54,10 @@ def condition(label, weather, seed=0):
     return dginstyle.Condition("", label, prompt, weather, None, (0, 0), seed)
 
 
-def paint(labels, weathers, args):
-    """One image for every label (H,W) and weather word -> uint8 (B,H,W,3)."""
+def paint(labels, weathers, args, seed=0):
+    """One image for every label (H,W) and weather word, from one noise -> uint8 (B,H,W,3)."""
     models = dginstyle.load(args)
-    jobs = [condition(*pair) for pair in zip(labels, weathers, strict=True)]
+    jobs = [condition(*pair, seed) for pair in zip(labels, weathers, strict=True)]
     return np.concatenate([dginstyle.make_images(models, [job], CLASSES, args) for job in jobs])
 
 
@@ -269,10 +269,15 @@ def draw_swap(sheet, shown, left, right):
         sheet.text(right + 360, top + 30 + 42 * k, line, 28, DIM)
 
 
-def teaser(seed=1):
-    """One label map, seven prompts, with and without the swap."""
+def teaser(seed=1, noise=8):
+    """One label map, seven prompts, with and without the swap, as `generate` samples.
+
+    From most noise the toy pack paints coloured patches on roads as empty as this one; from this
+    one it does not.
+    """
     label, styles = street_label(seed), streets.STYLES
-    swapped, source = (paint([label] * len(styles), styles, options("--swap", swap))
+    swapped, source = (paint([label] * len(styles), styles,
+                             dginstyle.settings("generate", "--swap", swap), noise)
                        for swap in "10")
     return draw_teaser(data.colourise(label, CLASSES), styles, swapped, source)
 
