@@ -220,7 +220,8 @@ def shorten(words):
     toy = "--sd" not in words and not any(w.startswith(("data/", "mine")) for w in words)
     more = ["--device", "cpu", "--precision", "bf16"]
     if kind == "generate":
-        return words + more + ["--num", str(processes(words) + 1), "--steps", "1"]
+        steps = "4" if toy else "1"  # of which one lies below the toy pack's start
+        return words + more + ["--num", str(processes(words) + 1), "--steps", steps]
     more += ["--steps", "2", "--save-every", "2", "--workers", "1"]
     if kind == "train":
         more += ["--weather", "night"]
@@ -297,6 +298,8 @@ def promised(words, pictures):
     kind, stage = words[words.index("dginstyle.py") + 1 :][:2]
     if "predict" in words:
         return {"**/*_labelTrainIds.png": pictures}
+    if "filter" in words:
+        return {"grid.png": 1, "manifest.jsonl": 1}
     if kind == "generate":
         num = int(last(words, "--num"))
         return {"images/*.png": num, "labels/*.png": num, "grid.png": 1, "gallery.html": 1}
