@@ -188,11 +188,10 @@ SEGMENT = {
     **COMMON, **LOOP, **RCS,
     "out": flag(Path("runs/segment"), "output folder", folder),
     "eval_data": flag(None, "sets to measure on, as --data; one row each", many=True),
-    "weights": flag(None, "eval, predict, filter: segmenter folder or file; default: "
-                    "OUT/segformer", Path),
+    "weights": flag(None, "eval, predict: segmenter folder or file; default: OUT/segformer", Path),
     "backbone": flag("b5", "MiT size: b0 to b5, tiny; or diff: the features of --sd (DIFF, arXiv "
                      "2406.00777)", choices=(*segformer.PRESETS, "diff")),
-    "sd": flag(TOY, "diff: Stable Diffusion folder or file; other stages need the same", Path),
+    "sd": flag(TOY, "diff: Stable Diffusion folder or file; eval and predict need the same", Path),
     "diff_steps": flag("full", "diff: the noise levels that are read", choices=tuple(diff.STEPS)),
     "ipkl": flag(True, "diff: a branch that is told the labels teaches the other; with direct and "
                  "1 it is told which classes there are, not where"),
@@ -209,7 +208,7 @@ SEGMENT = {
 }
 TABLES = {"train": TRAIN, "generate": GENERATE, "segment": SEGMENT}
 STAGES = {"train": ("dreambooth", "controlnet"), "generate": (),
-          "segment": ("train", "eval", "predict", "filter")}
+          "segment": ("train", "eval", "predict")}
 # sections of a settings.json: the commands, and stages of theirs
 SECTIONS = TABLES | dict.fromkeys((*STAGES["train"], "vae", "prior"), TRAIN) | {"diff": SEGMENT}
 

@@ -1,11 +1,10 @@
-"""segment train | eval | predict | filter: what learns from source and generated (section 4).
+"""segment train | eval | predict: what learns from source and generated pictures (section 4).
 
     segmenter_draw      training crops: rare classes, flips, photometric distortion
     training_loss       cross-entropy, for HRDA on both scales, and DAFormer's feature distance
     train_segmenter     SegFormer, DAFormer or HRDA on MiT, or DIFF on a frozen prior
     predict             a picture of any size -> logits, in sliding windows
     evaluate            mIoU on whole data sets
-    filter_labels       ignore what generated images do not show
 
 The networks are in segformer.py and diff.py, the loop is in training.py, the flags are in
 recipes.py. The recipe is DAFormer's (arXiv 2111.14887), as the released segmenter has it.
@@ -17,7 +16,6 @@ Shapes: B batch, H W pixels, h w crop, K classes. Pictures are uint8 RGB, labels
 import copy
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +36,6 @@ from recipes import TOY, pack_settings, settle
 from segformer import SegFormer, resize
 from training import DTYPES, choose_precision, open_data, open_sets, ranks, say
 
-TOLERANCE = 1.25  # FreeMask's, of `filter_labels`
 THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's thing classes of Cityscapes
 
 
@@ -386,48 +383,6 @@ def predict_pictures(args, classes, load_models):
     print(f"{len(jobs)} predictions in {out}")
 
 
-@torch.no_grad()
-def filter_labels(args, classes, load_models):
-    """Copy the generated set of --data to --out, without the labels that its images do not show.
-
-    A pixel becomes ignore where the loss of the segmenter is above TOLERANCE times the mean of its
-    class in the set (FreeMask, arXiv 2310.15160). There the segmenter knows real pictures of the
-    same look. Here nothing labelled looks like the set, so train the segmenter on source and set.
-    """
-    pairs, *others = open_data(args)[0].sets
-    if others:
-        raise UserError("segment filter reads one set: name one word of --data")
-    model = load_segmenter(args, classes, load_models)
-    window = crop_size(args, model.config.head)
-
-    def losses():
-        """-> (index, image (H,W,3), label (H,W), cross-entropy (H,W), 0 at ignore), ..."""
-        for i in tqdm(range(len(pairs)), unit="image"):
-            image, label = pairs.pair(i)
-            logits = predict(model, image, window, args.eval_fit).float().cpu()
-            target = torch.from_numpy(label.astype(np.int64))
-            loss = F.cross_entropy(logits[None], target[None], ignore_index=IGNORE,
-                                   reduction="none")
-            yield i, image, label, loss[0].numpy()
-
-    total, pixels = np.zeros(256), np.zeros(256)
-    for _, _, label, loss in losses():
-        total += np.bincount(label.ravel(), loss.ravel(), 256)
-        pixels += np.bincount(label.ravel(), minlength=256)
-    most, gone = TOLERANCE * total / np.maximum(pixels, 1), 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    for i, image, label, loss in losses():
-        kept = np.where(loss > most[label], IGNORE, label).astype(np.uint8)
-        gone += np.count_nonzero(kept != label)
-        gallery.save_generated(args.out, pairs.name(i), image, kept, classes)
-    gallery.write_grid(args.out)
-    manifest = Path(getattr(pairs, "root", ""), "manifest.jsonl")
-    if manifest.is_file():
-        shutil.copyfile(manifest, args.out / manifest.name)
-    print(f"{len(pairs)} images in {args.out}; {gone / pixels[:IGNORE].sum():.0%} of their "
-          "labelled pixels are ignored now")
-
-
 def segmenter_path(args):
     """--weights, what training left in --out, or the toy pack's, in this order."""
     own = Path(getattr(args, "out", recipes.SEGMENT["out"]["default"])) / "segformer"
@@ -453,7 +408,7 @@ def settle_segment(args):
 
 
 def segment(args, load_models):
-    """Train and then measure, or one stage alone, with the settings of recipes.SEGMENT.
+    """Train and then measure, or one of the two, or predict, with the settings of recipes.SEGMENT.
 
     load_models: dginstyle.Models.from_pretrained, for the prior that DIFF reads.
     """
@@ -470,5 +425,3 @@ def segment(args, load_models):
         evaluate(args, sets, classes, load_models)
     if args.stage == "predict":
         predict_pictures(args, classes, load_models)
-    if args.stage == "filter":
-        filter_labels(args, classes, load_models)

@@ -2053,25 +2053,6 @@ def test_predict_pictures_and_folders(tmp_path):
         assert label.shape == (32, 64)
 
 
-def test_filter_ignores_what_images_do_not_show(generated, tmp_path):
-    """segment filter: of every class the pixels above 1.25 x its mean loss become ignore, counted
-    literally; images and manifest stay."""
-    weights = HERE / "toy/segformer"
-    assert main(["segment", "filter", "--data", str(generated), "--weights", str(weights),
-                 "--out", str(tmp_path)]) == 0
-    model = SegFormer.from_pretrained(weights)
-    pairs, kept = data.Pairs(generated), data.Pairs(tmp_path)
-    loss = np.stack([-segment.predict(model, pairs.image(i), (64, 128)).log_softmax(0).numpy()
-                     for i in range(len(pairs))])  # (N,K,H,W)
-    old, new = (np.stack([p.label(i) for i in range(len(p))]) for p in (pairs, kept))
-    for c in set(np.unique(old)) - {255}:
-        excess = loss[:, c] - 1.25 * loss[:, c][old == c].mean(dtype=np.float64)
-        assert (new[(old == c) & (excess > 1e-4)] == 255).all()
-        assert (new[(old == c) & (excess < -1e-4)] == c).all()
-    assert (new == 255).sum() > (old == 255).sum() and kept.layout == "generated"
-    assert all(np.array_equal(pairs.image(i), kept.image(i)) for i in range(len(pairs)))
-
-
 def segment_setting(*words, **others):
     """The data, settings and training draw of a segment command."""
     args = dginstyle.settings("segment", *words)

@@ -87,8 +87,8 @@ SETS = {
     "restyled": ["--restyle", "0.9"],
 }
 # sets made from the full method's: with real pictures in place of the images, as a perfect
-# generator would make them; the same through the VAE; filtered by the segmenter of its own row
-TWINS, DECODED, FILTERED = "full twins", "full twins decoded", "full filtered"
+# generator would make them; the same through the VAE
+TWINS, DECODED = "full twins", "full twins decoded"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,6 @@ class Row:
 SOURCE, FULL_ROW, ORACLE = ("source only", "source + generated (full method)",
                             "oracle: real pictures of all styles")
 STRONG, BOTH = "source, strong augmentation", "full method, strong augmentation"
-FILTERED_ROW = "full method, labels filtered"
 NO_SWAP, NO_MRLF = "without Style Swap", "without MRLF (first pass only)"
 NO_IPKL, DIFF, DIFF_FULL = ("DIFF, source only, without IPKL", "DIFF, source only",
                             "DIFF, source + generated")
@@ -116,7 +115,6 @@ ROWS = [
     Row(SOURCE, main=True),
     Row(STRONG, strong=True, main=True),
     Row(FULL_ROW, ("full",), main=True),
-    Row(FILTERED_ROW, (FILTERED,), main=True),
     Row(BOTH, ("full",), strong=True, main=True),
     Row(NO_SWAP, ("swap 0",), main=True),
     Row(NO_MRLF, ("no fusion",), main=True),
@@ -136,19 +134,17 @@ ROWS = [
 ]
 X2 = ", steps x2"  # do more steps change who wins? Strong augmentation learns for longer
 ROWS += [replace(row, title=row.title + X2, times=2, main=False) for row in ROWS
-         if row.title in (SOURCE, STRONG, FULL_ROW, FILTERED_ROW, BOTH, ORACLE)]
+         if row.title in (SOURCE, STRONG, FULL_ROW, BOTH, ORACLE)]
 SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart by size
 BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
 # the differences that the experiment is about: row, row to compare with, key of a run
 COMPARED = (
     (FULL_ROW, SOURCE, "unseen"), (FULL_ROW, NO_SWAP, "unseen"), (FULL_ROW, NO_MRLF, "unseen"),
     (FULL_ROW, NO_MRLF, "small"), (FULL_ROW, STRONG, "unseen"), (FULL_ROW, STRONG, "small"),
-    (FILTERED_ROW, FULL_ROW, "unseen"), (FILTERED_ROW, STRONG, "unseen"),
     (BOTH, STRONG, "unseen"), (BOTH, FULL_ROW, "unseen"), (DIFF, SOURCE, "unseen"),
     (DIFF, NO_IPKL, "unseen"), (DIFF_FULL, DIFF, "unseen"), (DIFF_FULL, FULL_ROW, "unseen"),
     (DIFF_X4, SOURCE, "unseen"), (DIFF_FULL_X4, DIFF_X4, "unseen"),
     (DIFF_FULL_X4, FULL_ROW, "unseen"), (FULL_ROW + X2, STRONG + X2, "unseen"),
-    (FILTERED_ROW + X2, FULL_ROW + X2, "unseen"), (FILTERED_ROW + X2, STRONG + X2, "unseen"),
     (BOTH + X2, STRONG + X2, "unseen"), (BOTH + X2, FULL_ROW + X2, "unseen"))
 
 
@@ -245,22 +241,12 @@ def set_jobs(x):
 
 
 def derived_jobs(x):
-    """The sets that are made from the full method's alone."""
+    """The sets that are made from the full method's."""
     for seed, name in x.sets():
-        if name in (TWINS, DECODED):
+        if name not in SETS:
             path = x.set_path(name, seed)
             yield Job(f"{name}, seed {seed}", path / "done", (
                 twin_set, x.set_path("full", seed), path, x.scale.source, name == DECODED))
-
-
-def filter_jobs(x):
-    """The sets that are filtered, once the full method's rows have run."""
-    for seed, name in x.sets():
-        if name == FILTERED:
-            path = x.set_path(name, seed)
-            yield Job(f"{name}, seed {seed}", path / "manifest.jsonl", (
-                command, "segment", "filter", "--data", x.set_path("full", seed), "--weights",
-                x.run_path(FULL_ROW, seed) / "segformer", "--out", path))
 
 
 def segment_argv(stage, x, seed, path, specs, flags):
@@ -683,10 +669,7 @@ def main(argv=None):
     x, start = open_experiment(args), time.time()
     run_all([*set_jobs(x), *encoder_jobs(x)], x.out, args.jobs)
     run_all([*derived_jobs(x)], x.out, args.jobs)
-    run_all([*([] if args.diff else [fidelity_job(x)]),
-             *(job for job in row_jobs(x) if "filtered" not in job.name)], x.out, args.jobs)
-    run_all([*filter_jobs(x)], x.out, args.jobs)
-    run_all([*row_jobs(x)], x.out, args.jobs)
+    run_all([*([] if args.diff else [fidelity_job(x)]), *row_jobs(x)], x.out, args.jobs)
     run_all([Job("cost", x.out / "cost.json", (measure_cost, x))] if args.diff else
             [*size_jobs(x)], x.out, args.jobs)
 

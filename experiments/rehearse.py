@@ -298,8 +298,6 @@ def promised(words, pictures):
     kind, stage = words[words.index("dginstyle.py") + 1 :][:2]
     if "predict" in words:
         return {"**/*_labelTrainIds.png": pictures}
-    if "filter" in words:
-        return {"grid.png": 1, "manifest.jsonl": 1}
     if kind == "generate":
         num = int(last(words, "--num"))
         return {"images/*.png": num, "labels/*.png": num, "grid.png": 1, "gallery.html": 1}
