@@ -123,7 +123,6 @@ ROWS = [
     Row("source + restyled pictures", ("restyled",)),
     Row("real pictures in place of the generated", (TWINS,)),
     Row("the same through the VAE", (DECODED,)),
-    Row("the real pictures, strong augmentation", (TWINS,), strong=True),
     Row(ORACLE, source="all", main=True),
     Row(NO_IPKL, diff=("--no-ipkl",)),
     Row(DIFF, diff=()),

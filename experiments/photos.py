@@ -1,6 +1,6 @@
 """The whole paper on photographs, at toy size: CamVid, from day to dusk.
 
-    python -m experiments.photos FOLDER            # 80 minutes on two cores
+    python -m experiments.photos FOLDER            # about an hour and a half on two cores
     python -m experiments.photos FOLDER --quick    # to see that everything runs: a few minutes
 
 FOLDER holds day-train, day-val and dusk-test (images/NAME.jpg, labels/NAME.png), dusk-photos (of

@@ -55,7 +55,7 @@ def condition(label, weather, seed=0):
 
 
 def paint(labels, weathers, args, seed=0):
-    """One image for every label (H,W) and weather word, from one noise -> uint8 (B,H,W,3)."""
+    """One image for every label (H,W) and weather word, all of one seed -> uint8 (B,H,W,3)."""
     models = dginstyle.load(args)
     jobs = [condition(*pair, seed) for pair in zip(labels, weathers, strict=True)]
     return np.concatenate([dginstyle.make_images(models, [job], CLASSES, args) for job in jobs])
@@ -272,8 +272,8 @@ def draw_swap(sheet, shown, left, right):
 def teaser(seed=1, noise=8):
     """One label map, seven prompts, with and without the swap, as `generate` samples.
 
-    From most noise the toy pack paints coloured patches on roads as empty as this one; from this
-    one it does not.
+    The toy pack paints coloured patches on roads as empty as this one with most seeds of the
+    noise, with this one it does not.
     """
     label, styles = street_label(seed), streets.STYLES
     swapped, source = (paint([label] * len(styles), styles,
