@@ -220,7 +220,7 @@ def shorten(words):
     toy = "--sd" not in words and not any(w.startswith(("data/", "mine")) for w in words)
     more = ["--device", "cpu", "--precision", "bf16"]
     if kind == "generate":
-        steps = "4" if toy else "1"  # of which one lies below the toy pack's start
+        steps = "1" if "--sd" in words else "4"  # one of them lies below the toy pack's start
         return words + more + ["--num", str(processes(words) + 1), "--steps", steps]
     more += ["--steps", "2", "--save-every", "2", "--workers", "1"]
     if kind == "train":
