@@ -138,13 +138,15 @@ SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart
 BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
 # the differences that the experiment is about: row, row to compare with, key of a run
 COMPARED = (
-    (FULL_ROW, SOURCE, "unseen"), (FULL_ROW, NO_SWAP, "unseen"), (FULL_ROW, NO_MRLF, "unseen"),
-    (FULL_ROW, NO_MRLF, "small"), (FULL_ROW, STRONG, "unseen"), (FULL_ROW, STRONG, "small"),
-    (BOTH, STRONG, "unseen"), (BOTH, FULL_ROW, "unseen"), (DIFF, SOURCE, "unseen"),
-    (DIFF, NO_IPKL, "unseen"), (DIFF_FULL, DIFF, "unseen"), (DIFF_FULL, FULL_ROW, "unseen"),
-    (DIFF_X4, SOURCE, "unseen"), (DIFF_FULL_X4, DIFF_X4, "unseen"),
-    (DIFF_FULL_X4, FULL_ROW, "unseen"), (FULL_ROW + X2, STRONG + X2, "unseen"),
-    (BOTH + X2, STRONG + X2, "unseen"), (BOTH + X2, FULL_ROW + X2, "unseen"))
+    *((FULL_ROW, row, "unseen") for row in (
+        SOURCE, NO_SWAP, NO_MRLF, "without rare-class crops", "without weather prompts",
+        "source + restyled pictures", STRONG)),
+    (FULL_ROW, NO_MRLF, "small"), (FULL_ROW, STRONG, "small"), (BOTH, STRONG, "unseen"),
+    (BOTH, FULL_ROW, "unseen"), (DIFF, SOURCE, "unseen"), (DIFF, NO_IPKL, "unseen"),
+    (DIFF_FULL, DIFF, "unseen"), (DIFF_FULL, FULL_ROW, "unseen"), (DIFF_X4, SOURCE, "unseen"),
+    (DIFF_FULL_X4, DIFF_X4, "unseen"), (DIFF_FULL_X4, FULL_ROW, "unseen"),
+    (FULL_ROW + X2, STRONG + X2, "unseen"), (BOTH + X2, STRONG + X2, "unseen"),
+    (BOTH + X2, FULL_ROW + X2, "unseen"))
 
 
 @dataclass(frozen=True)
