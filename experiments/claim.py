@@ -108,6 +108,8 @@ SOURCE, FULL_ROW, ORACLE = ("source only", "source + generated (full method)",
                             "oracle: real pictures of all styles")
 STRONG, BOTH = "source, strong augmentation", "full method, strong augmentation"
 NO_SWAP, NO_MRLF = "without Style Swap", "without MRLF (first pass only)"
+NO_RCS, NO_WEATHER = "without rare-class crops", "without weather prompts"
+RESTYLED = "source + restyled pictures"
 NO_IPKL, DIFF, DIFF_FULL = ("DIFF, source only, without IPKL", "DIFF, source only",
                             "DIFF, source + generated")
 DIFF_X4, DIFF_FULL_X4 = (f"{row}, without IPKL, steps x4" for row in (DIFF, DIFF_FULL))
@@ -118,9 +120,9 @@ ROWS = [
     Row(BOTH, ("full",), strong=True, main=True),
     Row(NO_SWAP, ("swap 0",), main=True),
     Row(NO_MRLF, ("no fusion",), main=True),
-    Row("without rare-class crops", ("no rare classes",)),
-    Row("without weather prompts", ("no weather",)),
-    Row("source + restyled pictures", ("restyled",)),
+    Row(NO_RCS, ("no rare classes",)),
+    Row(NO_WEATHER, ("no weather",)),
+    Row(RESTYLED, ("restyled",)),
     Row("real pictures in place of the generated", (TWINS,)),
     Row("the same through the VAE", (DECODED,)),
     Row(ORACLE, source="all", main=True),
@@ -139,8 +141,7 @@ BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
 # the differences that the experiment is about: row, row to compare with, key of a run
 COMPARED = (
     *((FULL_ROW, row, "unseen") for row in (
-        SOURCE, NO_SWAP, NO_MRLF, "without rare-class crops", "without weather prompts",
-        "source + restyled pictures", STRONG)),
+        SOURCE, NO_SWAP, NO_MRLF, NO_RCS, NO_WEATHER, RESTYLED, STRONG)),
     (FULL_ROW, NO_MRLF, "small"), (FULL_ROW, STRONG, "small"), (BOTH, STRONG, "unseen"),
     (BOTH, FULL_ROW, "unseen"), (DIFF, SOURCE, "unseen"), (DIFF, NO_IPKL, "unseen"),
     (DIFF_FULL, DIFF, "unseen"), (DIFF_FULL, FULL_ROW, "unseen"), (DIFF_X4, SOURCE, "unseen"),
