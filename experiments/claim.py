@@ -82,6 +82,8 @@ SETS = {
     "full": [],
     "swap 0": ["--swap", "0"],
     "no fusion": ["--no-mrlf"],
+    "fast": ["--preset", "fast"],  # whose second pass starts from noise, as published
+    "fast no fusion": ["--preset", "fast", "--no-mrlf"],
     "no rare classes": ["--no-rcs"],
     "no weather": ["--weather-prob", "0"],
     "restyled": ["--restyle", "0.9"],
@@ -108,6 +110,7 @@ SOURCE, FULL_ROW, ORACLE = ("source only", "source + generated (full method)",
                             "oracle: real pictures of all styles")
 STRONG, BOTH = "source, strong augmentation", "full method, strong augmentation"
 NO_SWAP, NO_MRLF = "without Style Swap", "without MRLF (first pass only)"
+FAST, FAST_NO_MRLF = "full method, preset fast", "without MRLF, preset fast"
 NO_RCS, NO_WEATHER = "without rare-class crops", "without weather prompts"
 RESTYLED = "source + restyled pictures"
 NO_IPKL, DIFF, DIFF_FULL = ("DIFF, source only, without IPKL", "DIFF, source only",
@@ -120,6 +123,8 @@ ROWS = [
     Row(BOTH, ("full",), strong=True, main=True),
     Row(NO_SWAP, ("swap 0",), main=True),
     Row(NO_MRLF, ("no fusion",), main=True),
+    Row(FAST, ("fast",)),
+    Row(FAST_NO_MRLF, ("fast no fusion",)),
     Row(NO_RCS, ("no rare classes",)),
     Row(NO_WEATHER, ("no weather",)),
     Row(RESTYLED, ("restyled",)),
@@ -136,12 +141,14 @@ ROWS = [
 X2 = ", steps x2"  # do more steps change who wins? Strong augmentation learns for longer
 ROWS += [replace(row, title=row.title + X2, times=2, main=False) for row in ROWS
          if row.title in (SOURCE, STRONG, FULL_ROW, BOTH, ORACLE)]
-SIZED = (SOURCE, FULL_ROW, NO_MRLF, ORACLE)  # rows whose objects are told apart by size
+# rows whose objects are told apart by size
+SIZED = (SOURCE, FULL_ROW, NO_MRLF, FAST, FAST_NO_MRLF, ORACLE)
 BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
 # the differences that the experiment is about: row, row to compare with, key of a run
 COMPARED = (
     *((FULL_ROW, row, "unseen") for row in (
         SOURCE, NO_SWAP, NO_MRLF, NO_RCS, NO_WEATHER, RESTYLED, STRONG)),
+    (FAST, FAST_NO_MRLF, "unseen"), (FAST, FAST_NO_MRLF, "small"), (FAST, FULL_ROW, "unseen"),
     (FULL_ROW, NO_MRLF, "small"), (FULL_ROW, STRONG, "small"), (BOTH, STRONG, "unseen"),
     (BOTH, FULL_ROW, "unseen"), (DIFF, SOURCE, "unseen"), (DIFF, NO_IPKL, "unseen"),
     (DIFF_FULL, DIFF, "unseen"), (DIFF_FULL, FULL_ROW, "unseen"), (DIFF_X4, SOURCE, "unseen"),
@@ -542,11 +549,12 @@ def size_table(x):
         return []
     lines = markdown(["trained on", "smallest quarter", "second", "third", "largest"],
                      [[title, *map(spread, v.T)] for title, v in iou.items()])
-    if {FULL_ROW, NO_MRLF} <= iou.keys():
-        a, b = iou[FULL_ROW], iou[NO_MRLF]
-        lines += ["", f"Full method against {NO_MRLF}: {', '.join(map(difference, a.T, b.T))}; the "
-                  "three smaller quarters together "
-                  f"{difference(a[:, :3].mean(axis=1), b[:, :3].mean(axis=1))}."]
+    for title, other in ((FULL_ROW, NO_MRLF), (FAST, FAST_NO_MRLF)):
+        if {title, other} <= iou.keys():
+            a, b = iou[title], iou[other]
+            lines += ["", f"{title} against {other}: {', '.join(map(difference, a.T, b.T))}; the "
+                      "three smaller quarters together "
+                      f"{difference(a[:, :3].mean(axis=1), b[:, :3].mean(axis=1))}."]
     bounds = "; ".join(f"{c} {', '.join(f'{e:.0f}' for e in row)}"
                        for c, row in zip(SMALL, edges, strict=True))
     return ["", "Small classes on the unseen styles by the size of the object: mean IoU over the "
