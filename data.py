@@ -567,22 +567,23 @@ WEATHERS = ("snowy", "rainy", "sunny", "foggy", "night")
 
 
 def crop_box(label, size, rng, cls=None, min_share=0.01, tries=10):
-    """Box of `size` (h, w) in a label that is no smaller → (top, left, share of cls in the box).
+    """Box of `size` (h, w) in a label that is no smaller → (rows, columns), two slices.
 
-    The box is centred on a random pixel of `cls` and moved inside; the first of `tries` boxes with
-    a share above `min_share`, otherwise the last. Without `cls` it is uniform (and the share 0).
+    The box is centred on a random pixel of `cls` and moved inside; the first of `tries` boxes that
+    show `cls` on a share above `min_share`, otherwise the last. Without `cls` it is uniform.
     """
     (h, w), (H, W) = size, label.shape
     if cls is None:
-        return int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1)), 0.0
+        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+        return np.s_[top:top + h, left:left + w]
     pixels = np.flatnonzero(label == cls)
     for _ in range(tries):
         y, x = divmod(int(rng.choice(pixels)), W)
         top, left = min(max(y - h // 2, 0), H - h), min(max(x - w // 2, 0), W - w)
-        share = float((label[top:top + h, left:left + w] == cls).mean())
-        if share > min_share:
+        box = np.s_[top:top + h, left:left + w]
+        if (label[box] == cls).mean() > min_share:
             break
-    return top, left, share
+    return box
 
 
 def one_hot(label, num_classes):

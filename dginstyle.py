@@ -333,8 +333,7 @@ def draw_condition(k, pairs, sampler, size, args, classes, templates=None):
     source, i = pairs.find(i)
     image, label = source.pair(i) if args.restyle else (None, source.label(i))
     image, label = data.cover(image, label, size)
-    top, left, _ = data.crop_box(label, size, rng, cls)
-    box = np.s_[top : top + size[0], left : left + size[1]]
+    box = data.crop_box(label, size, rng, cls)
     image, label = None if image is None else image[box], label[box].copy()
     prompt, weather = data.caption(label, classes), args.weather[k % len(args.weather)]
     if templates:
@@ -346,7 +345,7 @@ def draw_condition(k, pairs, sampler, size, args, classes, templates=None):
     else:
         weather = None
     return Condition(f"{k:06d}_{source.name(i)}", label, prompt, weather,
-                     None if cls is None else classes.names[cls], (int(top), int(left)),
+                     None if cls is None else classes.names[cls], (box[0].start, box[1].start),
                      int(rng.integers(2**62)), image)
 
 
@@ -567,8 +566,7 @@ def train_controlnet(args, pairs, classes):
         cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
         source, i = pairs.find(i)
         image, label = data.cover(*source.pair(i), size)
-        top, left, _ = data.crop_box(label, size, rng, cls, tries=1)
-        box = np.s_[top : top + size[0], left : left + size[1]]
+        box = data.crop_box(label, size, rng, cls, tries=1)
         tokens = models.tokenizer(data.caption(label[box], classes))[0]
         crop = data.relight(image[box], rng) if args.relight else image[box]
         return from_uint8(crop[None])[0], torch.from_numpy(label[box].copy()), tokens

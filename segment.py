@@ -77,10 +77,8 @@ def cat_max_box(label, size, rng, cat_max_ratio=0.75, tries=10):
     Drawn again up to `tries` times until no class fills `cat_max_ratio` or more of the pixels that
     are not ignore, which takes two classes at least (DAFormer's training crop).
     """
-    h, w = size
     for _ in range(tries + 1):
-        top, left, _ = data.crop_box(label, size, rng)
-        box = slice(top, top + h), slice(left, left + w)
+        box = data.crop_box(label, size, rng)
         n = np.array(Image.fromarray(label[box]).histogram()[:IGNORE])
         if n.max() < cat_max_ratio * n.sum():
             break

@@ -313,8 +313,7 @@ def fusion(seeds=(2, 9, 5), weathers=("sunny", "night", "overcast"), size=(64, 1
     for seed in seeds:
         label = street_label(seed)
         rare = next(c for c in (12, 11, 18, 17, 7, 6) if (label == c).sum() > 40)
-        top, left, _ = data.crop_box(label, size, rng, rare)
-        labels.append(label[top : top + size[0], left : left + size[1]].copy())
+        labels.append(label[data.crop_box(label, size, rng, rare)].copy())
     columns = [[data.colourise(x, CLASSES) for x in labels]]
     columns += [paint(labels, weathers, options(flag)) for flag in ("--no-mrlf", "--mrlf")]
     return table(list(zip(*columns, strict=True)),
