@@ -564,6 +564,7 @@ def write_rcs_subset(data, out, num=6000, seed=0):
 # Labels as conditions: crop, one-hot, caption, large segments
 
 WEATHERS = ("snowy", "rainy", "sunny", "foggy", "night")
+WEATHER_PROMPT = "A city street scene with {classes}, in {weather} weather."  # the official one
 
 
 def crop_box(label, size, rng, cls=None, min_share=0.01, tries=10):
@@ -601,13 +602,8 @@ def caption(label, classes=CITYSCAPES):
     return " ".join(classes.names[c] for c in np.unique(label) if c != IGNORE)
 
 
-def weather_prompt(names, weather):
-    """The prompt with weather of the official generator; `names` is a caption."""
-    return f"A city street scene with {names}, in {weather} weather."
-
-
 def read_prompts(path):
-    """File of prompt templates, one a line, with {classes} and, if wanted, {weather} → list of str.
+    """File of str.format templates, one a line, with {classes} and, if wanted, {weather} → list.
 
     Blank lines and lines that begin with # are left out. UserError for other braces or no template.
     """
@@ -617,15 +613,11 @@ def read_prompts(path):
         if not templates:
             raise ValueError("it has no line that is a template")
         for template in templates:
-            if "{classes}" not in template or re.search("[{}]", fill_prompt(template, "", "")):
+            rest = template.replace("{classes}", "").replace("{weather}", "")
+            if "{classes}" not in template or "{" in rest or "}" in rest:
                 raise ValueError("a template has {classes} and perhaps {weather} in it, and no "
                                  f"other braces, unlike {template!r}")
     return templates
-
-
-def fill_prompt(template, names, weather):
-    """The prompt of a template of `read_prompts`; names: a caption, weather: a word or None."""
-    return template.replace("{weather}", weather or "").replace("{classes}", names)
 
 
 def connected_components(label):

@@ -335,15 +335,12 @@ def draw_condition(k, pairs, sampler, size, args, classes, templates=None):
     image, label = data.cover(image, label, size)
     box = data.crop_box(label, size, rng, cls)
     image, label = None if image is None else image[box], label[box].copy()
-    prompt, weather = data.caption(label, classes), args.weather[k % len(args.weather)]
     if templates:
         template = str(rng.choice(templates))
-        weather = weather if "{weather}" in template else None
-        prompt = data.fill_prompt(template, prompt, weather)
-    elif rng.random() < args.weather_prob:
-        prompt = data.weather_prompt(prompt, weather)
     else:
-        weather = None
+        template = data.WEATHER_PROMPT if rng.random() < args.weather_prob else "{classes}"
+    weather = args.weather[k % len(args.weather)] if "{weather}" in template else None
+    prompt = template.format(classes=data.caption(label, classes), weather=weather)
     return Condition(f"{k:06d}_{source.name(i)}", label, prompt, weather,
                      None if cls is None else classes.names[cls], (box[0].start, box[1].start),
                      int(rng.integers(2**62)), image)

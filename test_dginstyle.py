@@ -1124,13 +1124,13 @@ def test_data_conditions(tmp_path):
     hint = data.one_hot(TRAIN, 19).movedim(0, 2).numpy()
     assert np.array_equal(hint, np.eye(20)[np.where(TRAIN == 255, 19, TRAIN)])
     assert data.caption(TRAIN) == "road sidewalk building vegetation sky person car bicycle"
-    assert data.weather_prompt("road sky", data.WEATHERS[4]) == (
+    assert data.WEATHER_PROMPT.format(classes="road sky", weather=data.WEATHERS[4]) == (
         "A city street scene with road sky, in night weather.")
     file = tmp_path / "prompts.txt"
     put(file, "# of a port\n\nAt {weather}: {classes}.\n {classes} \n")
     templates = data.read_prompts(file)
     assert templates == ["At {weather}: {classes}.", "{classes}"]
-    assert data.fill_prompt(templates[0], "sea ship", "dawn") == "At dawn: sea ship."
+    assert templates[0].format(classes="sea ship", weather="dawn") == "At dawn: sea ship."
     put(file, "{classes} {wether}")
     with pytest.raises(data.UserError, match="prompts.txt cannot be read as prompt templates"):
         data.read_prompts(file)

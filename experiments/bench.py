@@ -281,7 +281,7 @@ def paper_settings(steps, **changes):
 def street(size, seed=1):
     """What `generate` draws for one image: a toy street's label map, of this size in pixels."""
     label = np.array(Image.fromarray(streets.toy_street(seed)[1]).resize(size[::-1], Image.NEAREST))
-    prompt = data.weather_prompt(data.caption(label, CLASSES), "rainy")
+    prompt = data.WEATHER_PROMPT.format(classes=data.caption(label, CLASSES), weather="rainy")
     return Condition("street", label, prompt, "rainy", None, (0, 0), seed)
 
 

@@ -50,7 +50,7 @@ def street_label(seed):
 
 
 def condition(label, weather, seed=0):
-    prompt = data.weather_prompt(data.caption(label, CLASSES), weather)
+    prompt = data.WEATHER_PROMPT.format(classes=data.caption(label, CLASSES), weather=weather)
     return dginstyle.Condition("", label, prompt, weather, None, (0, 0), seed)
 
 

@@ -116,7 +116,8 @@ def write_data(root, wanted=()):
 def write_diffusion(root):
     """SD 1.5, its ControlNet and its U^S; configs lack the keys that the public ones lack."""
     torch.manual_seed(0)
-    words = [data.weather_prompt(" ".join(data.CITYSCAPES.names), w) for w in data.WEATHERS]
+    names = " ".join(data.CITYSCAPES.names)
+    words = [data.WEATHER_PROMPT.format(classes=names, weather=w) for w in data.WEATHERS]
     tokenizer, sd = train_tokenizer(words, 240), root / "stable-diffusion-v1-5"
     unet = UNet(UNetConfig(block_out_channels=(32, 64, 64, 64), cross_attention_dim=64,
                            sample_size=16))

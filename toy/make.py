@@ -106,7 +106,8 @@ def train_tokenizer(texts: list[str], merges: int) -> Tokenizer:
 
 def new_models(classes):
     """Random UNet and text encoder, a tokenizer of all styles' words; the VAE is missing."""
-    words = [data.weather_prompt(" ".join(classes.names), w) for w in STYLES]
+    names = " ".join(classes.names)
+    words = [data.WEATHER_PROMPT.format(classes=names, weather=w) for w in STYLES]
     tokenizer = train_tokenizer(words, merges=240)  # enough for one token a word
     text_config = TextEncoderConfig(**{**clip_text.PRESETS["tiny"],
                                        "vocab_size": len(tokenizer.vocab)})
@@ -133,8 +134,9 @@ def train_prior(args, pairs, classes):
         streets, i = pairs.find(int(rng.integers(len(pairs))))
         crop, label = data.scaled_crop(*streets.pair(i), models.size, rng, args.resize_ratios)
         names, weather, kind = data.caption(label, classes), streets.weather(i), rng.random()
-        prompt = (data.weather_prompt(names, weather) if kind < 0.55 else names if kind < 0.75
-                  else f"{weather} weather" if kind < 0.88 else "")
+        template = (data.WEATHER_PROMPT if kind < 0.55 else "{classes}" if kind < 0.75
+                    else "{weather} weather" if kind < 0.88 else "")
+        prompt = template.format(classes=names, weather=weather)
         return dginstyle.from_uint8(crop[None])[0], models.tokenizer(prompt)[0]
 
     def loss(batch):
