@@ -96,9 +96,9 @@ def published_fit(layout, head):
     DGInStyle, section 4.1: 1024 x 512 (width x height), ACDC and Dark Zurich 960 x 540; all doubled
     for HRDA.
     """
-    sizes = dict.fromkeys(("cityscapes", "bdd100k", "mapillary"), (512, 1024))
-    h, w = (sizes | dict.fromkeys(("acdc", "dark_zurich"), (540, 960))).get(layout, (0, 0))
-    return ((2 * h, 2 * w) if head == "hrda" else (h, w)) if h else None
+    size = {"cityscapes": (512, 1024), "bdd100k": (512, 1024), "mapillary": (512, 1024),
+            "acdc": (540, 960), "dark_zurich": (540, 960)}.get(layout)
+    return size and tuple(n * (2 if head == "hrda" else 1) for n in size)
 
 
 def crop_size(args, head):
@@ -304,11 +304,6 @@ def predict(model, image, window, fit=None):
     return resize(logits, (H, W))[0]
 
 
-def predict_label(model, image, window, fit=None):
-    """uint8 (H,W,3) -> trainIds (H,W) uint8, the argmax of `predict`."""
-    return predict(model, image, window, fit).argmax(0).byte()
-
-
 def load_segmenter(args, classes, load_models):
     """The model of `segmenter_path`, of either kind; UserError if it knows other classes."""
     path = segmenter_path(args)
@@ -340,7 +335,7 @@ def evaluate(args, sets, classes, load_models):
             window = fit
         for i in tqdm(range(len(pairs)), desc=spec, unit="image"):
             image, label = pairs.pair(i)
-            prediction = predict_label(model, image, window, fit).to(args.device)
+            prediction = predict(model, image, window, fit).argmax(0).to(args.device)
             label = torch.from_numpy(label).to(args.device)
             one = segformer.confusion_matrix(prediction, label, K)
             confusion += one
@@ -376,7 +371,7 @@ def predict_pictures(args, classes, load_models):
     window = crop_size(args, model.config.head)
     for stem, file in tqdm(jobs.items(), unit="image"):
         image = data.read_image(file)
-        label = predict_label(model, image, window, args.eval_fit).cpu().numpy()
+        label = predict(model, image, window, args.eval_fit).argmax(0).byte().cpu().numpy()
         gallery.save_prediction(stem, label, image, classes)
     print(f"{len(jobs)} predictions in {out}")
 
