@@ -80,7 +80,7 @@ class ControlNet(nn.Module):
         self.time_embedding = TimeEmbedding(width[0], 4 * width[0])
         self.controlnet_cond_embedding = HintEncoder(hint_channels, hint_widths, width[0])
         self.down_blocks = nn.ModuleList([DownBlock(config, i) for i in range(len(width))])
-        self.mid_block = MidBlock(width[-1], config.heads[-1], config)
+        self.mid_block = MidBlock(config)
         skips = [width[0]]  # the widths of the UNet's skips, in their order
         for i, c in enumerate(width):
             skips += [c] * (config.layers_per_block + (i < len(width) - 1))

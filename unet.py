@@ -74,16 +74,8 @@ PRESETS = {
 }
 
 
-def timestep_embedding(t, dim):
-    """t (B,) -> (B, dim): [cos, sin] of t · 10000^(-i / (dim/2)), i = 0 … dim/2 - 1."""
-    half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-    angles = t.float()[:, None] * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the timestep through a two-layer MLP."""
+    """[cos, sin] of t · 10000^(-i / (c/2)), i = 0 … c/2 - 1, through a two-layer MLP."""
 
     def __init__(self, c, dim):
         super().__init__()
@@ -95,7 +87,10 @@ class TimeEmbedding(nn.Module):
         weight = self.linear_1.weight
         if not torch.is_tensor(t):  # made where it is needed: sending it there would be waited for
             t = torch.full((1,), t, device=weight.device)
-        e = timestep_embedding(t.reshape(-1), weight.shape[1]).to(weight.dtype)
+        half = weight.shape[1] // 2
+        freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angles = t.float().reshape(-1, 1) * freqs
+        e = torch.cat([angles.cos(), angles.sin()], dim=-1).to(weight.dtype)
         return self.linear_2(F.silu(self.linear_1(e)))
 
 
@@ -249,10 +244,11 @@ class DownBlock(Level):
 class MidBlock(nn.Module):
     """Resnet, transformer, resnet at the lowest resolution; SD always has the transformer here."""
 
-    def __init__(self, c, heads, cfg):
+    def __init__(self, cfg):
         super().__init__()
+        c = cfg.block_out_channels[-1]
         self.resnets = nn.ModuleList([ResnetBlock(c, c, cfg) for _ in range(2)])
-        self.attentions = nn.ModuleList([SpatialTransformer(c, heads, cfg)])
+        self.attentions = nn.ModuleList([SpatialTransformer(c, cfg.heads[-1], cfg)])
 
     def forward(self, x, emb, context):
         x = self.resnets[0](x, emb)
@@ -295,7 +291,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(cfg.in_channels, width[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(width[0], 4 * width[0])
         self.down_blocks = nn.ModuleList([DownBlock(cfg, i) for i in levels])
-        self.mid_block = MidBlock(width[-1], cfg.heads[-1], cfg)
+        self.mid_block = MidBlock(cfg)
         self.up_blocks = nn.ModuleList([UpBlock(cfg, i) for i in reversed(levels)])
         self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, width[0], eps=1e-5)
         self.conv_out = nn.Conv2d(width[0], cfg.out_channels, 3, padding=1)
