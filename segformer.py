@@ -309,12 +309,12 @@ class SegFormer(nn.Module):
             return self.forward_hrda(images)[0]
         return self.decode_head(self.features(images))
 
-    def forward_hrda(self, images, generator=None):
+    def forward_hrda(self, images):
         """Context at half size, detail at full size, and an attention that mixes them (HRDA).
 
-        images (B, 3, H, W) in [0, 1]; generator (CPU) places the detail crop in training. Returns
-          fused (B, K, H/4, W/4), detail (B, K, h/4, w/4): logits; box (y, x, h, w): the pixels of
-          the input that detail covers; context: the four stage maps of the half-size input.
+        images (B, 3, H, W) in [0, 1]. Returns fused (B, K, H/4, W/4), detail (B, K, h/4, w/4):
+        logits; box (y, x, h, w): the pixels of the input that detail covers; context: the four
+        stage maps of the half-size input.
         In training detail is one random crop of half the input each way, for
         loss = 0.9 CE(fused, label) + 0.1 CE(detail, label[:, y : y + h, x : x + w]); in eval it is
         the whole input by sliding windows of that size. ValueError for sides not divisible by 8.
@@ -328,8 +328,8 @@ class SegFormer(nn.Module):
         ctx, a = head(context), scale_attention(context).sigmoid()  #    (B, K, H/8, W/8)
         h, w = (8 * math.ceil(side / 16) for side in (H, W))
         if self.training:  # at multiples of 8, so that the crop fits the grid of both logits
-            y = 8 * int(torch.randint((H - h) // 8 + 1, (), generator=generator))
-            x = 8 * int(torch.randint((W - w) // 8 + 1, (), generator=generator))
+            y = 8 * int(torch.randint((H - h) // 8 + 1, ()))
+            x = 8 * int(torch.randint((W - w) // 8 + 1, ()))
             detail = head(self.features(images[:, :, y : y + h, x : x + w]))
         else:
             stride = h // 2, w // 2
@@ -407,8 +407,7 @@ def slide(predict, images, crop, stride, batch=8, cell=1):
         raise ValueError(f"stride {stride} must be between 1 and the crop {crop}")
     B, _, H, W = images.shape
     h, w = min(h, H), min(w, W)
-    ys = [min(i * dy, H - h) for i in range((H - h + dy - 1) // dy + 1)]
-    xs = [min(i * dx, W - w) for i in range((W - w + dx - 1) // dx + 1)]
+    ys, xs = [*range(0, H - h, dy), H - h], [*range(0, W - w, dx), W - w]
     corners = [(b, y, x) for b in range(B) for y in ys for x in xs]
     total = count = None
     for windows in (corners[i : i + batch] for i in range(0, len(corners), batch)):
@@ -433,12 +432,12 @@ def slide_inference(model, images, crop, stride, batch=8):
     return slide(lambda v: resize(model(v), v.shape[2:]), images, crop, stride, batch)
 
 
-def confusion_matrix(prediction, label, num_classes, ignore=IGNORE):
+def confusion_matrix(prediction, label, num_classes):
     """Two integer maps of one shape, classes 0..K-1 -> pixel counts (K, K) int64, rows = label.
 
-    Pixels labelled `ignore` are left out.
+    Pixels labelled 255 (ignore) are left out.
     """
-    kept = label != ignore
+    kept = label != IGNORE
     cells = num_classes * label[kept].long() + prediction[kept].long()
     return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
