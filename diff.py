@@ -47,10 +47,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segformer import DAFormerHead, SegFormerHead, SeparableASPP
+from segformer import IGNORE, DAFormerHead, SegFormerHead, SeparableASPP, cross_entropy
 from unet import FileError, UNet, configure, load_strict, read_weights, reading, write_weights
 
-IGNORE = 255  # the label that no class has
 RELEASED = ("v_as_eps", "sum_texts", "own_noise", "undetached")  # see above
 
 # --------------------------------------------------------------------------------------------
@@ -514,10 +513,3 @@ def parameter_groups(model, lr, weight_decay):
     return [{"params": [p for p in model.parameters() if (id(p) in head) == heads],
              "lr": lr * (10 if heads else 1), "weight_decay": weight_decay}
             for heads in (False, True)]
-
-
-def cross_entropy(logits, labels):
-    """Logits (B,K,h,w), labels (B,H,W) -> the mean over all pixels, ignored ones count as 0."""
-    logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-    ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return ce / labels.numel()  # as mmseg 0.16 did

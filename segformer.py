@@ -432,6 +432,16 @@ def slide_inference(model, images, crop, stride, batch=8):
     return slide(lambda v: resize(model(v), v.shape[2:]), images, crop, stride, batch)
 
 
+def cross_entropy(logits, labels):
+    """Logits (B, K, h, w), enlarged, and labels (B, H, W), 255 = ignore -> a scalar tensor.
+
+    The mean over all pixels, ignored ones included with a loss of 0, as mmseg 0.16 did.
+    """
+    logits = resize(logits.float(), labels.shape[1:])
+    rows = logits.movedim(1, -1).flatten(0, 2), labels.flatten()  # classes last: faster on CPUs
+    return F.cross_entropy(*rows, ignore_index=IGNORE, reduction="sum") / labels.numel()
+
+
 def confusion_matrix(prediction, label, num_classes):
     """Two integer maps of one shape, classes 0..K-1 -> pixel counts (K, K) int64, rows = label.
 

@@ -33,7 +33,7 @@ import training
 from data import IGNORE, UserError
 from diff import Diff
 from recipes import TOY, pack_settings, settle
-from segformer import SegFormer, resize
+from segformer import SegFormer, cross_entropy, resize
 from training import DTYPES, choose_precision, open_data, open_sets, ranks, say
 
 THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's thing classes of Cityscapes
@@ -162,12 +162,6 @@ def training_loss(model, images, labels, teacher=None, fd=0.005):
     images (B,3,H,W) uint8; labels (B,H,W) int64, 255 = ignore; teacher: a frozen copy of the model
     that keeps what ImageNet taught its encoder (DAFormer), fd the weight of the distance.
     """
-    def cross_entropy(logits, labels):
-        logits = resize(logits.float(), labels.shape[1:])
-        rows = logits.movedim(1, -1).flatten(0, 2), labels.flatten()  # classes last: faster on CPUs
-        ce = F.cross_entropy(*rows, ignore_index=IGNORE, reduction="sum")
-        return ce / labels.numel()  # over all pixels, ignored ones included, as mmseg 0.16 did
-
     images = images.float() / 255
     if model.config.head == "hrda":
         fused, detail, (y, x, h, w), maps = model.forward_hrda(images)
