@@ -1,7 +1,7 @@
 """Everything that writes pictures: generated images, predictions, contact sheets, the gallery.
 
 The gallery is one HTML page for a folder of generated images, without network or server. A slider
-fades from image to label, and the page filters by class, weather, set and words of the prompt.
+fades from image to label, and the page filters by class, weather and words of the prompt.
 The browser loads pictures when their card comes near the screen, so a page can hold thousands.
 
 Shapes: H W pixels. Pictures are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 = ignore.
@@ -65,7 +65,7 @@ def write_grid(out):
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>TITLE</title>
+<title>Generated images</title>
 <style>
 /* The image alone; the slider, or a pointer that rests on a card, brings its label over it. */
 :root { --show: 0; color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }
@@ -82,11 +82,10 @@ figure { margin: 0 }
 .pair:hover img + img, .pair:focus img + img { opacity: 1; transition-delay: .15s }
 figcaption { font-size: 12px } b { font-weight: 600 } .dim { opacity: .65 }
 </style>
-<header><h1>TITLE</h1>
+<header><h1>Generated images</h1>
 <label>image <input id="show" type="range" min="0" max="1" step="0.01" value="0"> label</label>
 <label>class <select id="class"></select></label>
 <label>weather <select id="weather"></select></label>
-<label id="sets">set <select id="set"></select></label>
 <label>prompt <input id="words" type="search" placeholder="words" size="14"></label>
 <span id="count" class="dim"></span></header>
 <main></main>
@@ -94,13 +93,12 @@ figcaption { font-size: 12px } b { font-weight: 600 } .dim { opacity: .65 }
 <script>
 const rows = JSON.parse(document.getElementById("rows").textContent);
 const find = id => document.getElementById(id), main = document.querySelector("main");
-const keys = ["class", "weather", "set"];
+const keys = ["class", "weather"];
 for (const key of keys) {
   const values = [...new Set(rows.map(r => r[key] ?? "none"))].sort();
   find(key).append(new Option("all", ""), ...values.map(v => new Option(v)));
   find(key).onchange = filter;
 }
-find("sets").hidden = !rows.some(r => r.set);
 find("words").oninput = filter;
 find("show").oninput = e => document.documentElement.style.setProperty("--show", e.target.value);
 function picture(path) {
@@ -114,7 +112,7 @@ const cards = rows.map(r => {
     tag => document.createElement(tag));
   Object.assign(pair, { className: "pair", tabIndex: 0, title: `${r.image}, seed ${r.seed}` });
   pair.append(picture(r.image), picture(r.label));
-  head.textContent = [r.set, r.weather, r.class].filter(Boolean).join(" · ");
+  head.textContent = [r.weather, r.class].filter(Boolean).join(" · ");
   text.append(head, document.createElement("br"), r.prompt ?? "");
   card.append(pair, text);
   return card;
@@ -137,16 +135,13 @@ filter();
 """
 
 
-def write_gallery(folder, rows, size, title="Generated images", name="gallery.html"):
+def write_gallery(folder, rows, size):
     """Write FOLDER/gallery.html for rows of manifest.jsonl; size (H, W) of the images in pixels.
 
     A row has image and label (paths relative to the folder), seed and, as far as it has them,
-    prompt, class, weather and, where several runs share a page, set.
+    prompt, class and weather.
     """
-    keys = ("image", "label", "prompt", "class", "weather", "seed", "set")
-    rows = [{k: row[k] for k in keys if row.get(k) is not None} for row in rows]
     rows = [row | {"seed": str(row["seed"])} for row in rows]  # more than JavaScript numbers hold
     text = json.dumps(rows).replace("<", "\\u003c")  # nothing in it can end the script
-    page = PAGE.replace("TITLE", title.replace("&", "&amp;").replace("<", "&lt;"))
-    page = page.replace("RATIO", f"{size[1]} / {size[0]}")
-    (Path(folder) / name).write_text(page.replace("ROWS", text), encoding="utf-8")
+    page = PAGE.replace("RATIO", f"{size[1]} / {size[0]}").replace("ROWS", text)
+    (Path(folder) / "gallery.html").write_text(page, encoding="utf-8")
