@@ -594,12 +594,12 @@ def train_controlnet(args, pairs, classes):
 
 def source_unet(args):
     """--source-unet, or what the stage before left in --out, or unet_source/ of --sd."""
-    left = [place / "unet_source" for place in (args.out, args.sd)]
-    left = [folder for folder in left if folder.is_dir()]
-    if not args.source_unet and not left:
+    left = (args.out / "unet_source", args.sd / "unet_source")
+    found = args.source_unet or next(filter(Path.is_dir, left), None)
+    if not found:
         raise UserError("--source-unet is missing: name U^S, or make it with train dreambooth")
-    say(f"U^S: {args.source_unet or left[0]}")
-    return args.source_unet or left[0]
+    say(f"U^S: {found}")
+    return found
 
 
 def image_size(args, models):
