@@ -665,17 +665,16 @@ def large_segments(label, threshold):
 
 
 def resize_to_fit(image, label, size):
-    """Pair → the largest of the same ratio within `size` (w, h): GTA in 1280 x 720 is 1280 x 704.
+    """Pair → the largest of the same ratio within `size` (h, w): GTA in 720 x 1280 is 704 x 1280.
 
     As in mmcv the longer side is held to the longer of `size`, so portraits are fitted upright;
-    bilinear without antialiasing, nearest for the label (which may be None).
+    bilinear without antialiasing, nearest for the label.
     """
     H, W = image.shape[:2]
     scale = min(max(size) / max(H, W), min(size) / min(H, W))
     to = [max(1, int(n * scale + 0.5)) for n in (H, W)]
     image = TF.resize(torch.tensor(image).permute(2, 0, 1), to, antialias=False)
-    if label is not None:
-        label = TF.resize(torch.tensor(label)[None], to, InterpolationMode.NEAREST)[0].numpy()
+    label = TF.resize(torch.tensor(label)[None], to, InterpolationMode.NEAREST)[0].numpy()
     return image.permute(1, 2, 0).contiguous().numpy(), label
 
 

@@ -136,7 +136,7 @@ def segmenter_draw(pairs, args):
         image, label = source.pair(i)
         generated = source.layout == "generated"
         if fit and not generated:
-            image, label = data.resize_to_fit(image, label, fit[::-1])
+            image, label = data.resize_to_fit(image, label, fit)
         image, label = data.cover(image, label, size, exact=generated)
         for _ in range(10):
             box = cat_max_box(label, size, rng)

@@ -1185,8 +1185,8 @@ def test_data_distortion():
 
 
 @pytest.mark.parametrize("size, fit, expected", [
-    ((1052, 1914), (1280, 720), (704, 1280)), ((720, 1280), (1024, 512), (512, 910)),
-    ((400, 300), (200, 100), (133, 100))])
+    ((1052, 1914), (720, 1280), (704, 1280)), ((720, 1280), (512, 1024), (512, 910)),
+    ((400, 300), (100, 200), (133, 100))])
 def test_data_resize_to_fit(size, fit, expected):
     """The published sizes come out, and labels take the nearest pixel."""
     label = np.random.default_rng(0).choice(np.array([0, 18, 255], np.uint8), size)
