@@ -289,14 +289,10 @@ def open_sets(specs, args, split, labels_only=False):
 
 
 def open_data(args, labels_only=False):
-    """All sets of --data -> (data.Joined, its Classes). UserError if --out lies in one of them."""
+    """All sets of --data -> (data.Joined, its Classes)."""
     if not args.data:
         raise UserError("--data is missing: name one or more data set folders")
-    sets, out = open_sets(args.data, args, "train", labels_only), Path(args.out).resolve()
-    for opened in sets:
-        if hasattr(opened, "root") and opened.root.resolve() in (out, *out.parents):
-            raise UserError(f"--out {args.out} lies in the data set {opened.root}")
-    return data.Joined(sets), read_classes(args)
+    return data.Joined(open_sets(args.data, args, "train", labels_only)), read_classes(args)
 
 
 def rare_class_sampler(pairs, args):
