@@ -14,7 +14,7 @@ import data
 import diff
 import segformer
 from data import UserError
-from training import choose_device
+from training import DTYPES, choose_device
 
 TOY = Path(__file__).resolve().parent / "toy"
 
@@ -68,8 +68,6 @@ def key(default, type, choices=None, many=False):
 
 
 count, share = number(int, 1), number(float, 0, 1)
-RATES = ("constant", "cosine", "poly")
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 COMMON = {
     "data": flag(None, "FOLDER, FOLDER:N (N of its pairs), FOLDER:night (or fog, rain, snow: a "
@@ -95,7 +93,7 @@ WEATHER = {
 }
 SPEED = {
     "precision": flag("auto", "auto, fp32, bf16, fp16; auto is half precision on GPUs",
-                      choices=("auto", *PRECISIONS)),
+                      choices=("auto", *DTYPES)),
     "compile": flag(False, "torch.compile the networks: minutes at the start, faster afterwards"),
 }
 PRESETS = {  # what --preset of generate sets: the published sampling, and cheaper ones
@@ -162,12 +160,12 @@ LOOP = {
     "save_every": flag(1000, "steps between checkpoints and sample sheets", count),
     "workers": flag(None, "processes that load data; default: one for every core, at most 8",
                     number(int, 0, 256)),
-    "lr_schedule": key("constant", str, RATES),
+    "lr_schedule": key("constant", str, ("constant", "cosine", "poly")),
     "warmup": key(0, number(int)),  # steps of linear warm-up
     "weight_decay": key(0.01, number(float)),
     "clip": key(1.0, number(float)),  # largest gradient norm; 0: no limit
     "ema": key(0.0, number(float, 0, 1 - 1e-6)),  # decay of the weights' moving average; 0: none
-    "save_dtype": key("fp32", str, PRECISIONS),  # of the final weights
+    "save_dtype": key("fp32", str, tuple(DTYPES)),  # of the final weights
 }
 TRAIN = {
     **COMMON, **MODELS, **LOOP, **RCS, **WEATHER,
