@@ -397,9 +397,8 @@ def make_images(models, conditions, classes, args):
         if not z.isfinite().all():
             raise UserError(f"{c.name}, seed {c.seed}: NaN latents; go on with --precision fp32")
     size = conditions[0].label.shape[::-1]
-    images = [Image.fromarray(image).resize(size, Image.LANCZOS)
-              for image in decode(models.vae, latents)]
-    return np.stack([np.asarray(image) for image in images])
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.LANCZOS))
+                     for image in decode(models.vae, latents)])
 
 
 # settings that may change between two runs of generate
