@@ -505,13 +505,8 @@ LEGACY = {  # runs of whole path components, i = 0..3, k = i + 1; None drops key
     "decode_head.linear_fuse.weight": "decode_head.linear_fuse.conv.weight",
     "decode_head.batch_norm": "decode_head.linear_fuse.bn",
     "decode_head.classifier": "decode_head.linear_pred",
-}  # fmt: skip
-
-
-def legacy_table():
-    """LEGACY with i and k written out."""
-    table = [(a, b, i) for a, b in LEGACY.items() for i in range(4)]
-    return {a.format(i=i): b and b.format(k=i + 1) for a, b, i in table}
+}
+LEGACY = {a.format(i=i): b and b.format(k=i + 1) for a, b in LEGACY.items() for i in range(4)}
 
 
 def transformers_keys(state):
@@ -523,7 +518,7 @@ def transformers_keys(state):
     out = {}
     for key, tensor in split.items():
         path = f".{key}."
-        for theirs, ours in legacy_table().items():
+        for theirs, ours in LEGACY.items():
             if ours:
                 path = path.replace(f".{ours}.", f".{theirs}.")
         out[path[1:-1]] = tensor
@@ -532,12 +527,11 @@ def transformers_keys(state):
 
 def public_keys(state):
     """{key of any known checkpoint: tensor} -> a new dict with NVlabs' keys, as used here."""
-    table = legacy_table()
-    dropped = tuple(f".{old}." for old, new in table.items() if new is None)
+    dropped = tuple(f".{old}." for old, new in LEGACY.items() if new is None)
     out = {}
     for key, tensor in state.items():
         path = f".{key}."
-        for old, new in table.items():
+        for old, new in LEGACY.items():
             if new is not None:
                 path = path.replace(f".{old}.", f".{new}." if new else ".")
         if re.match(r"\.(patch_embed|block|norm)\d\.", path):  # mit_b*.pth is a bare encoder
