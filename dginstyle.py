@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import clip_text
@@ -1012,7 +1013,7 @@ def run(parser, argv=None):
         code = 128 + (stop.args or [signal.SIGINT])[0]
         said = "stopped; rerun the command to resume it"
     except (UserError, clip_text.FileError, segformer.FileError, unet_module.FileError,
-            vae_module.FileError, OSError) as error:
+            vae_module.FileError, SafetensorError, OSError) as error:  # the last two: a full disk
         code, said = 2, str(error).strip().replace("\n", " ")
         if "Original Traceback" in said:  # as a data loader's process hands it on
             said = said.rpartition("UserError: ")[2]

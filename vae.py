@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -363,16 +362,13 @@ def load_strict(model, state, dtype):
 def write_weights(folder, name, config, state, dtype=None):
     """Write config.json and the tensors (floats in `dtype`; None: as they are) to FOLDER/name.
 
-    Each is written beside and renamed: a file that is there is whole. FileError on a full disk.
+    Each is written beside and renamed: a file that is there is whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
              for k, v in state.items()}
-    try:
-        (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        save_file(state, folder / f"{name}.part", metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise FileError(f"{folder / name} cannot be written: {error}") from None
+    (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    save_file(state, folder / f"{name}.part", metadata={"format": "pt"})
     for file in ("config.json", name):
         os.replace(folder / f"{file}.part", folder / file)
