@@ -119,9 +119,7 @@ class ControlNet(nn.Module):
         factor: pixels per latent position, which the hint encoder has to bridge; at most 8.
         """
         model = cls(unet.config, hint_channels, HINT_WIDTHS[: factor.bit_length()])
-        own = model.state_dict()
-        copied = {k: v for k, v in unet.state_dict().items() if k in own}
-        model.load_state_dict({**own, **copied})
+        model.load_state_dict(unet.state_dict(), strict=False)  # what both have
         return model.to(next(unet.parameters()).device)
 
     def fit_hint(self, hint_channels):
