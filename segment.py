@@ -85,11 +85,6 @@ def cat_max_box(label, size, rng, cat_max_ratio=0.75, tries=10):
     return box
 
 
-def published_crop(head):
-    """Training crop and sliding window (h, w): 512 x 512, doubled for HRDA."""
-    return (1024, 1024) if head == "hrda" else (512, 512)
-
-
 def published_fit(layout, head):
     """The size (h, w) that pictures of a data set are scaled to fit within, or None: as they are.
 
@@ -102,16 +97,20 @@ def published_fit(layout, head):
 
 
 def crop_size(args, head):
-    """--crop or the published one; UserError for one that the network cannot take."""
-    size, hrda = args.crop or published_crop(head), head == "hrda"
+    """Training crop and sliding window (h, w): --crop or 512 x 512, doubled for HRDA.
+
+    UserError for one that the network cannot take.
+    """
+    hrda = head == "hrda"
+    size = args.crop or ((1024, 1024) if hrda else (512, 512))
     if min(size) < 32 or (hrda and any(n < 64 or n % 8 for n in size)):
         raise UserError(f"--crop {size[0]}x{size[1]}: both must be "
                         + ("multiples of 8 from 64 on" if hrda else "32 or more"))
     return size
 
 
-def segmenter_draw(pairs, args):
-    """-> draw(rng): one training crop, image uint8 (3,h,w) and label int64 (h,w).
+def segmenter_draw(pairs, size, args):
+    """-> draw(rng): one training crop of `size`, image uint8 (3,h,w) and label int64 (h,w).
 
     Any picture of the data.Joined `pairs` is as likely as any other. Generated ones are scaled to
     cover the crop; the others to fit within --fit, and then enlarged if they are smaller than the
@@ -120,7 +119,6 @@ def segmenter_draw(pairs, args):
     it. HRDA's pictures and crops are twice as large each way, with four times the rare class.
     """
     scale = 1 + (args.arch == "hrda")
-    size = args.crop or published_crop(args.arch)
     fit = (720 * scale, 1280 * scale) if args.fit is None else args.fit
     enough = args.rcs_min_pixels / 2 * scale**2  # DAFormer's min_crop_ratio
     samplers = {one: training.rare_class_sampler(one, args) for one in pairs.sets
@@ -209,7 +207,7 @@ def train_segmenter(args, load_models):
     The sets of --data are joined by concatenation: every picture is as likely as any other. (The
     released segmenter's builder drops the second set without a word.)
     """
-    crop_size(args, args.arch)
+    size = crop_size(args, args.arch)
     pairs, classes = open_data(args)
     torch.manual_seed(args.seed)
     if args.backbone == "diff":
@@ -228,8 +226,8 @@ def train_segmenter(args, load_models):
     def save(nets):
         nets["model"].save_pretrained(Path(args.out) / "segformer", DTYPES[args.save_dtype])
 
-    training.optimise("segformer", loss, {"model": model}, segmenter_draw(pairs, args), args, save,
-                      groups)
+    draw = segmenter_draw(pairs, size, args)
+    training.optimise("segformer", loss, {"model": model}, draw, args, save, groups)
     say(f"segmenter is in {Path(args.out) / 'segformer'}")
 
 

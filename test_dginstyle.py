@@ -2058,7 +2058,7 @@ def segment_setting(*words, **others):
     args = dginstyle.settings("segment", *words)
     vars(args).update(others)
     pairs, _ = training.open_data(args)
-    return pairs, args, segment.segmenter_draw(pairs, args)
+    return pairs, args, segment.segmenter_draw(pairs, args.crop, args)
 
 
 def test_segmenter_learns_from_the_source_and_the_generated_set(tmp_path):
@@ -2109,7 +2109,8 @@ def test_segmenter_draw_is_the_published_one(tmp_path, arch, monkeypatch):
 def test_hrda_doubles_the_published_sizes():
     """Scale, crop and window of section 4.1."""
     for arch, k in (("daformer", 1), ("hrda", 2)):
-        assert segment.published_crop(arch) == (512 * k, 512 * k)
+        args = dginstyle.settings("segment", "--data", "gta", "--arch", arch)
+        assert segment.crop_size(args, arch) == (512 * k, 512 * k)
         assert segment.published_fit("cityscapes", arch) == (512 * k, 1024 * k)
         assert segment.published_fit("acdc", arch) == (540 * k, 960 * k)
         assert segment.published_fit("plain", arch) is None

@@ -536,7 +536,7 @@ def data_path_bench(bench, files=12, draws=36):
         add("PNG decoding", lambda rng: pairs.sets[0].image(int(rng.integers(files))))
         for arch in ("daformer", "hrda"):
             args = dginstyle.settings("segment", "--data", root, "--arch", arch, "--device", "cpu")
-            add(arch, segment.segmenter_draw(pairs, args))
+            add(arch, segment.segmenter_draw(pairs, segment.crop_size(args, arch), args))
         args, caught = dginstyle.settings("train", "controlnet", "--data", root, "--cache", 0,
                                           "--size", "512", "--device", "cpu"), []
         with mock.patch.object(dginstyle, "optimise", lambda *a: caught.append(a[3])):
