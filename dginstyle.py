@@ -605,8 +605,9 @@ def source_unet(args):
 def image_size(args, models):
     """--size or the training window (H, W); UserError unless the nets can halve it."""
     size = args.size or models.size
-    if any(n % models.multiple for n in size):
-        raise UserError(f"--size {size[0]}x{size[1]}: both must be multiples of {models.multiple}")
+    multiple = models.vae.factor * 2 ** (len(models.unet.config.block_out_channels) - 1)  # SD: 64
+    if any(n % multiple for n in size):
+        raise UserError(f"--size {size[0]}x{size[1]}: both must be multiples of {multiple}")
     return size
 
 
@@ -755,11 +756,6 @@ class Models:
     def size(self):
         """The training window (H, W) in pixels."""
         return tuple(n * self.vae.factor for n in self.window)
-
-    @property
-    def multiple(self):
-        """Image sizes must be multiples of this: VAE factor times UNet factor (64 for SD)."""
-        return self.vae.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def encode_prompts(self, prompts, negative=""):
