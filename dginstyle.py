@@ -320,7 +320,7 @@ class Condition:
             "crop": self.crop, "seed": self.seed}) + "\n"
 
 
-def draw_condition(k, pairs, sampler, size, args, classes, templates=None):
+def draw_condition(k, pairs, draw_file, size, args, classes, templates=None):
     """Label crop around a rare class (section 3.4), caption, and a weather sentence or none.
 
     The weathers take turns, so that each gets its share of however few images (paper: at random).
@@ -330,7 +330,7 @@ def draw_condition(k, pairs, sampler, size, args, classes, templates=None):
     the rounding of batched arithmetic, a grey level).
     """
     rng = np.random.default_rng([args.seed, k])
-    cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
+    cls, i = draw_file(rng)
     source, i = pairs.find(i)
     image, label = source.pair(i) if args.restyle else (None, source.label(i))
     image, label = data.cover(image, label, size)
@@ -419,7 +419,7 @@ def generate(args):
     size = image_size(args, models)
     check_options(models, size, classes, args)
     templates = data.read_prompts(args.prompts) if args.prompts else None
-    sampler = training.rare_class_sampler(pairs, args)
+    draw_file = training.file_draw(pairs, args)
     rank, world = training.ranks(args.device)
 
     with training.open_run(args, "settings.json", REPEATABLE, fresh=True):
@@ -431,7 +431,7 @@ def generate(args):
             numbers = range(start, min(start + args.batch, args.num))
             if done.issuperset(numbers):
                 continue
-            batch = [draw_condition(k, pairs, sampler, size, args, classes, templates)
+            batch = [draw_condition(k, pairs, draw_file, size, args, classes, templates)
                      for k in numbers]
             images = make_images(models, batch, classes, args)
             for k, c, image in zip(numbers, batch, images, strict=True):
@@ -556,11 +556,11 @@ def train_controlnet(args, pairs, classes):
         frozen.requires_grad_(False).to(args.device, DTYPES[choose_precision(args)],
                                         memory_format=torch.channels_last)
     size = image_size(args, models)
-    sampler = training.rare_class_sampler(pairs, args)
+    draw_file = training.file_draw(pairs, args)
 
     def draw(rng):
         """-> image (3,h,w), label (h,w) uint8, tokens (L,): a crop around a rare class."""
-        cls, i = sampler.draw(rng) if sampler else (None, int(rng.integers(len(pairs))))
+        cls, i = draw_file(rng)
         source, i = pairs.find(i)
         image, label = data.cover(*source.pair(i), size)
         box = data.crop_box(label, size, rng, cls, tries=1)

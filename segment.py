@@ -121,14 +121,14 @@ def segmenter_draw(pairs, size, args):
     scale = 1 + (args.arch == "hrda")
     fit = (720 * scale, 1280 * scale) if args.fit is None else args.fit
     enough = args.rcs_min_pixels / 2 * scale**2  # DAFormer's min_crop_ratio
-    samplers = {one: training.rare_class_sampler(one, args) for one in pairs.sets
-                if args.rcs and one.layout not in ("generated", "rcs_subset")}
+    draws = {one: training.file_draw(one, args) for one in pairs.sets
+             if args.rcs and one.layout not in ("generated", "rcs_subset")}
 
     def draw(rng):
         """One sample of the recipe above."""
         (source, i), cls = pairs.find(int(rng.integers(len(pairs)))), None
-        if source in samplers:
-            cls, i = samplers[source].draw(rng)
+        if source in draws:
+            cls, i = draws[source](rng)
         elif args.rcs and source.layout == "rcs_subset":
             cls = int(source.name(i).partition("_")[0])
         image, label = source.pair(i)

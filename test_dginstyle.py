@@ -2083,12 +2083,12 @@ def test_segmenter_draw_is_the_published_one(tmp_path, arch, monkeypatch):
     street_set(tmp_path, "abc", (90, 160))
     pairs, args, draw = segment_setting("--data", tmp_path, "--arch", arch, "--fit", "75x133",
                                         "--crop", "48x64", rcs_min_pixels=40)
-    sampler = training.rare_class_sampler(pairs, args)
+    draw_file = training.file_draw(pairs, args)
     for seed in range(20):
         image, label = draw(np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         rng.integers(3)
-        cls, i = sampler.draw(rng)
+        cls, i = draw_file(rng)
         whole, whole_label = map(torch.tensor, pairs.sets[0].pair(i))
         whole = TF.resize(whole.permute(2, 0, 1), [75, 133], antialias=False)
         whole_label = F.interpolate(whole_label[None, None], (75, 133))[0, 0].long()

@@ -295,12 +295,12 @@ def open_data(args, labels_only=False):
     return data.Joined(open_sets(args.data, args, "train", labels_only)), read_classes(args)
 
 
-def rare_class_sampler(pairs, args):
-    """RCS over label files (section 3.4), or None with --no-rcs."""
+def file_draw(pairs, args):
+    """-> draw(rng): (class, file) by RCS (section 3.4), or with --no-rcs (None, any file)."""
     if not args.rcs:
-        return None
+        return lambda rng: (None, int(rng.integers(len(pairs))))
     return data.RareClassSampler(data.class_counts(pairs), args.rcs_temperature,
-                                 args.rcs_min_pixels)
+                                 args.rcs_min_pixels).draw
 
 
 # --------------------------------------------------------------------------------------------
