@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import data
@@ -43,16 +44,6 @@ RESUMABLE = ("steps", "workers", "save_every", "device", "stage", "eval_data", "
 
 # --------------------------------------------------------------------------------------------
 # The loop
-
-
-class Samples(torch.utils.data.Dataset):
-    """Sample i of a run is a function of (seed, i) alone: in any order, worker or restart."""
-
-    def __init__(self, draw, seed):
-        self.draw, self.seed = draw, seed
-
-    def __getitem__(self, i):
-        return self.draw(np.random.default_rng([self.seed, i]))
 
 
 class Objective(torch.nn.Module):
@@ -196,10 +187,14 @@ def loader(draw, args, first):
     elif workers is None:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, cores)
-    return torch.utils.data.DataLoader(
-        Samples(draw, args.seed), args.batch, num_workers=workers,
-        sampler=range(first * per_step + rank, args.steps * per_step, world),
-        multiprocessing_context="fork" if workers else None,
+
+    def make(numbers):
+        """Sample i of a run is a function of (seed, i) alone: in any order, worker or restart."""
+        return default_collate([draw(np.random.default_rng([args.seed, i])) for i in numbers])
+
+    return DataLoader(
+        range(first * per_step + rank, args.steps * per_step, world), args.batch, collate_fn=make,
+        num_workers=workers, multiprocessing_context="fork" if workers else None,
         pin_memory=args.device.startswith("cuda"))
 
 
