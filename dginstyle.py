@@ -277,8 +277,8 @@ def to_uint8(images):
 
 
 def from_uint8(images):
-    """uint8 (B,H,W,3) numpy -> float (B,3,H,W) in [-1,1]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """uint8 (…,H,W,3) numpy -> float (…,3,H,W) in [-1,1]."""
+    return torch.from_numpy(np.array(images)).movedim(-1, -3).float() / 127.5 - 1
 
 
 class Noise:
@@ -566,7 +566,7 @@ def train_controlnet(args, pairs, classes):
         box = data.crop_box(label, size, rng, cls, tries=1)
         tokens = models.tokenizer(data.caption(label[box], classes))[0]
         crop = data.relight(image[box], rng) if args.relight else image[box]
-        return from_uint8(crop[None])[0], torch.from_numpy(label[box].copy()), tokens
+        return from_uint8(crop), torch.from_numpy(label[box].copy()), tokens
 
     def loss(batch):
         """[images or latents, labels, tokens], batched -> a scalar tensor."""
@@ -617,7 +617,7 @@ def picture_draw(pairs, size, args):
         source, i = pairs.find(int(rng.integers(len(pairs))))
         crop, _ = data.scaled_crop(source.image(i), None, size, rng, args.resize_ratios)
         crop = data.relight(crop, rng) if args.relight else crop
-        return from_uint8(crop[None])[0],
+        return from_uint8(crop),
 
     return draw
 

@@ -83,7 +83,7 @@ def style_classifier(steps, size=(64, 128)):
         for _ in range(n):
             i = int(rng.integers(len(pairs)))
             crop, _ = data.scaled_crop(pairs.image(i), None, size, rng, [1.0])
-            images.append(dginstyle.from_uint8(crop[None])[0])
+            images.append(dginstyle.from_uint8(crop))
             styles.append(streets.STYLES.index(pairs.weather(i)))
         return torch.stack(images), torch.tensor(styles)
 

@@ -137,7 +137,7 @@ def train_prior(args, pairs, classes):
         template = (data.WEATHER_PROMPT if kind < 0.55 else "{classes}" if kind < 0.75
                     else "{weather} weather" if kind < 0.88 else "")
         prompt = template.format(classes=names, weather=weather)
-        return dginstyle.from_uint8(crop[None])[0], models.tokenizer(prompt)[0]
+        return dginstyle.from_uint8(crop), models.tokenizer(prompt)[0]
 
     def loss(batch):
         """[images or latents, tokens], batched -> a number."""
