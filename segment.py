@@ -71,16 +71,16 @@ def photometric_distortion(image, rng):
     return np.asarray(image if early else contrast(image))
 
 
-def cat_max_box(label, size, rng, cat_max_ratio=0.75, tries=10):
+def cat_max_box(label, size, rng):
     """Uniform box of `size` (h, w) in an (H, W) label -> (rows, columns), two slices.
 
-    Drawn again up to `tries` times until no class fills `cat_max_ratio` or more of the pixels that
-    are not ignore, which takes two classes at least (DAFormer's training crop).
+    Drawn again up to ten times until no class fills three quarters or more of the pixels that are
+    not ignore, which takes two classes at least (DAFormer's training crop).
     """
-    for _ in range(tries + 1):
+    for _ in range(11):
         box = data.crop_box(label, size, rng)
         n = np.array(Image.fromarray(label[box]).histogram()[:IGNORE])
-        if n.max() < cat_max_ratio * n.sum():
+        if n.max() < 0.75 * n.sum():
             break
     return box
 

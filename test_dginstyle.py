@@ -1097,8 +1097,7 @@ def test_data_rcs():
 
 
 def test_data_crop_box():
-    """A crop lies inside and shows its class; it is centred on a pixel of the class, the last one
-    included, and drawn again if its share is poor."""
+    """A crop shows its class, is centred on any pixel of it, the last too, drawn again if poor."""
     rng = np.random.default_rng(0)
     for _ in range(40):
         label = rng.integers(0, 4, (40, 50)) * rng.integers(0, 2, (40, 50))
