@@ -1843,7 +1843,7 @@ def test_a_killed_generate_makes_the_images_of_a_whole_run(tmp_path):
     assert main([*words, str(tmp_path / "whole")]) == 0
     out = tmp_path / "parts"
     manifest = out / "manifest.jsonl"
-    kill_when(manifest.is_file, [*words, out])
+    kill_when(lambda: manifest.is_file() and manifest.stat().st_size, [*words, out])
     finished = [out / json.loads(row)["image"] for row in manifest.read_text().splitlines()]
     finished = {image: image.stat().st_mtime_ns for image in finished}
     assert 1 <= len(finished) < 8
