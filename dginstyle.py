@@ -1009,8 +1009,10 @@ def run(parser, argv=None):
         code = 128 + (stop.args or [signal.SIGINT])[0]
         said = "stopped; rerun the command to resume it"
     except (UserError, clip_text.FileError, segformer.FileError, unet_module.FileError,
-            vae_module.FileError, SafetensorError, OSError) as error:  # the last two: a full disk
+            vae_module.FileError, SafetensorError, OSError) as error:
         code, said = 2, str(error).strip().replace("\n", " ")
+        if isinstance(error, SafetensorError):  # from save_file: what is read is checked before
+            said = f"weights below {args.out} cannot be written, is the disk full? {said}"
         if "Original Traceback" in said:  # as a data loader's process hands it on
             said = said.rpartition("UserError: ")[2]
     print(f"{parser.prog.removesuffix('.py')}: {said}", file=sys.stderr)
