@@ -2523,14 +2523,14 @@ class Here(concurrent.futures.Executor):
 
 def test_claim_runs_resumes_and_reports(tmp_path, monkeypatch, capsys):
     """The claim's commands run once, every row is in the tables, a rerun does nothing."""
-    titles = (claim.SOURCE, "the same through the VAE", claim.NO_IPKL)
+    titles = (claim.SOURCE, claim.HALF, "the same through the VAE", claim.NO_IPKL)
     rows = [replace(r, main=True) for r in claim.ROWS if r.title in titles]
     tiny = claim.Scale(source=4, images=2, seeds=1, pretrain=1, steps=1, test=1, classifier=2)
     for name, value in (("ROWS", rows), ("QUICK", tiny), ("BRIEF", tiny),
                         ("SAMPLING", ["--no-mrlf", "--steps", "1"]), ("ProcessPoolExecutor", Here)):
         monkeypatch.setattr(claim, name, value)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    for words, some in ((["--quick"], titles[:2]), (["--diff"], titles[::2])):
+    for words, some in ((["--quick"], titles[:3]), (["--diff"], titles[::3])):
         claim.main([*words, "--out", str(tmp_path)])
         name = tmp_path / ("diff" if "--diff" in words else "claim")
         assert [r["row"] for r in json.loads(name.with_suffix(".json").read_text())] == [*some]

@@ -100,7 +100,8 @@ class Row:
     title: str
     sets: tuple = ()
     source: str = "sunny"  # or "all": real pictures of every style
-    strong: bool = False  # `strong_distortion` in place of the photometric one
+    # `strong_distortion` of "all" pictures, or of the "source", which then is half of each batch
+    strong: str = ""
     main: bool = False  # for every seed, and with --quick; the others for three seeds
     diff: tuple = None  # DIFF's features under the head, with these flags; None: SegFormer
     times: int = 1  # so many times the steps
@@ -109,6 +110,7 @@ class Row:
 SOURCE, FULL_ROW, ORACLE = ("source only", "source + generated (full method)",
                             "oracle: real pictures of all styles")
 STRONG, BOTH = "source, strong augmentation", "full method, strong augmentation"
+HALF = "half strongly augmented source, half generated"
 NO_SWAP, NO_MRLF = "without Style Swap", "without MRLF (first pass only)"
 FAST, FAST_NO_MRLF = "full method, preset fast", "without MRLF, preset fast"
 NO_RCS, NO_WEATHER = "without rare-class crops", "without weather prompts"
@@ -118,9 +120,10 @@ NO_IPKL, DIFF, DIFF_FULL = ("DIFF, source only, without IPKL", "DIFF, source onl
 DIFF_X4, DIFF_FULL_X4 = (f"{row}, without IPKL, steps x4" for row in (DIFF, DIFF_FULL))
 ROWS = [
     Row(SOURCE, main=True),
-    Row(STRONG, strong=True, main=True),
+    Row(STRONG, strong="all", main=True),
     Row(FULL_ROW, ("full",), main=True),
-    Row(BOTH, ("full",), strong=True, main=True),
+    Row(BOTH, ("full",), strong="all", main=True),
+    Row(HALF, ("full",), strong="source", main=True),
     Row(NO_SWAP, ("swap 0",), main=True),
     Row(NO_MRLF, ("no fusion",), main=True),
     Row(FAST, ("fast",)),
@@ -139,22 +142,22 @@ ROWS = [
     Row(DIFF_FULL_X4, ("full",), diff=("--no-ipkl",), times=4),
 ]
 X2 = ", steps x2"  # do more steps change who wins? Strong augmentation learns for longer
-ROWS += [replace(row, title=row.title + X2, times=2, main=False) for row in ROWS
-         if row.title in (SOURCE, STRONG, FULL_ROW, BOTH, ORACLE)]
+ROWS += [replace(row, title=row.title + X2, times=2) for row in ROWS
+         if row.title in (SOURCE, STRONG, FULL_ROW, BOTH, HALF, ORACLE)]
 # rows whose objects are told apart by size
 SIZED = (SOURCE, FULL_ROW, NO_MRLF, FAST, FAST_NO_MRLF, ORACLE)
 BESIDE_DIFF = (SOURCE, FULL_ROW)  # SegFormer's rows in the table of DIFF
 # the differences that the experiment is about: row, row to compare with, key of a run
-COMPARED = (
+COMPARED = [
     *((FULL_ROW, row, "unseen") for row in (
         SOURCE, NO_SWAP, NO_MRLF, NO_RCS, NO_WEATHER, RESTYLED, STRONG)),
     (FAST, FAST_NO_MRLF, "unseen"), (FAST, FAST_NO_MRLF, "small"), (FAST, FULL_ROW, "unseen"),
     (FULL_ROW, NO_MRLF, "small"), (FULL_ROW, STRONG, "small"), (BOTH, STRONG, "unseen"),
-    (BOTH, FULL_ROW, "unseen"), (DIFF, SOURCE, "unseen"), (DIFF, NO_IPKL, "unseen"),
-    (DIFF_FULL, DIFF, "unseen"), (DIFF_FULL, FULL_ROW, "unseen"), (DIFF_X4, SOURCE, "unseen"),
-    (DIFF_FULL_X4, DIFF_X4, "unseen"), (DIFF_FULL_X4, FULL_ROW, "unseen"),
-    (FULL_ROW + X2, STRONG + X2, "unseen"), (BOTH + X2, STRONG + X2, "unseen"),
-    (BOTH + X2, FULL_ROW + X2, "unseen"))
+    (BOTH, FULL_ROW, "unseen"), (HALF, STRONG, "unseen"), (HALF, FULL_ROW, "unseen"),
+    (DIFF, SOURCE, "unseen"), (DIFF, NO_IPKL, "unseen"), (DIFF_FULL, DIFF, "unseen"),
+    (DIFF_FULL, FULL_ROW, "unseen"), (DIFF_X4, SOURCE, "unseen"),
+    (DIFF_FULL_X4, DIFF_X4, "unseen"), (DIFF_FULL_X4, FULL_ROW, "unseen")]
+COMPARED += [(row + X2, other + X2, key) for row, other, key in COMPARED]
 
 
 @dataclass(frozen=True)
@@ -290,7 +293,8 @@ def row_jobs(x):
             flags += [*DIFF_FLAGS, "--precision", x.precision, *row.diff]
         specs = [real, *(x.set_path(name, seed) for name in row.sets)]
         argv = segment_argv([], x, seed, path, specs, flags)
-        yield Job(f"{row.title}, seed {seed}", result, (strongly if row.strong else command, *argv))
+        train = {"": command, "all": strongly, "source": half_and_half}[row.strong]
+        yield Job(f"{row.title}, seed {seed}", result, (train, *argv))
 
 
 def size_jobs(x):
@@ -329,6 +333,26 @@ def strong_distortion(image, rng):
 def strongly(*argv):
     """A command of dginstyle.py with strong augmentation."""
     with mock.patch.object(segment, "photometric_distortion", strong_distortion):
+        command(*argv)
+
+
+def half_and_half(*argv):
+    """A command of dginstyle.py whose crops are source pictures with strong augmentation or, as
+    often, generated images with the usual one."""
+    published = segment.segmenter_draw
+
+    def segmenter_draw(pairs, size, args):
+        source, images = (published(data.Joined([one]), size, args) for one in pairs.sets)
+
+        def draw(rng):
+            if rng.random() < 0.5:
+                return images(rng)
+            with mock.patch.object(segment, "photometric_distortion", strong_distortion):
+                return source(rng)
+
+        return draw
+
+    with mock.patch.object(segment, "segmenter_draw", segmenter_draw):
         command(*argv)
 
 
@@ -648,8 +672,9 @@ def figure(runs):
 def open_experiment(args):
     """-> the Experiment; SystemExit where its folder holds another one."""
     scale = QUICK if args.quick else BRIEF if args.diff else FULL
+    some = args.quick or args.main
     rows = [r for r in ROWS if (r.diff is not None or r.title in BESIDE_DIFF if args.diff else
-                                r.diff is None and (r.main or not (args.quick or args.main)))]
+                                r.diff is None and (r.main and r.times == 1 or not some))]
     out = args.out or Path("runs") / (("diff" if args.diff else "claim") + "-quick" * args.quick)
     for folder in ("sets", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
