@@ -641,7 +641,7 @@ def figure(runs):
     unseen = by_row(runs, "unseen")
     low = np.floor(min(v.min() for v in unseen.values()) - 1)
     high = np.ceil(max(v.max() for v in unseen.values()) + 1)
-    left, width, step = 330, 470, 24
+    left, width, step = 370, 470, 24
 
     def x(v):
         return left + width * (v - low) / (high - low)
