@@ -100,9 +100,9 @@ class Row:
     title: str
     sets: tuple = ()
     source: str = "sunny"  # or "all": real pictures of every style
-    # `strong_distortion` of "all" pictures, or of the "source", which then is half of each batch
+    # `strong_distortion` of "all" pictures, or of the "source", which then is half of the crops
     strong: str = ""
-    main: bool = False  # for every seed, and with --quick; the others for three seeds
+    main: bool = False  # for every seed, the others for three; --quick has these alone, not X2
     diff: tuple = None  # DIFF's features under the head, with these flags; None: SegFormer
     times: int = 1  # so many times the steps
 
