@@ -538,7 +538,7 @@ def data_path_bench(bench, files=12, draws=36):
             args = dginstyle.settings("segment", "--data", root, "--arch", arch, "--device", "cpu")
             add(arch, segment.segmenter_draw(pairs, segment.crop_size(args, arch), args))
         args, caught = dginstyle.settings("train", "controlnet", "--data", root, "--cache", 0,
-                                          "--size", "512", "--device", "cpu"), []
+                                          "--size", "512", "--no-relight", "--device", "cpu"), []
         with mock.patch.object(dginstyle, "optimise", lambda *a: caught.append(a[3])):
             dginstyle.train_controlnet(args, pairs, CLASSES)
         add("controlnet", caught[0])
